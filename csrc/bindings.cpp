@@ -1,0 +1,233 @@
+// sigma_kernels._C: pointers, shapes and strides from Python into the kernels.  Arguments are trusted: the
+// ops layer has checked them.  The GIL is dropped around every call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/experts.h"
+#include "cpu/grouped_gemm.h"
+#include "cpu/memory.h"
+#include "cpu/permute.h"
+#include "cpu/route.h"
+
+namespace py = pybind11;
+using namespace sigma::cpu;
+
+namespace {
+
+using Address = uintptr_t;  // Tensor.data_ptr(); 0 where the argument is optional and absent
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+auto no_gil() { return py::call_guard<py::gil_scoped_release>(); }
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels of sigma_kernels, by address. Use sigma_kernels.ops instead.";
+
+  m.def("isa", [] { return std::string(sigma::cpu::kernels().name); });
+  m.def("supported_isas", &supported_isas);
+  m.def("lanes", [] { return sigma::cpu::kernels().lanes; });
+
+  m.def(
+      "advise_huge_pages", [](Address p, int64_t bytes) { return advise_huge_pages(at<void>(p), bytes); },
+      no_gil());
+
+  m.def(
+      "route",
+      [](int64_t T, int64_t E, int k, Address logits, int64_t ld, Address bias, bool is_softmax,
+         bool is_normalized, Address indices, Address weights, Address counts, Address offsets,
+         Address row_map, int threads) {
+        route({.T = T,
+               .E = E,
+               .k = k,
+               .logits = at<float>(logits),
+               .ld = ld,
+               .bias = at<float>(bias),
+               .is_softmax = is_softmax,
+               .is_normalized = is_normalized,
+               .indices = at<int32_t>(indices),
+               .weights = at<float>(weights),
+               .counts = at<int32_t>(counts),
+               .offsets = at<int32_t>(offsets),
+               .row_map = at<int32_t>(row_map),
+               .threads = threads});
+      },
+      no_gil());
+
+  m.def(
+      "route_backward",
+      [](int64_t T, int64_t E, int k, Address logits, int64_t ld, bool is_softmax, bool is_normalized,
+         Address indices, Address grad_weights, Address grad_logits, int threads) {
+        route_backward({.T = T,
+                        .E = E,
+                        .k = k,
+                        .logits = at<float>(logits),
+                        .ld = ld,
+                        .is_softmax = is_softmax,
+                        .is_normalized = is_normalized,
+                        .indices = at<int32_t>(indices),
+                        .grad_weights = at<float>(grad_weights),
+                        .grad_logits = at<float>(grad_logits),
+                        .threads = threads});
+      },
+      no_gil());
+
+  m.def(
+      "group_by_expert",
+      [](Address indices, int64_t R, int64_t E, Address counts, Address offsets, Address row_map,
+         int threads) {
+        return group_by_expert(at<int32_t>(indices), R, E, at<int32_t>(counts), at<int32_t>(offsets),
+                               at<int32_t>(row_map), threads);
+      },
+      no_gil());
+
+  m.def(
+      "permute",
+      [](int64_t R, int64_t H, int k, Address x, int64_t ldx, Address row_map, Address out, int threads) {
+        permute({.R = R,
+                 .H = H,
+                 .k = k,
+                 .x = at<float>(x),
+                 .ldx = ldx,
+                 .row_map = at<int32_t>(row_map),
+                 .out = at<float>(out),
+                 .threads = threads});
+      },
+      no_gil());
+
+  m.def(
+      "combine",
+      [](int64_t T, int64_t H, int k, Address y, int64_t ldy, Address row_of_slot, Address weights,
+         Address out, int threads) {
+        combine({.T = T,
+                 .H = H,
+                 .k = k,
+                 .y = at<float>(y),
+                 .ldy = ldy,
+                 .row_of_slot = at<int32_t>(row_of_slot),
+                 .weights = at<float>(weights),
+                 .out = at<float>(out),
+                 .threads = threads});
+      },
+      no_gil());
+
+  m.def(
+      "combine_backward",
+      [](int64_t R, int64_t H, int k, Address grad_out, int64_t ld_grad, Address y, int64_t ldy,
+         Address row_map, Address weights, Address grad_y, Address grad_weights, int threads) {
+        combine_backward({.R = R,
+                          .H = H,
+                          .k = k,
+                          .grad_out = at<float>(grad_out),
+                          .y = at<float>(y),
+                          .ld_grad = ld_grad,
+                          .ldy = ldy,
+                          .row_map = at<int32_t>(row_map),
+                          .weights = at<float>(weights),
+                          .grad_y = at<float>(grad_y),
+                          .grad_weights = at<float>(grad_weights),
+                          .threads = threads});
+      },
+      no_gil());
+
+  m.def(
+      "invert",
+      [](Address row_map, int64_t R, Address row_of_slot) {
+        invert(at<int32_t>(row_map), R, at<int32_t>(row_of_slot));
+      },
+      no_gil());
+
+  m.def(
+      "grouped_gemm",
+      [](int64_t E, int64_t N, int64_t K, Address offsets, Address x, int64_t ldx, Address w,
+         int64_t w_expert, int64_t w_row, Address y, bool is_transposed, int threads) {
+        const GroupedGemm g{.E = E,
+                            .N = N,
+                            .K = K,
+                            .offsets = at<int32_t>(offsets),
+                            .x = {at<float>(x), ldx},
+                            .w = at<float>(w),
+                            .w_expert = w_expert,
+                            .w_row = w_row,
+                            .y = {at<float>(y), N},
+                            .scale = nullptr,
+                            .slot_of_row = nullptr,
+                            .threads = threads};
+        is_transposed ? grouped_gemm_nt(g) : grouped_gemm_nn(g);
+      },
+      no_gil());
+
+  m.def(
+      "grouped_outer",
+      [](int64_t E, int64_t A, int64_t B, Address offsets, Address a, int64_t lda, Address b, int64_t ldb,
+         Address out, bool adds, int threads) {
+        grouped_outer({.E = E,
+                       .A = A,
+                       .B = B,
+                       .offsets = at<int32_t>(offsets),
+                       .a = {at<float>(a), lda},
+                       .b = {at<float>(b), ldb},
+                       .out = at<float>(out),
+                       .out_expert = A * B,
+                       .out_row = B,
+                       .adds = adds,
+                       .threads = threads});
+      },
+      no_gil());
+
+  py::class_<Experts>(m, "Experts", "The shared arguments of experts_forward and experts_backward.")
+      .def(py::init([](int64_t T, int64_t H, int64_t I, int64_t E, int k, Address x, int64_t ldx,
+                       Address offsets, Address row_map, Address weights, Address gate_up_proj,
+                       int64_t gate_up_expert, int64_t gate_up_row, Address down_proj, int64_t down_expert,
+                       int64_t down_row, Address gate_up, int threads) {
+        return Experts{.T = T,
+                       .H = H,
+                       .I = I,
+                       .E = E,
+                       .k = k,
+                       .x = at<float>(x),
+                       .ldx = ldx,
+                       .offsets = at<int32_t>(offsets),
+                       .row_map = at<int32_t>(row_map),
+                       .weights = at<float>(weights),
+                       .gate_up_proj = at<float>(gate_up_proj),
+                       .gate_up_expert = gate_up_expert,
+                       .gate_up_row = gate_up_row,
+                       .down_proj = at<float>(down_proj),
+                       .down_expert = down_expert,
+                       .down_row = down_row,
+                       .gate_up = at<float>(gate_up),
+                       .threads = threads};
+      }));
+
+  m.def(
+      "experts_forward",
+      [](const Experts& e, Address hidden, Address by_slot, Address out) {
+        experts_forward(e,
+                        {.hidden = at<float>(hidden), .by_slot = at<float>(by_slot), .out = at<float>(out)});
+      },
+      no_gil());
+
+  m.def(
+      "experts_backward",
+      [](const Experts& e, Address grad_out, int64_t ld_grad, Address grad_gate_up, Address hidden,
+         Address by_slot, Address grad_weights, Address grad_x, Address grad_gate_up_proj,
+         Address grad_down_proj, bool adds) {
+        experts_backward(e, {.grad_out = at<float>(grad_out),
+                             .ld_grad = ld_grad,
+                             .grad_gate_up = at<float>(grad_gate_up),
+                             .hidden = at<float>(hidden),
+                             .by_slot = at<float>(by_slot),
+                             .grad_weights = at<float>(grad_weights),
+                             .grad_x = at<float>(grad_x),
+                             .grad_gate_up_proj = at<float>(grad_gate_up_proj),
+                             .grad_down_proj = at<float>(grad_down_proj),
+                             .adds = adds});
+      },
+      no_gil());
+}

@@ -1,0 +1,59 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace sigma::cpu {
+namespace {
+
+struct Isa {
+  const char* name;
+  bool is_supported;
+  const Kernels& (*kernels)();
+};
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = [] {
+    std::vector<Isa> list;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512dq");
+    list.push_back({"avx512", has_avx512, avx512::kernels});
+    list.push_back({"avx2", has_avx2, avx2::kernels});
+#endif
+    list.push_back({"base", true, base::kernels});
+    return list;
+  }();
+  return all;
+}
+
+const Kernels& choose() {
+  const char* wanted = std::getenv("SIGMA_ISA");
+  std::string supported;
+  for (const Isa& isa : isas()) {
+    if (!isa.is_supported) continue;
+    if (!wanted || std::string(wanted) == isa.name) return isa.kernels();
+    supported += supported.empty() ? isa.name : std::string(", ") + isa.name;
+  }
+  throw std::runtime_error("SIGMA_ISA=" + std::string(wanted) + " can't run here; this processor supports " +
+                           supported);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas())
+    if (isa.is_supported) names.push_back(isa.name);
+  return names;
+}
+
+}  // namespace sigma::cpu

@@ -1,0 +1,163 @@
+// The choice of experts for one token, and its gradient.
+//
+// Without a bias the order of the scores is the order of the logits, so the choice is made on the logits:
+// exact, however flat the scores.  NaN ranks last, ties go to the lower index.  Bound: one read of the
+// logits.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace sigma::SK_NS {
+
+SK_INLINE float scalar_sigmoid(float x) { return sigmoid(broadcast(x))[0]; }
+
+inline float row_max(const float* x, int64_t n) {
+  float best = -__builtin_inff();
+  int64_t i = 0;
+  if (n >= kLanes) {
+    Vec v = load(x);
+    for (i = kLanes; i + kLanes <= n; i += kLanes) {
+      const Vec next = load(x + i);
+      v = next > v ? next : v;
+    }
+    best = max_lane(v);
+  }
+  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+inline float sum_exp(const float* x, float shift, int64_t n) {
+  Vec sum{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum += exp(load(x + i) - shift);
+  float total = add_lanes(sum);
+  if (i < n) {
+    const Vec tail = exp(load_partial(x + i, n - i) - shift);
+    for (int64_t j = 0; j < n - i; ++j) total += tail[j];
+  }
+  return total;
+}
+
+inline void exp_scaled(const float* x, float shift, float factor, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, exp(load(x + i) - shift) * factor);
+  if (i < n) store_partial(y + i, exp(load_partial(x + i, n - i) - shift) * factor, n - i);
+}
+
+inline void sigmoid_row(const float* x, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, sigmoid(load(x + i)));
+  if (i < n) store_partial(y + i, sigmoid(load_partial(x + i, n - i)), n - i);
+}
+
+inline int32_t argmax(const float* x, int64_t n) {
+  float best = -__builtin_inff();
+  int32_t index = 0;
+  int64_t i = 0;
+  if (n >= kLanes) {
+    Vec value = broadcast(best);
+    IVec at{}, lane_index;
+    for (int l = 0; l < kLanes; ++l) lane_index[l] = l;
+    for (; i + kLanes <= n; i += kLanes) {
+      const Vec next = load(x + i);
+      const IVec is_better = next > value;
+      value = is_better ? next : value;
+      at = is_better ? lane_index + static_cast<int32_t>(i) : at;
+    }
+    for (int l = 0; l < kLanes; ++l)
+      if (value[l] > best || (value[l] == best && at[l] < index)) best = value[l], index = at[l];
+  }
+  for (; i < n; ++i)
+    if (x[i] > best) best = x[i], index = static_cast<int32_t>(i);
+  return index;
+}
+
+// The k largest, in order: insertion into a short sorted list.
+inline void top_k(const float* x, int64_t n, int k, int32_t* indices) {
+  int found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float v = x[i] == x[i] ? x[i] : -__builtin_inff();
+    const auto at = [&](int j) {
+      const float y = x[indices[j]];
+      return y == y ? y : -__builtin_inff();
+    };
+    if (found == k && !(v > at(k - 1))) continue;
+    int j = found < k ? found++ : k - 1;
+    for (; j > 0 && v > at(j - 1); --j) indices[j] = indices[j - 1];
+    indices[j] = static_cast<int32_t>(i);
+  }
+}
+
+inline void route_row(const RouteRow& r) {
+  float max = 0.0f, inverse_sum = 0.0f;
+  if (r.is_softmax && !(r.is_normalized && !r.bias)) {
+    max = row_max(r.logits, r.E);
+    inverse_sum = 1.0f / sum_exp(r.logits, max, r.E);
+  }
+  const float* ranked = r.logits;
+  if (r.bias) {
+    if (r.is_softmax)
+      exp_scaled(r.logits, max, inverse_sum, r.p, r.E);
+    else
+      sigmoid_row(r.logits, r.p, r.E);
+    for (int64_t e = 0; e < r.E; ++e) r.p[e] += r.bias[e];
+    ranked = r.p;
+  }
+  if (r.k == 1)
+    r.indices[0] = argmax(ranked, r.E);
+  else
+    top_k(ranked, r.E, r.k, r.indices);
+
+  // A softmax that is normalised over the chosen is the softmax of the chosen.
+  if (r.is_softmax && r.is_normalized) {
+    max = -__builtin_inff();
+    for (int j = 0; j < r.k; ++j) max = r.logits[r.indices[j]] > max ? r.logits[r.indices[j]] : max;
+    inverse_sum = 1.0f;
+  }
+  float total = 0.0f;
+  for (int j = 0; j < r.k; ++j) {
+    const float l = r.logits[r.indices[j]];
+    r.weights[j] = r.is_softmax ? exp(broadcast(l - max))[0] * inverse_sum : scalar_sigmoid(l);
+    total += r.weights[j];
+  }
+  if (r.is_normalized)
+    for (int j = 0; j < r.k; ++j) r.weights[j] /= total;
+}
+
+// softmax:     dl_i = p_i (g_i - sum_j g_j p_j), g zero off the chosen; normalised: the same over the chosen
+// alone. sigmoid:     dl_j = g_j s_j (1 - s_j); normalised, w_j = s_j / S: dw_j -> ds_j = (g_j - sum_l g_l
+// w_l) / S.
+inline void route_row_backward(const RouteRowBackward& r) {
+  if (r.is_softmax && !r.is_normalized) {
+    const float max = row_max(r.logits, r.E), inverse_sum = 1.0f / sum_exp(r.logits, max, r.E);
+    float inner = 0.0f;
+    for (int j = 0; j < r.k; ++j)
+      inner += r.grad_weights[j] * exp(broadcast(r.logits[r.indices[j]] - max))[0] * inverse_sum;
+    exp_scaled(r.logits, max, -inner * inverse_sum, r.grad_logits, r.E);
+    for (int j = 0; j < r.k; ++j) {
+      const float p = exp(broadcast(r.logits[r.indices[j]] - max))[0] * inverse_sum;
+      r.grad_logits[r.indices[j]] = p * (r.grad_weights[j] - inner);
+    }
+    return;
+  }
+  memset(r.grad_logits, 0, static_cast<size_t>(r.E) * sizeof(float));
+  float max = -__builtin_inff();
+  for (int j = 0; j < r.k; ++j) max = r.logits[r.indices[j]] > max ? r.logits[r.indices[j]] : max;
+  const auto score = [&](int j) {
+    const float l = r.logits[r.indices[j]];
+    return r.is_softmax ? exp(broadcast(l - max))[0] : scalar_sigmoid(l);
+  };
+  float total = 0.0f, inner = 0.0f;
+  if (r.is_normalized) {
+    for (int j = 0; j < r.k; ++j) total += score(j);
+    for (int j = 0; j < r.k; ++j) inner += r.grad_weights[j] * score(j) / total;
+  }
+  for (int j = 0; j < r.k; ++j) {
+    const float s = score(j);
+    const float grad_score = r.is_normalized ? (r.grad_weights[j] - inner) / total : r.grad_weights[j];
+    r.grad_logits[r.indices[j]] = grad_score * (r.is_softmax ? s : s * (1.0f - s));
+  }
+}
+
+}  // namespace sigma::SK_NS

@@ -1,0 +1,101 @@
+// The vector layer: one source, compiled once per instruction set with its own SK_NS and SK_LANES.
+// A GCC vector of 4, 8 or 16 floats, which the compiler lowers to whatever the target has.
+//
+// No std:: here or in any file of this folder: the linker keeps one copy of an inline function, and if that
+// copy were the AVX-512 one, an older processor would die of SIGILL.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace sigma::SK_NS {
+
+constexpr int kLanes = SK_LANES;
+typedef float Vec __attribute__((vector_size(4 * SK_LANES)));
+typedef int32_t IVec __attribute__((vector_size(4 * SK_LANES)));
+typedef float UnalignedVec __attribute__((vector_size(4 * SK_LANES), aligned(4), may_alias));
+
+#define SK_INLINE inline __attribute__((always_inline))
+#define SK_STEP __attribute__((always_inline))
+
+SK_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+SK_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+SK_INLINE Vec broadcast(float x) { return x - Vec{}; }
+
+// The first n lanes, the rest zero; reads nothing past them.  0 < n <= kLanes.
+SK_INLINE Vec load_partial(const float* p, int64_t n) {
+#if defined(__AVX512F__) && SK_LANES == 16
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  Vec v{};
+  memcpy(&v, p, static_cast<size_t>(n) * sizeof(float));
+  return v;
+#endif
+}
+
+SK_INLINE void store_partial(float* p, Vec v, int64_t n) {
+#if defined(__AVX512F__) && SK_LANES == 16
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+#else
+  memcpy(p, &v, static_cast<size_t>(n) * sizeof(float));
+#endif
+}
+
+// Past the caches: for results that are written once and not read again soon.  p is aligned to a vector.
+SK_INLINE void store_streaming(float* p, Vec v) {
+#if defined(__AVX512F__) && SK_LANES == 16
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX__) && SK_LANES == 8
+  _mm256_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+
+SK_INLINE float add_lanes(Vec v) {  // pairwise, so the order does not depend on how the compiler lowers it
+  float lane[SK_LANES];
+  memcpy(lane, &v, sizeof(lane));
+#pragma GCC unroll 16
+  for (int half = SK_LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+SK_INLINE float max_lane(Vec v) {
+  float lane[SK_LANES];
+  memcpy(lane, &v, sizeof(lane));
+  float best = lane[0];
+  for (int i = 1; i < SK_LANES; ++i) best = lane[i] > best ? lane[i] : best;
+  return best;
+}
+
+// e^x to 2 ulp for x in [-87.3, 88.3], clamped outside; NaN stays NaN.
+// x = n ln 2 + r, |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7 (remainder 2^-27 at the ends).
+SK_INLINE Vec exp(Vec x) {
+  x = x > 88.3f ? broadcast(88.3f) : x;
+  x = x < -87.3f ? broadcast(-87.3f) : x;
+  const Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec n = shifted - 12582912.0f;
+  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = broadcast(1.0f / 5040.0f);
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  IVec bits;
+  memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + (127 - 0x4B400000)) << 23;  // 0x4B400000 are the bits of 1.5 * 2^23
+  Vec power;
+  memcpy(&power, &bits, sizeof(power));
+  return p * power;
+}
+
+SK_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+
+}  // namespace sigma::SK_NS

@@ -1,0 +1,42 @@
+// The router's decision for T tokens, and the order of rows that follows from it.
+#pragma once
+
+#include <cstdint>
+
+namespace sigma::cpu {
+
+struct Route {
+  int64_t T, E;
+  int k;
+  const float* logits;  // [T, E], ld apart
+  int64_t ld;
+  const float* bias;  // [E] or null
+  bool is_softmax, is_normalized;
+  int32_t* indices;  // [T, k]
+  float* weights;    // [T, k]
+  int32_t *counts, *offsets, *row_map;
+  int threads;
+};
+
+void route(const Route& r);
+
+struct RouteBackward {
+  int64_t T, E;
+  int k;
+  const float* logits;
+  int64_t ld;
+  bool is_softmax, is_normalized;
+  const int32_t* indices;
+  const float* grad_weights;
+  float* grad_logits;  // [T, E] contiguous
+  int threads;
+};
+
+void route_backward(const RouteBackward& r);
+
+// counts, offsets and row_map from given indices.  Returns the first slot whose index is out of range, or -1;
+// then nothing has been written.
+int64_t group_by_expert(const int32_t* indices, int64_t R, int64_t E, int32_t* counts, int32_t* offsets,
+                        int32_t* row_map, int threads);
+
+}  // namespace sigma::cpu

@@ -1,0 +1,32 @@
+"""Mixture-of-experts kernels for PyTorch: one expert of many at the price of a dense layer of the same active size."""
+
+from importlib.util import find_spec
+
+if find_spec("sigma_kernels._C") is None:
+    raise ImportError(
+        "sigma_kernels._C is not built: this is a source checkout without its extension; "
+        "run 'pip install -e .' in it, or start Python from another folder to use an installed wheel"
+    )
+
+from sigma_kernels import nn
+from sigma_kernels.backends import backend, backends
+from sigma_kernels.ops.experts import moe_experts
+from sigma_kernels.ops.grouped_gemm import grouped_gemm
+from sigma_kernels.ops.permute import permute, unpermute
+from sigma_kernels.ops.route import group_by_expert, route
+from sigma_kernels.routing import Routing
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Routing",
+    "backend",
+    "backends",
+    "group_by_expert",
+    "grouped_gemm",
+    "moe_experts",
+    "nn",
+    "permute",
+    "route",
+    "unpermute",
+]

@@ -1,0 +1,102 @@
+"""Which implementation of an operation runs: a table, not ifs.
+
+Each operation lists its backends in order of preference; the first that supports the call runs.  SIGMA_BACKEND=name
+or `with backend(name)` forces one, and a forced backend that can't run the call raises with its reason.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMES = ("cpu", "reference")
+
+_forced: str | None = None
+_tables: dict[str, Sequence["Backend"]] = {}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of an operation's table: an implementation and the calls it supports.
+
+    A row that is `by_name` runs in float32 only where it is forced: the reference is a definition, not a stand-in.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    dtypes: tuple[torch.dtype, ...]
+    device: str | None = None
+    by_name: bool = False
+
+    def obstacle(self, dtype: torch.dtype, device: str) -> str | None:
+        """Why this row can't run such a call, or None if it can."""
+        if self.device not in (None, device):
+            return f"it runs on {self.device}, the data lie on {device}"
+        if dtype not in self.dtypes:
+            return f"it takes {', '.join(map(_short, self.dtypes))}, not {_short(dtype)}"
+        if self.by_name and dtype != torch.float64 and _forced != self.name:
+            return "it runs only when named"
+        return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def register_table(op: str, rows: Sequence[Backend]) -> Sequence[Backend]:
+    """Enter an operation's rows where `backends()` finds them."""
+    _tables[op] = rows
+    return rows
+
+
+def select(op: str, data: Tensor) -> Callable[..., Any]:
+    """The implementation that runs `op` on tensors of this dtype and device.
+
+    Raises: RuntimeError naming every row's obstacle if none can.
+    """
+    rows, device = _tables[op], data.device.type
+    candidates = rows if _forced is None else [row for row in rows if row.name == _forced]
+    for row in candidates:
+        if row.obstacle(data.dtype, device) is None:
+            return row.run
+    reasons = "; ".join(f"'{row.name}': {row.obstacle(data.dtype, device)}" for row in candidates)
+    wanted = f"backend '{_forced}' cannot run {op} here" if _forced else f"no backend can run {op} here"
+    raise RuntimeError(f"{wanted}: {reasons or 'it has no such kernel'} (sigma doctor shows the table)")
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}: backend must be one of {', '.join(NAMES)}, found {name!r}")
+    return name
+
+
+if "SIGMA_BACKEND" in os.environ:
+    _forced = _check_name(os.environ["SIGMA_BACKEND"], "SIGMA_BACKEND")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend inside the block, for the whole process.
+
+    Raises: ValueError if there is none of that name; RuntimeError later, from a call that it can't run.
+    """
+    global _forced
+    before, _forced = _forced, _check_name(name, "backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """For each operation and backend, what it runs on this machine: {op: {backend: dtypes and device}}."""
+    return {
+        op: {
+            row.name: f"{', '.join(map(_short, row.dtypes))} on {row.device or 'any device'}" for row in rows
+        }
+        for op, rows in sorted(_tables.items())
+    }

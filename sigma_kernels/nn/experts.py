@@ -1,0 +1,42 @@
+"""The experts' parameters."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sigma_kernels.ops.experts import experts_of_routing, moe_experts
+from sigma_kernels.routing import Routing
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts: gate_up_proj [E, 2I, H] (gate rows, then up), down_proj [E, H, I], as in Hugging Face.
+
+    Equation: `sigma_kernels.moe_experts`.  Parameters start uniform in +-1/sqrt(fan-in), as torch's Linear does.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, **factory: Any) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(num_experts, 2 * intermediate_size, hidden_size, **factory)
+        )
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.gate_up_proj, self.down_proj):
+            bound = 1 / math.sqrt(weight.shape[2])
+            nn.init.uniform_(weight, -bound, bound)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, H] for hidden_states [T, H], top_k_index and top_k_weights [T, k]."""
+        return moe_experts(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
+
+    def forward_routed(self, hidden_states: Tensor, routing: Routing) -> Tensor:
+        """The same from a Routing, whose order of rows need not be found again."""
+        return experts_of_routing(hidden_states, routing, self.gate_up_proj, self.down_proj)
+
+    def extra_repr(self) -> str:
+        E, H, I = self.down_proj.shape
+        return f"hidden_size={H}, intermediate_size={I}, num_experts={E}"

@@ -1,0 +1,55 @@
+"""The mixture-of-experts layer: a router and its experts."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from sigma_kernels.nn.experts import Experts
+from sigma_kernels.nn.router import TopKRouter
+from sigma_kernels.ops.route import Score
+from sigma_kernels.routing import Routing
+
+
+class MoE(nn.Module):
+    """out[t] = output_scale * sum_j w[t, j] * expert_{index[t, j]}(x[t]), with w and index from the router.
+
+    After a forward, `last_routing` and `last_logits` hold what the router decided, for balance losses and metrics.
+
+    Args:
+        top_k: experts per token; `forward(x, top_k=...)` overrides it for one call.
+        score, normalize, use_bias: as in TopKRouter.
+        output_scale: a constant on the routing weights.
+    """
+
+    last_routing: Routing | None = None
+    last_logits: Tensor | None = None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        score: Score = "softmax",
+        normalize: bool = False,
+        use_bias: bool = False,
+        output_scale: float = 1.0,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.output_scale = output_scale
+        self.router = TopKRouter(
+            hidden_size, num_experts, top_k, score=score, normalize=normalize, use_bias=use_bias, **factory
+        )
+        self.experts = Experts(hidden_size, intermediate_size, num_experts, **factory)
+
+    def forward(self, x: Tensor, top_k: int | None = None) -> Tensor:
+        """[..., H] for x [..., H]; leading dimensions are tokens."""
+        flat = x.reshape(-1, x.shape[-1])
+        routing, logits = self.router(flat, top_k)
+        self.last_routing, self.last_logits = routing, logits
+        weights = routing.weights.to(x.dtype)
+        if self.output_scale != 1.0:
+            weights = weights * self.output_scale
+        return self.experts.forward_routed(flat, routing._replace(weights=weights)).view(x.shape)

@@ -1,0 +1,70 @@
+"""The router's parameters."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sigma_kernels.ops.route import Score, route
+from sigma_kernels.routing import Routing
+
+
+class TopKRouter(nn.Module):
+    """Scores E experts for each token and picks k: `sigma_kernels.route` of x @ weight.T, in f32.
+
+    Two traps of top_k = 1, both of which a run falls into silently.  With `normalize` the weight of the one chosen
+    is always 1, so the task's gradient never reaches the router: this warns.  Without it a softmax over E experts
+    starts near 1/E, so that the layer's output almost vanishes: scale it (MoE's `output_scale`) or use "sigmoid".
+
+    With `use_bias` a buffer `expert_bias` [E] is added for the choice only; `update_expert_bias` moves it.
+    """
+
+    expert_bias: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        score: Score = "softmax",
+        normalize: bool = False,
+        use_bias: bool = False,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"TopKRouter: top_k must lie in 1..{num_experts}, found {top_k}")
+        if score not in ("softmax", "sigmoid"):
+            raise ValueError(f"TopKRouter: score must be 'softmax' or 'sigmoid', found {score!r}")
+        if normalize and top_k == 1:
+            warnings.warn(
+                "TopKRouter: normalize=True with top_k=1 makes every weight 1, so the router gets no gradient from "
+                "the task loss",
+                stacklevel=2,
+            )
+        self.top_k, self.score, self.normalize = top_k, score, normalize
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, **factory))
+        self.register_buffer(
+            "expert_bias", torch.zeros(num_experts, device=self.weight.device) if use_bias else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, hidden_states: Tensor, top_k: int | None = None) -> tuple[Routing, Tensor]:
+        """The Routing of hidden_states [T, H] and the logits [T, E], both f32 (f64 if the input is)."""
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        logits = F.linear(hidden_states.to(wide), self.weight.to(wide))
+        k = self.top_k if top_k is None else top_k
+        routing = route(logits, k, score=self.score, normalize=self.normalize, bias=self.expert_bias)
+        return routing, logits
+
+    def extra_repr(self) -> str:
+        E, H = self.weight.shape
+        return f"hidden_size={H}, num_experts={E}, top_k={self.top_k}, score={self.score}, normalize={self.normalize}"

@@ -1,0 +1,242 @@
+"""The expert layer: gate and up projection, SwiGLU, down projection and weighted sum in one call."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sigma_kernels import _C, reference
+from sigma_kernels.backends import Backend, register_table, select
+from sigma_kernels.ops.library import (
+    NATIVE,
+    REFERENCE,
+    check_float,
+    check_index,
+    check_shape,
+    define,
+    empty,
+    matrices,
+    rows,
+)
+from sigma_kernels.routing import Routing
+
+
+def moe_experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    activation: str = "silu",
+) -> Tensor:
+    """Send each token through its experts and sum what they answer.
+
+    out[t] = sum_j w[t, j] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t])), e = index[t, j]
+    (SwiGLU: Shazeer 2020, arXiv 2002.05202; weights lie as in Hugging Face transformers).
+
+    Args:
+        hidden_states: [T, H].
+        top_k_index: [T, k] int32 or int64, in 0..E-1; an expert may be named twice.
+        top_k_weights: [T, k].
+        gate_up_proj: [E, 2I, H], gate rows first, then up.
+        down_proj: [E, H, I].
+        activation: "silu".
+    Returns: [T, H].  Gradients for all four float inputs, once differentiable; same bits at any thread count.
+    Raises: TypeError for a dtype, ValueError for a shape, an activation or, on a CPU, an index out of range.
+    """
+    op = "moe_experts"
+    check_float(
+        op,
+        hidden_states=hidden_states,
+        top_k_weights=top_k_weights,
+        gate_up_proj=gate_up_proj,
+        down_proj=down_proj,
+    )
+    check_index(op, "top_k_index", top_k_index)
+    check_shape(op, "hidden_states", hidden_states, ("T", "H"))
+    T, H = hidden_states.shape
+    check_shape(op, "top_k_index", top_k_index, (T, "k"))
+    check_shape(op, "top_k_weights", top_k_weights, (T, top_k_index.shape[1]))
+    check_shape(op, "down_proj", down_proj, ("E", H, "I"))
+    E, _, I = down_proj.shape
+    check_shape(op, "gate_up_proj", gate_up_proj, (E, 2 * I, H))
+    if activation != "silu":
+        raise ValueError(f"{op}: activation must be 'silu', found {activation!r}")
+    if top_k_index.shape[1] == 0 or E == 0:
+        raise ValueError(
+            f"{op}: at least one expert must be there and chosen, found E={E}, k={top_k_index.shape[1]}"
+        )
+    _, offsets, row_map = torch.ops.sigma.group_by_expert(top_k_index.int(), E)
+    out, _ = _Experts.apply(hidden_states, top_k_weights, offsets, row_map, gate_up_proj, down_proj)
+    return out
+
+
+def experts_of_routing(
+    hidden_states: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor
+) -> Tensor:
+    """moe_experts for a Routing that `route` or `group_by_expert` made; only shapes and dtypes are looked at."""
+    op = "moe_experts"
+    check_float(
+        op,
+        hidden_states=hidden_states,
+        weights=routing.weights,
+        gate_up_proj=gate_up_proj,
+        down_proj=down_proj,
+    )
+    T = routing.indices.shape[0]
+    check_shape(op, "down_proj", down_proj, (routing.num_experts, "H", "I"))
+    E, H, I = down_proj.shape
+    check_shape(op, "hidden_states", hidden_states, (T, H))
+    check_shape(op, "gate_up_proj", gate_up_proj, (E, 2 * I, H))
+    out, _ = _Experts.apply(
+        hidden_states, routing.weights, routing.offsets, routing.row_map, gate_up_proj, down_proj
+    )
+    return out
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.sigma.moe_experts(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 6
+        x_needed, _, _, _, gate_up_needed, down_needed = ctx.needs_input_grad
+        grad_x, grad_weights, grad_gate_up, grad_down = torch.ops.sigma.moe_experts_backward(
+            grad_out, *ctx.saved_tensors, [x_needed, gate_up_needed, down_needed]
+        )
+        return (
+            grad_x if x_needed else None,
+            grad_weights,
+            None,
+            None,
+            grad_gate_up if gate_up_needed else None,
+            grad_down if down_needed else None,
+        )
+
+
+def _native_experts(
+    x: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    row_map: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up: Tensor,
+) -> Any:
+    (T, H), (E, _, I) = x.shape, down_proj.shape
+    return _C.Experts(
+        T, H, I, E, weights.shape[1], x.data_ptr(), x.stride(0), offsets.data_ptr(), row_map.data_ptr(),
+        weights.data_ptr(), gate_up_proj.data_ptr(), gate_up_proj.stride(0), gate_up_proj.stride(1),
+        down_proj.data_ptr(), down_proj.stride(0), down_proj.stride(1), gate_up.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _forward_cpu(
+    x: Tensor, weights: Tensor, offsets: Tensor, row_map: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+) -> tuple[Tensor, Tensor]:
+    x, weights, gate_up_proj, down_proj = (
+        rows(x),
+        weights.contiguous(),
+        matrices(gate_up_proj),
+        matrices(down_proj),
+    )
+    (T, H), R, I = x.shape, row_map.shape[0], down_proj.shape[2]
+    out, gate_up, hidden = empty(x, T, H), empty(x, R, 2 * I), empty(x, R, I)
+    by_slot = empty(x, R, H) if R > T else out
+    native = _native_experts(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up)
+    _C.experts_forward(native, hidden.data_ptr(), by_slot.data_ptr(), out.data_ptr())
+    return out, gate_up
+
+
+def _backward_cpu(
+    grad_out: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    row_map: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up: Tensor,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_out, x, weights = rows(grad_out), rows(x), weights.contiguous()
+    gate_up_proj, down_proj = matrices(gate_up_proj), matrices(down_proj)
+    (T, H), R, I = x.shape, row_map.shape[0], down_proj.shape[2]
+    grad_weights = torch.empty_like(weights)
+    grad_x = empty(x, T, H) if needed[0] else x.new_empty(0)
+    grad_gate_up_proj = empty(x, *gate_up_proj.shape) if needed[1] else x.new_empty(0)
+    grad_down_proj = empty(x, *down_proj.shape) if needed[2] else x.new_empty(0)
+    grad_gate_up, hidden = empty(x, R, 2 * I), empty(x, R, I)
+    by_slot = empty(x, R, H) if R > T else grad_x
+    native = _native_experts(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up)
+    _C.experts_backward(
+        native, grad_out.data_ptr(), grad_out.stride(0), grad_gate_up.data_ptr(), hidden.data_ptr(),
+        by_slot.data_ptr(), grad_weights.data_ptr(), grad_x.data_ptr() if needed[0] else 0,
+        grad_gate_up_proj.data_ptr() if needed[1] else 0, grad_down_proj.data_ptr() if needed[2] else 0, False,
+    )  # fmt: skip
+    return grad_x, grad_weights, grad_gate_up_proj, grad_down_proj
+
+
+def _reference_from_rows(
+    x: Tensor, weights: Tensor, offsets: Tensor, row_map: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+) -> tuple[Tensor, Tensor]:
+    top_k = weights.shape[1]
+    gate_up = reference.grouped_gemm(reference.permute(x, row_map, top_k), gate_up_proj, offsets)
+    y = reference.grouped_gemm(reference.swiglu(gate_up), down_proj, offsets)
+    return reference.unpermute(y, row_map, weights, top_k), gate_up
+
+
+def _backward_reference(grad_out: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *inputs, _gate_up, needed = saved
+    with torch.enable_grad():
+        x, weights, gate_up_proj, down_proj = leaves = [
+            inputs[i].detach().requires_grad_() for i in (0, 1, 4, 5)
+        ]
+        out, _ = _reference_from_rows(x, weights, inputs[2], inputs[3], gate_up_proj, down_proj)
+    grad_x, grad_weights, *grad_proj = torch.autograd.grad(out, leaves, grad_out)
+    keep = (grad_x, *grad_proj)
+    grad_x, grad_gate_up, grad_down = (g if n else g.new_empty(0) for g, n in zip(keep, needed, strict=True))
+    return grad_x, grad_weights, grad_gate_up, grad_down
+
+
+register_table("moe_experts", [
+    Backend("cpu", _forward_cpu, NATIVE, "cpu"),
+    Backend("reference", _reference_from_rows, REFERENCE, by_name=True),
+])  # fmt: skip
+register_table("moe_experts_backward", [
+    Backend("cpu", _backward_cpu, NATIVE, "cpu"),
+    Backend("reference", _backward_reference, REFERENCE, by_name=True),
+])  # fmt: skip
+
+_INPUTS = "Tensor x, Tensor weights, Tensor offsets, Tensor row_map, Tensor gate_up_proj, Tensor down_proj"
+define(
+    f"moe_experts({_INPUTS}) -> (Tensor, Tensor)",
+    lambda x, *rest: select("moe_experts", x)(x, *rest),
+    lambda x, weights, offsets, row_map, gate_up, down: (
+        x.new_empty(x.shape),
+        x.new_empty(row_map.shape[0], gate_up.shape[1]),
+    ),
+)
+define(
+    f"moe_experts_backward(Tensor grad_out, {_INPUTS}, Tensor gate_up, bool[] needed)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda grad_out, x, *rest: select("moe_experts_backward", x)(grad_out, x, *rest),
+    lambda grad_out, x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up, needed: (
+        x.new_empty(x.shape if needed[0] else 0),
+        weights.new_empty(weights.shape),
+        x.new_empty(gate_up_proj.shape if needed[1] else 0),
+        x.new_empty(down_proj.shape if needed[2] else 0),
+    ),
+)

@@ -1,0 +1,147 @@
+"""One matrix product per expert, over rows in expert order."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sigma_kernels import _C, reference
+from sigma_kernels.backends import Backend, register_table, select
+from sigma_kernels.ops.library import (
+    LIB,
+    NATIVE,
+    REFERENCE,
+    check_float,
+    check_offsets,
+    check_shape,
+    define,
+    empty,
+    matrices,
+    rows,
+)
+
+
+def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, transpose_weight: bool = True) -> Tensor:
+    """Multiply each expert's rows by its own matrix.
+
+    y[r] = x[r] @ weight[e].T for offsets[e] <= r < offsets[e+1], or x[r] @ weight[e] without `transpose_weight`.
+
+    Args:
+        x: [R, K], rows in expert order.
+        weight: [E, N, K], or [E, K, N] without `transpose_weight`.
+        offsets: [E+1] int32 or int64, rising from 0 to R.
+    Returns: [R, N].  Each element is summed in a fixed order: same bits at any thread count.
+    Raises: TypeError for a dtype, ValueError for a shape or, on a CPU, offsets that do not rise from 0 to R.
+    """
+    op = "grouped_gemm"
+    check_float(op, x=x, weight=weight)
+    if weight.dim() != 3 or x.dim() != 2:
+        raise ValueError(
+            f"{op}: x must be [R, K] and weight [E, N, K], found {list(x.shape)} and {list(weight.shape)}"
+        )
+    E, K = weight.shape[0], weight.shape[2 if transpose_weight else 1]
+    check_shape(op, "x", x, ("R", K))
+    check_offsets(op, offsets, E, x.shape[0])
+    return torch.ops.sigma.grouped_gemm(x, weight, offsets.int(), transpose_weight)
+
+
+def grouped_outer_(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, *, accumulate: bool = False) -> Tensor:
+    """The weight gradient of a grouped GEMM, written or added to memory that the caller keeps.
+
+    out[e] (+)= a[rows of e].T @ b[rows of e]; an expert without rows gets zero, or is left as it is.
+
+    Args: out [E, A, B] contiguous; a [R, A]; b [R, B]; offsets [E+1].
+    Raises: as grouped_gemm; ValueError if out is not contiguous.
+    """
+    op = "grouped_outer_"
+    check_float(op, out=out, a=a, b=b)
+    check_shape(op, "a", a, ("R", "A"))
+    check_shape(op, "b", b, (a.shape[0], "B"))
+    check_shape(op, "out", out, ("E", a.shape[1], b.shape[1]))
+    check_offsets(op, offsets, out.shape[0], a.shape[0])
+    if not out.is_contiguous():
+        raise ValueError(f"{op}: out must be contiguous, found strides {list(out.stride())}")
+    torch.ops.sigma.grouped_outer_(out, a, b, offsets.int(), accumulate)
+    return out
+
+
+def _grouped_gemm_cpu(x: Tensor, weight: Tensor, offsets: Tensor, transpose_weight: bool) -> Tensor:
+    if weight.stride(-1) != 1 and weight.stride(-2) == 1:  # the same numbers, lying the other way
+        weight, transpose_weight = weight.transpose(1, 2), not transpose_weight
+    x, weight = rows(x), matrices(weight)
+    E, N, K = weight.shape if transpose_weight else (weight.shape[0], weight.shape[2], weight.shape[1])
+    y = empty(x, x.shape[0], N)
+    _C.grouped_gemm(
+        E, N, K, offsets.data_ptr(), x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
+        weight.stride(1), y.data_ptr(), transpose_weight, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _grouped_gemm_reference(x: Tensor, weight: Tensor, offsets: Tensor, transpose_weight: bool) -> Tensor:
+    return reference.grouped_gemm(x, weight, offsets, transpose_weight=transpose_weight)
+
+
+def _grouped_outer_cpu(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, accumulate: bool) -> None:
+    a, b = rows(a), rows(b)
+    _C.grouped_outer(
+        *out.shape, offsets.data_ptr(), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), out.data_ptr(),
+        accumulate, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _grouped_outer_reference(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, accumulate: bool) -> None:
+    value = reference.grouped_outer(a, b, offsets)
+    out.add_(value) if accumulate else out.copy_(value)
+
+
+def _grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    out = empty(a, offsets.shape[0] - 1, a.shape[1], b.shape[1])
+    select("grouped_outer", a)(out, a, b, offsets, False)
+    return out
+
+
+register_table("grouped_gemm", [
+    Backend("cpu", _grouped_gemm_cpu, NATIVE, "cpu"),
+    Backend("reference", _grouped_gemm_reference, REFERENCE, by_name=True),
+])  # fmt: skip
+register_table("grouped_outer", [
+    Backend("cpu", _grouped_outer_cpu, NATIVE, "cpu"),
+    Backend("reference", _grouped_outer_reference, REFERENCE, by_name=True),
+])  # fmt: skip
+
+define(
+    "grouped_gemm(Tensor x, Tensor weight, Tensor offsets, bool transpose_weight) -> Tensor",
+    lambda x, *rest: select("grouped_gemm", x)(x, *rest),
+    lambda x, weight, offsets, transpose: x.new_empty(x.shape[0], weight.shape[1 if transpose else 2]),
+)
+define(
+    "grouped_outer(Tensor a, Tensor b, Tensor offsets) -> Tensor",
+    _grouped_outer,
+    lambda a, b, offsets: a.new_empty(offsets.shape[0] - 1, a.shape[1], b.shape[1]),
+)
+define(
+    "grouped_outer_(Tensor(a!) out, Tensor a, Tensor b, Tensor offsets, bool accumulate) -> ()",
+    lambda out, a, *rest: select("grouped_outer", a)(out, a, *rest),
+    lambda *_: None,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, offsets, ctx.transpose_weight = inputs
+    ctx.save_for_backward(x, weight, offsets)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, offsets = ctx.saved_tensors
+    transposed = ctx.transpose_weight
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.sigma.grouped_gemm(grad, weight, offsets, not transposed)
+    if ctx.needs_input_grad[1]:
+        a, b = (grad, x) if transposed else (x, grad)
+        grad_weight = torch.ops.sigma.grouped_outer(a, b, offsets)
+    return grad_x, grad_weight, None, None
+
+
+torch.library.register_autograd("sigma::grouped_gemm", _backward, setup_context=_setup, lib=LIB)

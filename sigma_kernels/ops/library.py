@@ -1,0 +1,86 @@
+"""The torch library `sigma` and what every operation's file needs: registration, checks, native memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sigma_kernels import _C
+
+LIB = torch.library.Library("sigma", "FRAGMENT")
+NATIVE = (torch.float32,)
+REFERENCE = (torch.float32, torch.float64)
+
+_HUGE = 8 << 20
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register one operation: its schema, its implementation for all devices, and its shapes."""
+    name = schema.split("(")[0]
+    LIB.define(schema)
+    LIB.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sigma::{name}", fake, lib=LIB)
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Fresh memory; in huge pages where it is large, since first touch in small ones costs more than the kernel."""
+    out = like.new_empty(shape, dtype=dtype)
+    if out.device.type == "cpu" and out.nbytes >= _HUGE:
+        _C.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
+def rows(x: Tensor) -> Tensor:
+    """x itself if its rows are contiguous each, else a contiguous copy: what the kernels take."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def matrices(w: Tensor) -> Tensor:
+    """w [E, N, K] itself if K is contiguous, else a copy."""
+    return w if w.stride(-1) == 1 else w.contiguous()
+
+
+def check_float(op: str, **tensors: Tensor) -> None:
+    """All of one floating dtype and one device."""
+    (first, want), *others = tensors.items()
+    if not want.dtype.is_floating_point:
+        raise TypeError(f"{op}: {first} must be floating point, found {want.dtype}")
+    for name, tensor in others:
+        if tensor.dtype != want.dtype:
+            raise TypeError(
+                f"{op}: {name} must have the dtype of {first}, {want.dtype}, found {tensor.dtype}"
+            )
+        if tensor.device != want.device:
+            raise ValueError(
+                f"{op}: {name} must lie where {first} does, on {want.device}, found {tensor.device}"
+            )
+
+
+def check_shape(op: str, name: str, tensor: Tensor, wanted: tuple[int | str, ...]) -> None:
+    """wanted names free dimensions by a letter and fixes others by a number."""
+    shape = tuple(tensor.shape)
+    if len(shape) != len(wanted) or any(
+        isinstance(w, int) and w != s for w, s in zip(wanted, shape, strict=True)
+    ):
+        text = ", ".join(map(str, wanted))
+        raise ValueError(f"{op}: {name} must be [{text}], found {list(shape)}")
+
+
+def check_index(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} must be int32 or int64, found {tensor.dtype}")
+
+
+def check_offsets(op: str, offsets: Tensor, experts: int, rows: int) -> None:
+    """offsets [E+1] rises from 0 to the number of rows; its values are looked at on a CPU only."""
+    check_shape(op, "offsets", offsets, (experts + 1,))
+    check_index(op, "offsets", offsets)
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and type(offsets) is Tensor:
+        ends = offsets.tolist()
+        if ends[0] != 0 or ends[-1] != rows or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+            raise ValueError(f"{op}: offsets must rise from 0 to {rows}, the rows of x, found {_brief(ends)}")
+
+
+def _brief(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"{values[:4]} ... {values[-3:]}"

@@ -1,0 +1,152 @@
+"""Rows into expert order and back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sigma_kernels import _C, reference
+from sigma_kernels.backends import Backend, register_table, select
+from sigma_kernels.ops.library import LIB, NATIVE, REFERENCE, check_shape, define, empty, rows
+from sigma_kernels.routing import Routing
+
+
+def permute(x: Tensor, routing: Routing) -> Tensor:
+    """Copy each token's row to its places in expert order.
+
+    out[r] = x[row_map[r] // k].
+
+    Args:    x [T, H]; routing of these T tokens.
+    Returns: [R, H], R = T*k.
+    Raises:  ValueError if x is not [T, H].
+    """
+    check_shape("permute", "x", x, (routing.indices.shape[0], "H"))
+    return torch.ops.sigma.permute(x, routing.row_map, routing.top_k)
+
+
+def unpermute(y: Tensor, routing: Routing) -> Tensor:
+    """Bring rows in expert order back to their tokens, weighted.
+
+    out[t] = sum_j weights[t, j] * y[row of slot t*k + j].  The sum runs over j in order: same bits every time.
+
+    Args:    y [R, H]; routing, whose weights are differentiated as y is.
+    Returns: [T, H].
+    Raises:  ValueError if y is not [R, H]; TypeError if the weights are of another dtype.
+    """
+    check_shape("unpermute", "y", y, (routing.row_map.shape[0], "H"))
+    if routing.weights.dtype != y.dtype:
+        raise TypeError(
+            f"unpermute: routing.weights must have the dtype of y, {y.dtype}, found {routing.weights.dtype}"
+        )
+    return torch.ops.sigma.unpermute(y, routing.row_map, routing.weights, routing.top_k)
+
+
+def _permute_cpu(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
+    x = rows(x)
+    out = empty(x, row_map.shape[0], x.shape[1])
+    _C.permute(
+        *out.shape,
+        top_k,
+        x.data_ptr(),
+        x.stride(0),
+        row_map.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _unpermute_cpu(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
+    y = rows(y)
+    weights = None if weights is None else weights.contiguous()
+    R, H = y.shape
+    row_of_slot = torch.empty_like(row_map)
+    _C.invert(row_map.data_ptr(), R, row_of_slot.data_ptr())
+    out = empty(y, R // top_k, H)
+    _C.combine(
+        R // top_k, H, top_k, y.data_ptr(), y.stride(0), row_of_slot.data_ptr(),
+        0 if weights is None else weights.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _unpermute_backward_cpu(
+    grad_out: Tensor, y: Tensor, row_map: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_out, y, weights = rows(grad_out), rows(y), weights.contiguous()
+    grad_y, grad_weights = empty(y, *y.shape), torch.empty_like(weights)
+    _C.combine_backward(
+        *y.shape, weights.shape[1], grad_out.data_ptr(), grad_out.stride(0), y.data_ptr(), y.stride(0),
+        row_map.data_ptr(), weights.data_ptr(), grad_y.data_ptr(), grad_weights.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_y, grad_weights
+
+
+def _unpermute_backward_reference(
+    grad_out: Tensor, y: Tensor, row_map: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    top_k = weights.shape[1]
+    slot = row_map.long()
+    rows_of_grad = grad_out[slot // top_k]
+    grad_weights = torch.empty_like(weights)
+    grad_weights.view(-1)[slot] = (rows_of_grad * y).sum(-1)
+    return rows_of_grad * weights.reshape(-1)[slot, None], grad_weights
+
+
+register_table("permute", [
+    Backend("cpu", _permute_cpu, NATIVE, "cpu"),
+    Backend("reference", reference.permute, REFERENCE, by_name=True),
+])  # fmt: skip
+register_table("unpermute", [
+    Backend("cpu", _unpermute_cpu, NATIVE, "cpu"),
+    Backend("reference", reference.unpermute, REFERENCE, by_name=True),
+])  # fmt: skip
+register_table("unpermute_backward", [
+    Backend("cpu", _unpermute_backward_cpu, NATIVE, "cpu"),
+    Backend("reference", _unpermute_backward_reference, REFERENCE, by_name=True),
+])  # fmt: skip
+
+define(
+    "permute(Tensor x, Tensor row_map, int top_k) -> Tensor",
+    lambda x, *rest: select("permute", x)(x, *rest),
+    lambda x, row_map, top_k: x.new_empty(row_map.shape[0], x.shape[1]),
+)
+define(
+    "unpermute(Tensor y, Tensor row_map, Tensor? weights, int top_k) -> Tensor",
+    lambda y, *rest: select("unpermute", y)(y, *rest),
+    lambda y, row_map, weights, top_k: y.new_empty(y.shape[0] // top_k, y.shape[1]),
+)
+define(
+    "unpermute_backward(Tensor grad_out, Tensor y, Tensor row_map, Tensor weights) -> (Tensor, Tensor)",
+    lambda grad_out, y, *rest: select("unpermute_backward", y)(grad_out, y, *rest),
+    lambda grad_out, y, row_map, weights: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
+)
+
+
+def _setup_permute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, row_map, ctx.top_k = inputs
+    ctx.save_for_backward(row_map)
+
+
+def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (row_map,) = ctx.saved_tensors
+    return torch.ops.sigma.unpermute(grad, row_map, None, ctx.top_k), None, None
+
+
+def _setup_unpermute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, row_map, weights, ctx.top_k = inputs
+    ctx.save_for_backward(y, row_map, weights)
+
+
+def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    y, row_map, weights = ctx.saved_tensors
+    if weights is None:
+        return torch.ops.sigma.permute(grad, row_map, ctx.top_k), None, None, None
+    grad_y, grad_weights = torch.ops.sigma.unpermute_backward(grad, y, row_map, weights)
+    return grad_y, None, grad_weights, None
+
+
+torch.library.register_autograd("sigma::permute", _permute_backward, setup_context=_setup_permute, lib=LIB)
+torch.library.register_autograd(
+    "sigma::unpermute", _unpermute_backward, setup_context=_setup_unpermute, lib=LIB
+)

@@ -1,0 +1,223 @@
+"""The router's decision: which experts, with what weight, in what order of rows."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sigma_kernels import _C, reference
+from sigma_kernels.backends import Backend, register_table, select
+from sigma_kernels.ops.library import (
+    LIB,
+    NATIVE,
+    REFERENCE,
+    check_index,
+    define,
+    rows,
+)
+from sigma_kernels.routing import Routing
+
+Score = Literal["softmax", "sigmoid"]
+
+
+def route(
+    logits: Tensor,
+    top_k: int = 1,
+    *,
+    score: Score = "softmax",
+    normalize: bool = False,
+    bias: Tensor | None = None,
+) -> Routing:
+    """Pick `top_k` experts for each token.
+
+    p = score(logits); the chosen maximise p + bias; weights are p of the chosen, divided by their sum if `normalize`
+    (Shazeer et al. 2017, arXiv 1701.06538; bias: Wang et al. 2024, arXiv 2408.15664).  The softmax runs over all
+    experts before the choice, so that with top_k = 1 the weight still carries a gradient to the router; with
+    `normalize` and top_k = 1 it is always 1 and carries none.
+
+    Args:
+        logits: [T, E] f32 (f64 on the reference backend).
+        top_k: experts per token, 1..E.
+        score: "softmax" over the experts, or "sigmoid" of each.
+        bias: [E], added for the choice only; not differentiated.
+    Returns: Routing; indices best first, ties to the lower index, NaN last.
+    Raises: TypeError for a dtype, ValueError for a shape, top_k or score.
+    Cost: one read of the logits; no sort; no host synchronisation.
+    """
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"route: logits must be [T, E] with E > 0, found {list(logits.shape)}")
+    if not logits.dtype.is_floating_point:
+        raise TypeError(f"route: logits must be floating point, found {logits.dtype}")
+    E = logits.shape[1]
+    if not 1 <= top_k <= E:
+        raise ValueError(f"route: top_k must lie in 1..{E} (E={E}), found {top_k}")
+    if score not in ("softmax", "sigmoid"):
+        raise ValueError(f"route: score must be 'softmax' or 'sigmoid', found {score!r}")
+    if bias is not None:
+        if tuple(bias.shape) != (E,):
+            raise ValueError(f"route: bias must be [{E}], found {list(bias.shape)}")
+        bias = bias.detach().to(logits.dtype)
+    return Routing(*torch.ops.sigma.route(logits, top_k, score == "softmax", normalize, bias))
+
+
+def group_by_expert(indices: Tensor, num_experts: int, weights: Tensor | None = None) -> Routing:
+    """The Routing of a choice made elsewhere.
+
+    Args:
+        indices: [T, k] int32 or int64, values in 0..num_experts-1.
+        weights: [T, k] floating point; all one, f32, where not given.
+    Raises: TypeError for a dtype, ValueError for a shape or, on a CPU, an index out of range.
+    """
+    check_index("group_by_expert", "indices", indices)
+    if indices.dim() != 2 or indices.shape[1] == 0:
+        raise ValueError(f"group_by_expert: indices must be [T, k] with k > 0, found {list(indices.shape)}")
+    if num_experts < 1:
+        raise ValueError(f"group_by_expert: num_experts must be at least 1, found {num_experts}")
+    if weights is None:
+        weights = indices.new_ones(indices.shape, dtype=torch.float32)
+    elif weights.shape != indices.shape:
+        raise ValueError(
+            f"group_by_expert: weights must be {list(indices.shape)}, found {list(weights.shape)}"
+        )
+    narrow = indices.int()
+    return Routing(narrow, weights, *torch.ops.sigma.group_by_expert(narrow, num_experts))
+
+
+def _route_cpu(
+    logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    T, E = logits.shape
+    logits = rows(logits)
+    bias = None if bias is None else bias.contiguous()
+    out = _route_outputs(logits, top_k)
+    _C.route(
+        T, E, top_k, logits.data_ptr(), logits.stride(0), 0 if bias is None else bias.data_ptr(), softmax, normalize,
+        *(tensor.data_ptr() for tensor in out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _route_reference(
+    logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    score = "softmax" if softmax else "sigmoid"
+    return tuple(reference.route(logits, top_k, score=score, normalize=normalize, bias=bias))
+
+
+def _route_outputs(logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    T, E = logits.shape
+    int32 = torch.int32
+    return (
+        logits.new_empty(T, top_k, dtype=int32),
+        logits.new_empty(T, top_k),
+        logits.new_empty(E, dtype=int32),
+        logits.new_empty(E + 1, dtype=int32),
+        logits.new_empty(T * top_k, dtype=int32),
+    )
+
+
+def _route_backward_cpu(
+    grad_weights: Tensor, logits: Tensor, indices: Tensor, softmax: bool, normalize: bool
+) -> Tensor:
+    T, E = logits.shape
+    logits, grad_weights = rows(logits), grad_weights.contiguous()
+    grad_logits = logits.new_empty(T, E)
+    _C.route_backward(
+        T, E, indices.shape[1], logits.data_ptr(), logits.stride(0), softmax, normalize, indices.data_ptr(),
+        grad_weights.data_ptr(), grad_logits.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_logits
+
+
+def _route_backward_reference(
+    grad_weights: Tensor, logits: Tensor, indices: Tensor, softmax: bool, normalize: bool
+) -> Tensor:
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        weights = (leaf.softmax(-1) if softmax else leaf.sigmoid()).gather(1, indices.long())
+        if normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+    return torch.autograd.grad(weights, leaf, grad_weights)[0]
+
+
+def _group_cpu(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    indices = indices.contiguous()
+    out = _group_outputs(indices, num_experts)
+    wrong = _C.group_by_expert(
+        indices.data_ptr(),
+        indices.numel(),
+        num_experts,
+        *(t.data_ptr() for t in out),
+        torch.get_num_threads(),
+    )
+    if wrong >= 0:
+        raise ValueError(_out_of_range(indices, num_experts, wrong))
+    return out
+
+
+def _group_reference(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    wrong = ((indices < 0) | (indices >= num_experts)).reshape(-1).nonzero()
+    if len(wrong):
+        raise ValueError(_out_of_range(indices, num_experts, int(wrong[0])))
+    return reference.group_by_expert(indices, num_experts)
+
+
+def _out_of_range(indices: Tensor, num_experts: int, slot: int) -> str:
+    found, token = int(indices.reshape(-1)[slot]), slot // indices.shape[1]
+    return (
+        f"expert indices must lie in 0..{num_experts - 1} (E={num_experts}), found {found} at token {token}"
+    )
+
+
+def _group_outputs(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        indices.new_empty(num_experts),
+        indices.new_empty(num_experts + 1),
+        indices.new_empty(indices.numel()),
+    )
+
+
+register_table("route", [
+    Backend("cpu", _route_cpu, NATIVE, "cpu"),
+    Backend("reference", _route_reference, REFERENCE, by_name=True),
+])  # fmt: skip
+register_table("route_backward", [
+    Backend("cpu", _route_backward_cpu, NATIVE, "cpu"),
+    Backend("reference", _route_backward_reference, REFERENCE, by_name=True),
+])  # fmt: skip
+INDEX = (torch.int32,)
+register_table("group_by_expert", [
+    Backend("cpu", _group_cpu, INDEX, "cpu"),
+    Backend("reference", _group_reference, INDEX, by_name=True),
+])  # fmt: skip
+
+define(
+    "route(Tensor logits, int top_k, bool softmax, bool normalize, Tensor? bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda logits, *rest: select("route", logits)(logits, *rest),
+    lambda logits, top_k, softmax, normalize, bias: _route_outputs(logits, top_k),
+)
+define(
+    "route_backward(Tensor grad_weights, Tensor logits, Tensor indices, bool softmax, bool normalize) -> Tensor",
+    lambda grad, logits, *rest: select("route_backward", logits)(grad, logits, *rest),
+    lambda grad, logits, *rest: logits.new_empty(logits.shape),
+)
+define(
+    "group_by_expert(Tensor indices, int num_experts) -> (Tensor, Tensor, Tensor)",
+    lambda indices, num_experts: select("group_by_expert", indices)(indices, num_experts),
+    _group_outputs,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, ctx.softmax, ctx.normalize, _ = inputs
+    ctx.save_for_backward(logits, output[0])
+
+
+def _backward(ctx: Any, _indices: Any, grad_weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    logits, indices = ctx.saved_tensors
+    grad = torch.ops.sigma.route_backward(grad_weights, logits, indices, ctx.softmax, ctx.normalize)
+    return grad, None, None, None, None
+
+
+torch.library.register_autograd("sigma::route", _backward, setup_context=_setup, lib=LIB)

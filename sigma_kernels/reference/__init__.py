@@ -1,0 +1,18 @@
+"""Each operation in plain torch: the definition of what the kernels compute, and the oracle of every test."""
+
+from sigma_kernels.reference.experts import moe_experts
+from sigma_kernels.reference.grouped_gemm import grouped_gemm, grouped_outer
+from sigma_kernels.reference.permute import permute, unpermute
+from sigma_kernels.reference.route import group_by_expert, route
+from sigma_kernels.reference.swiglu import swiglu
+
+__all__ = [
+    "group_by_expert",
+    "grouped_gemm",
+    "grouped_outer",
+    "moe_experts",
+    "permute",
+    "route",
+    "swiglu",
+    "unpermute",
+]

@@ -1,0 +1,34 @@
+"""The one small object that every later step reads: which expert each token goes to, and in what order."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """Where T tokens go among E experts, k each.
+
+    Slot s = t*k + j is the j-th choice of token t; row r is its place in expert order, R = T*k of both.
+    Within an expert, rows keep the order of their slots, so the order is the same on every backend.
+
+    Attributes:
+        indices: [T, k] int32, the experts of each token, best first.
+        weights: [T, k], the factor of each expert's output; differentiable where the router is.
+        counts:  [E] int32, rows of each expert.
+        offsets: [E+1] int32, exclusive prefix sum of counts: rows offsets[e]..offsets[e+1] belong to e.
+        row_map: [R] int32, the slot of each row.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    counts: Tensor
+    offsets: Tensor
+    row_map: Tensor
+
+    @property
+    def top_k(self) -> int:
+        return self.indices.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts.shape[0]
