@@ -1,6 +1,7 @@
 """The torch library `sigma` and what every operation's file needs: registration, checks, native memory."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def check_offsets(op: str, offsets: Tensor, experts: int, rows: int) -> None:
     check_index(op, "offsets", offsets)
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and type(offsets) is Tensor:
         ends = offsets.tolist()
-        if ends[0] != 0 or ends[-1] != rows or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+        if ends[0] != 0 or ends[-1] != rows or any(b < a for a, b in pairwise(ends)):
             raise ValueError(f"{op}: offsets must rise from 0 to {rows}, the rows of x, found {_brief(ends)}")
 
 

@@ -57,7 +57,9 @@ def route(
         if tuple(bias.shape) != (E,):
             raise ValueError(f"route: bias must be [{E}], found {list(bias.shape)}")
         bias = bias.detach().to(logits.dtype)
-    return Routing(*torch.ops.sigma.route(logits, top_k, score == "softmax", normalize, bias))
+    # The operation answers with the weights first: opcheck adds all outputs onto the first, which must be a float.
+    weights, indices, *order = torch.ops.sigma.route(logits, top_k, score == "softmax", normalize, bias)
+    return Routing(indices, weights, *order)
 
 
 def group_by_expert(indices: Tensor, num_experts: int, weights: Tensor | None = None) -> Routing:
@@ -89,10 +91,11 @@ def _route_cpu(
     T, E = logits.shape
     logits = rows(logits)
     bias = None if bias is None else bias.contiguous()
-    out = _route_outputs(logits, top_k)
+    out = weights, indices, counts, offsets, row_map = _route_outputs(logits, top_k)
     _C.route(
         T, E, top_k, logits.data_ptr(), logits.stride(0), 0 if bias is None else bias.data_ptr(), softmax, normalize,
-        *(tensor.data_ptr() for tensor in out), torch.get_num_threads(),
+        indices.data_ptr(), weights.data_ptr(), counts.data_ptr(), offsets.data_ptr(), row_map.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -101,15 +104,16 @@ def _route_reference(
     logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
     score = "softmax" if softmax else "sigmoid"
-    return tuple(reference.route(logits, top_k, score=score, normalize=normalize, bias=bias))
+    routing = reference.route(logits, top_k, score=score, normalize=normalize, bias=bias)
+    return routing.weights, routing.indices, *routing[2:]
 
 
 def _route_outputs(logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
     T, E = logits.shape
     int32 = torch.int32
     return (
-        logits.new_empty(T, top_k, dtype=int32),
         logits.new_empty(T, top_k),
+        logits.new_empty(T, top_k, dtype=int32),
         logits.new_empty(E, dtype=int32),
         logits.new_empty(E + 1, dtype=int32),
         logits.new_empty(T * top_k, dtype=int32),
@@ -211,10 +215,11 @@ define(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _, ctx.softmax, ctx.normalize, _ = inputs
-    ctx.save_for_backward(logits, output[0])
+    ctx.save_for_backward(logits, output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, _indices: Any, grad_weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     logits, indices = ctx.saved_tensors
     grad = torch.ops.sigma.route_backward(grad_weights, logits, indices, ctx.softmax, ctx.normalize)
     return grad, None, None, None, None

@@ -1,0 +1,1 @@
+"""A reference trainer for sparse mixture-of-experts language models, one idea a file; run it as `sigma train`."""

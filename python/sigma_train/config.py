@@ -1,0 +1,348 @@
+"""The settings of a run: typed, validated, frozen; defaults < preset < file < `--set section.key=value`."""
+
+import difflib
+import hashlib
+import json
+import tomllib
+import warnings
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+
+class ConfigError(ValueError):
+    """A wrong setting, in one sentence."""
+
+
+class ConfigWarning(UserWarning):
+    """A legal setting that seldom does what was meant."""
+
+
+class Wanted(str):
+    """What a field accepts, in words; errors read '<key> must be <wanted>, found <value>'."""
+
+    __slots__ = ()
+
+
+def _number(kind: type, wanted: str, **bounds: float) -> Any:
+    """A strict number: no True for 1, no '3' for 3, no nan."""
+    limits = bounds if kind is int else bounds | {"allow_inf_nan": False}
+    return Annotated[kind, Field(strict=True, **limits), Wanted(wanted)]
+
+
+Count = _number(int, "an integer of at least 1", ge=1)
+Whole = _number(int, "an integer of at least 0", ge=0)
+Positive = _number(float, "a number above 0", gt=0)
+NonNegative = _number(float, "a number of at least 0", ge=0)
+Share = _number(float, "a number from 0 to 1", ge=0, le=1)
+OpenShare = _number(float, "a number above 0 and below 1", gt=0, lt=1)
+Beta = _number(float, "a number of at least 0 and below 1", ge=0, lt=1)
+EvenCount = Annotated[int, Field(strict=True, ge=2, multiple_of=2), Wanted("an even integer of at least 2")]
+Vocabulary = Annotated[
+    int,
+    Field(strict=True, ge=257, le=1 << 32),
+    Wanted("an integer of at least 257, one token per byte and the end of text"),
+]
+OptionalCount = Annotated[Count | None, Wanted("an integer of at least 1, or none")]
+OptionalPositive = Annotated[Positive | None, Wanted("a number above 0, or none")]
+OptionalPath = Annotated[str | None, Wanted("a path, or none")]
+TopK = Annotated[
+    Count | tuple[Count, ...], Wanted("an integer of at least 1, or a list of them, one for each layer")
+]
+Betas = Annotated[tuple[Beta, Beta], Wanted("two numbers of at least 0 and below 1")]
+Paths = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    Wanted("a list of files, folders or globs"),
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    vocab_size: Vocabulary = 4096
+    hidden_size: Count = 256
+    num_layers: Count = 4
+    num_heads: Count = 4
+    num_kv_heads: Count = 2
+    head_dim: EvenCount = 64  # even: rotary embeddings turn pairs
+    intermediate_size: Count = 256  # of one expert; a dense MLP is intermediate_size * top_k wide
+    num_experts: Count = 96  # 1 is a dense SwiGLU MLP without a router
+    top_k: TopK = 1
+    max_seq_len: Count = 256
+    rope_theta: Positive = 10000.0
+    norm_eps: Positive = 1e-6
+    tie_embeddings: bool = Field(True, strict=True)
+    init_std: Positive = 0.02
+    expert_init_std: OptionalPositive = None  # none: init_std
+
+    @property
+    def layer_top_k(self) -> tuple[int, ...]:
+        """top_k of each layer."""
+        return self.top_k if isinstance(self.top_k, tuple) else (self.top_k,) * self.num_layers
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_heads must be a multiple of model.num_kv_heads, "
+                f"found {self.num_heads} and {self.num_kv_heads}"
+            )
+        if len(self.layer_top_k) != self.num_layers:
+            raise ConfigError(
+                f"model.top_k must have one entry for each of model.num_layers = {self.num_layers} layers, "
+                f"found {len(self.layer_top_k)}"
+            )
+        if self.num_experts > 1 and max(self.layer_top_k) > self.num_experts:
+            raise ConfigError(
+                f"model.top_k must not exceed model.num_experts = {self.num_experts}, "
+                f"found {max(self.layer_top_k)}"
+            )
+        return self
+
+
+class RouterConfig(_Section):
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = Field(False, strict=True)  # weights of the chosen divided by their sum
+    balance: Literal["loss", "global", "bias", "none"] = "loss"
+    balance_coef: NonNegative = 1e-2
+    z_coef: NonNegative = 0.0
+    bias_rate: NonNegative = 1e-3
+    output_scale: Positive = 1.0  # multiplies what the experts add
+    aux_score: Literal["softmax", "sigmoid"] = "softmax"  # the score that the balance loss reads
+
+
+class DataConfig(_Section):
+    paths: Paths = ()  # empty: the Python standard library's source on this machine
+    val_fraction: OpenShare = 0.02
+    cache_dir: OptionalPath = None  # none: $SIGMA_CACHE, else ~/.cache/sigma-kernels
+    max_bytes: OptionalCount = None
+
+
+class OptimConfig(_Section):
+    lr: Positive = 1e-3
+    expert_lr_scale: Positive = 1.0
+    router_lr_scale: Positive = 1.0
+    min_lr_ratio: Share = 0.1
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: Whole = 50
+    decay_fraction: Share = 0.2  # of the steps, at their end; wsd only
+    betas: Betas = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    grad_clip: Positive = 1.0
+
+
+class TrainConfig(_Section):
+    steps: Count = 600
+    batch_size: Count = 8  # sequences of one rank and one micro-step
+    seq_len: Count = 256
+    grad_accum: Count = 1
+    seed: Whole = 0
+    eval_every: Count = 50
+    eval_batches: Count = 20
+    log_every: Count = 10
+    save_every: Count = 200
+    keep: Count = 2
+    sample_every: Whole = 0  # 0: never
+    time_budget_s: OptionalPositive = None
+    out: str = "runs/default"
+    threads: OptionalCount = None
+
+
+class Config(_Section):
+    model: ModelConfig = ModelConfig()
+    router: RouterConfig = RouterConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.train.seq_len > self.model.max_seq_len:
+            raise ConfigError(
+                f"train.seq_len must not exceed model.max_seq_len = {self.model.max_seq_len}, "
+                f"found {self.train.seq_len}"
+            )
+        if self.router.normalize and self.model.num_experts > 1 and 1 in self.model.layer_top_k:
+            warnings.warn(
+                "router.normalize = true with model.top_k = 1 makes every routing weight 1, "
+                "so the router gets no gradient from the task loss",
+                ConfigWarning,
+                stacklevel=2,
+            )
+        return self
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> Self:
+        """Validate nested settings; raises ConfigError where the constructor raises pydantic's error."""
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            raise ConfigError(_sentence(error, settings)) from None
+
+    def to_toml(self) -> str:
+        """All settings as TOML that `load_config` reads back to an equal Config (none is left out)."""
+        tables = []
+        for section, settings in self.model_dump().items():
+            lines = [f"{key} = {_toml(value)}\n" for key, value in settings.items() if value is not None]
+            tables.append(f"[{section}]\n" + "".join(lines))
+        return "\n".join(tables)
+
+
+# These change what a run reports, keeps or costs, never the numbers that it computes.
+_NOT_DIGESTED = {
+    "data": {"cache_dir"},
+    "train": {
+        *("eval_every", "eval_batches", "log_every", "save_every", "sample_every"),
+        *("keep", "time_budget_s", "out", "threads"),
+    },
+}
+
+
+def config_digest(cfg: Config) -> str:
+    """Sixteen hex digits of everything that shapes the trained weights; equal digests may resume each other."""
+    settings = json.dumps(cfg.model_dump(exclude=_NOT_DIGESTED), sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:16]
+
+
+def preset_names() -> list[str]:
+    folder = resources.files(__package__) / "presets"
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def load_config(preset: str | None, config_file: Path | None, overrides: list[str]) -> Config:
+    """Defaults, then the preset, then the file, then each `section.key=value`, the later over the former.
+
+    A value is read as TOML, else taken as a plain string; `none` clears an optional setting.
+    Raises: ConfigError, one sentence that names the key.
+    """
+    layers = []
+    if preset is not None:
+        layers.append(_read_preset(preset))
+    if config_file is not None:
+        layers.append(_read_file(Path(config_file)))
+    layers += [_parse_override(text) for text in overrides]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for section, settings in layer.items():
+            if isinstance(settings, dict) and isinstance(merged.get(section, {}), dict):
+                merged[section] = merged.get(section, {}) | settings
+            else:
+                merged[section] = settings
+    return Config.from_dict(merged)
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    names = preset_names()
+    if name not in names:
+        nearest = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(names)}"
+        raise ConfigError(f"unknown preset {name!r}; {hint}")
+    return tomllib.loads((resources.files(__package__) / "presets" / f"{name}.toml").read_text())
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals:
+        raise ConfigError(f"--set wants section.key=value, found {text!r}")
+    if not dot:
+        raise ConfigError(f"--set wants section.key=value, found {text!r}; {_nearest(name.strip())}")
+    return {section: {key: _parse_value(value.strip())}}
+
+
+def _parse_value(text: str) -> Any:
+    if text.lower() == "none":
+        return None
+    try:
+        value = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    # A date or a second line is no setting of ours, but may be a name such as runs of that day.
+    return (
+        value["value"]
+        if len(value) == 1 and isinstance(value["value"], bool | int | float | str | list)
+        else text
+    )
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(
+        value, str
+    ):  # JSON escapes are TOML escapes; DEL is the one character TOML escapes and JSON not
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    return repr(value)
+
+
+def _fields(section: str) -> dict[str, FieldInfo]:
+    return Config.model_fields[section].annotation.model_fields
+
+
+def _nearest(name: str) -> str:
+    """The valid key closest to `name`: the same key elsewhere, else by spelling, else what the section has."""
+    section, dot, key = name.partition(".")
+    if not dot:
+        section, key = "", name
+    keys = [f"{s}.{k}" for s in Config.model_fields for k in _fields(s)]
+    same = [full for full in keys if full.endswith(f".{key}")]
+    local = [full for full in keys if full.startswith(f"{section}.")]
+    short = {full.partition(".")[2]: full for full in reversed(keys)}
+    by_spelling = [short[k] for k in difflib.get_close_matches(key, short, n=1)]
+    close = same or difflib.get_close_matches(name, local, n=1, cutoff=0.75) or by_spelling
+    if close:
+        return f"did you mean {close[0]}?"
+    if local:
+        return f"[{section}] has {', '.join(_fields(section))}"
+    return f"the sections are {', '.join(Config.model_fields)}"
+
+
+def _wanted(field: FieldInfo) -> str:
+    for note in field.metadata:
+        if isinstance(note, Wanted):
+            return note
+    if get_origin(field.annotation) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(field.annotation))
+    return {bool: "true or false", str: "a string"}[field.annotation]
+
+
+def _sentence(error: ValidationError, settings: dict[str, Any]) -> str:
+    """pydantic's report, cut to the one thing to mend first: a misspelt key before a wrong value."""
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    section, *key = first["loc"][:2] or [""]
+    if first["type"] == "extra_forbidden" and not key:
+        nearest = difflib.get_close_matches(section, Config.model_fields, n=1)
+        hint = (
+            f"did you mean {nearest[0]}?" if nearest else f"the sections are {', '.join(Config.model_fields)}"
+        )
+        return f"unknown section {section!r}; {hint}"
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {section}.{key[0]}; {_nearest(f'{section}.{key[0]}')}"
+    if first["type"] == "value_error" and "error" in first.get("ctx", {}):
+        return str(first["ctx"]["error"])
+    if not key:
+        return f"{section} must be a table of settings, found {settings[section]!r}"
+    return (
+        f"{section}.{key[0]} must be {_wanted(_fields(section)[key[0]])}, found {settings[section][key[0]]!r}"
+    )

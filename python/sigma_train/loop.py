@@ -1,0 +1,192 @@
+"""The run: steps, validation, checkpoints, and an end that loses nothing."""
+
+import ctypes
+import ctypes.util
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from sigma_kernels import nn as sk_nn
+from sigma_train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from sigma_train.config import Config, ConfigError, config_digest
+from sigma_train.dataset import PreparedData, TokenDataset, prepare
+from sigma_train.files import write_text
+from sigma_train.metrics import Metrics
+from sigma_train.model import LanguageModel
+from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
+
+
+class Trainer:
+    """One run in one folder: config.toml, metrics.jsonl, tokenizer.json, checkpoints/."""
+
+    def __init__(self, config: Config, console: Console, resume: bool) -> None:
+        self.config, self.console = config, console
+        self.out = Path(config.train.out)
+        self.checkpoints = self.out / "checkpoints"
+        self.step, self.tokens_seen, self._stop = 0, 0, False
+        latest = latest_checkpoint(self.checkpoints) if self.checkpoints.is_dir() else None
+        if latest is not None and not resume:
+            raise ConfigError(
+                f"{self.out} already holds a run; continue it with --resume or name another --out"
+            )
+        keep_freed_memory()
+        torch.set_num_threads(config.train.threads or torch.get_num_threads())
+        torch.manual_seed(config.train.seed)
+        self.data: PreparedData = prepare(config)
+        self.model = LanguageModel(config)
+        self.optimizer = make_optimizer(self.model, config.optim)
+        if latest is not None:
+            self._resume(latest)
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_text(self.out / "config.toml", config.to_toml())
+        self.data.tokenizer.save(self.out / "tokenizer.json")
+        self.metrics = Metrics(self.out / "metrics.jsonl", self.step)
+
+    def _resume(self, path: Path) -> None:
+        checkpoint = load_checkpoint(path)
+        if checkpoint.extra["config_digest"] != config_digest(self.config):
+            raise ConfigError(f"{self.out} holds a run of other settings; name another --out")
+        missing, unexpected = self.model.load_state_dict(checkpoint.model_state, strict=False)
+        if unexpected or any(name != "lm_head.weight" for name in missing):
+            raise ConfigError(f"checkpoint {path} does not fit this model: {(missing + unexpected)[0]}")
+        self.optimizer.load_state_dict(checkpoint.optim_state)
+        self.step, self.tokens_seen = checkpoint.step, checkpoint.extra["tokens_seen"]
+        self.console.print(f"resumed {path} at step {self.step}")
+
+    def run(self) -> None:
+        """Train to the last step, to the time budget, or to a signal; then save."""
+        t, started = self.config.train, time.monotonic()
+        former = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            saved = self.step
+            last_log, last_tokens = time.monotonic(), self.tokens_seen
+            while self.step < t.steps and not self._stop:
+                if t.time_budget_s is not None and time.monotonic() - started > t.time_budget_s:
+                    self.console.print(f"time budget of {t.time_budget_s:g} s is spent")
+                    break
+                row = self._train_step()
+                self.step += 1
+                if self.step % t.log_every == 0 or self.step == t.steps:
+                    now = time.monotonic()
+                    row["tokens_per_s"] = (self.tokens_seen - last_tokens) / (now - last_log)
+                    last_log, last_tokens = now, self.tokens_seen
+                    self._report(row)
+                self.metrics.write(self.step, **row)
+                if self.step % t.eval_every == 0 or self.step == t.steps:
+                    self._validate()
+                    last_log, last_tokens = time.monotonic(), self.tokens_seen
+                if self.step % t.save_every == 0:
+                    self._save()
+                    saved = self.step
+            if saved != self.step:
+                self._save()
+            if self._stop:
+                self.console.print(f"stopped at step {self.step}; saved, continue with --resume")
+        finally:
+            for s, handler in former.items():
+                signal.signal(s, handler)
+            self.metrics.close()
+
+    def _on_signal(self, *_: Any) -> None:
+        self._stop = True
+
+    def _train_step(self) -> dict[str, Any]:
+        t, o = self.config.train, self.config.optim
+        rate = learning_rate(self.step, self.config)
+        set_learning_rate(self.optimizer, rate)
+        loss_sum, counts = 0.0, []
+        for micro in range(t.grad_accum):
+            inputs, targets = self.data.train.batch(
+                self.step * t.grad_accum + micro, t.batch_size, t.seq_len, t.seed
+            )
+            logits = self.model(inputs)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            counts.append([moe.last_routing.counts for moe in self.model.moe_layers()])
+            ((loss + self._balance_loss()) / t.grad_accum).backward()
+            loss_sum += loss.item()
+            self.tokens_seen += inputs.numel()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.grad_clip, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        layer_counts = [sum(layer) for layer in zip(*counts, strict=True)]
+        if self.config.router.balance == "bias":
+            for moe, layer in zip(self.model.moe_layers(), layer_counts, strict=True):
+                sk_nn.update_expert_bias(moe.router, layer, self.config.router.bias_rate)
+        row = {
+            "loss": loss_sum / t.grad_accum,
+            "grad_norm": norm.item(),
+            "lr": rate,
+            "tokens": self.tokens_seen,
+        }
+        if layer_counts:
+            row["load"] = [layer.tolist() for layer in layer_counts]
+        return row
+
+    def _balance_loss(self) -> Tensor | float:
+        r = self.config.router
+        total: Tensor | float = 0.0
+        for moe in self.model.moe_layers():
+            logits, counts = moe.last_logits, moe.last_routing.counts
+            if r.balance in ("loss", "global") and r.balance_coef:
+                counts = sk_nn.global_counts(counts) if r.balance == "global" else counts
+                total = total + r.balance_coef * sk_nn.load_balancing_loss(logits, counts, score=r.aux_score)
+            if r.z_coef:
+                total = total + r.z_coef * sk_nn.router_z_loss(logits)
+        return total
+
+    def _report(self, row: dict[str, Any]) -> None:
+        load = ""
+        if "load" in row:
+            worst = max(max(layer) * len(layer) / sum(layer) for layer in row["load"])
+            load = f"  busiest expert {worst:.1f} x mean"
+        self.console.print(
+            f"step {self.step:5d}/{self.config.train.steps}  loss {row['loss']:.4f}  "
+            f"{row['tokens_per_s']:,.0f} tokens/s  lr {row['lr']:.2e}{load}",
+            highlight=False,
+        )
+
+    def _validate(self) -> None:
+        bits = evaluate(self.model, self.data.val, self.config)
+        self.metrics.write(self.step, val_bits_per_byte=bits, tokens=self.tokens_seen)
+        self.console.print(
+            f"step {self.step:5d}  validation {bits:.4f} bits per byte", style="bold", highlight=False
+        )
+
+    def _save(self) -> None:
+        extra = {"config_digest": config_digest(self.config), "tokens_seen": self.tokens_seen}
+        save_checkpoint(
+            self.checkpoints,
+            self.step,
+            self.model.state_dict(),
+            self.optimizer.state_dict(),
+            extra,
+            self.config.train.keep,
+        )
+
+
+@torch.no_grad()
+def evaluate(model: LanguageModel, data: TokenDataset, config: Config) -> float:
+    """Bits per byte on the first eval_batches batches of the validation split."""
+    t = config.train
+    nats, num_bytes = 0.0, 0
+    for inputs, targets in data.eval_batches(t.batch_size, t.seq_len, t.eval_batches):
+        logits = model(inputs)
+        nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        num_bytes += data.count_bytes(targets)
+    return nats / math.log(2) / num_bytes
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks, so that no step after the first pays for fresh pages again."""
+    libc = ctypes.CDLL(ctypes.util.find_library("c") or None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, (1 << 31) - 1)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)

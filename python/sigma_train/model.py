@@ -1,0 +1,129 @@
+"""The language model: the Qwen3-MoE architecture of Hugging Face, on `sigma_kernels.nn`.
+
+Pre-norm blocks of grouped-query attention with normalised queries and keys, and a mixture of SwiGLU experts, or one
+dense SwiGLU MLP where num_experts is 1.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sigma_kernels.nn import MoE
+from sigma_train.config import Config, ModelConfig
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions (Su et al. 2021) and RMS-normalised queries and keys."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
+        self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, S, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, S, self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(B, S, self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).view(B, S, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=True
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pair (x_i, x_{i+d/2}) by its position's angle."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+class MLP(nn.Module):
+    """The dense twin of an expert: down(silu(gate x) * up x)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, top_k: int) -> None:
+        super().__init__()
+        c, r = config.model, config.router
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
+        self.mlp: nn.Module
+        if c.num_experts == 1:
+            self.mlp = MLP(c.hidden_size, c.intermediate_size * top_k)
+        else:
+            self.mlp = MoE(
+                c.hidden_size,
+                c.intermediate_size,
+                c.num_experts,
+                top_k,
+                score=r.score,
+                normalize=r.normalize and top_k > 1,  # over one expert it would cut the router's gradient
+                use_bias=r.balance == "bias",
+                output_scale=r.output_scale,
+            )
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LanguageModel(nn.Module):
+    """Tokens [B, S] int64 to logits [B, S, vocabulary]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        c = config.model
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(config, k) for k in c.layer_top_k)
+        self.norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        if c.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
+        angle = torch.outer(torch.arange(c.max_seq_len), frequency).repeat(1, 2)  # [S, head_dim]
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+        self._initialize(c)
+
+    def _initialize(self, c: ModelConfig) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                std = c.expert_init_std if ".experts." in name and c.expert_init_std else c.init_std
+                nn.init.normal_(parameter, std=std)
+
+    def moe_layers(self) -> list[MoE]:
+        return [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        S = tokens.shape[1]
+        x = self.embed_tokens(tokens)
+        for block in self.layers:
+            x = block(x, self.cos[:S], self.sin[:S])
+        return self.lm_head(self.norm(x))
+
+    def active_parameters(self) -> int:
+        """Parameters that one token meets, embeddings counted once."""
+        total = sum(p.numel() for p in self.parameters())
+        for moe in self.moe_layers():
+            E = moe.router.weight.shape[0]
+            experts = sum(p.numel() for p in moe.experts.parameters())
+            total -= experts - experts // E * moe.router.top_k
+        return total

@@ -1,0 +1,47 @@
+"""AdamW and the learning rate."""
+
+import math
+
+import torch
+
+from sigma_train.config import Config, OptimConfig
+from sigma_train.model import LanguageModel
+
+
+def make_optimizer(model: LanguageModel, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW in four groups: experts, routers, other matrices, and norms, which do not decay."""
+    groups: dict[str, dict] = {
+        "experts": {"scale": config.expert_lr_scale, "weight_decay": config.weight_decay},
+        "routers": {"scale": config.router_lr_scale, "weight_decay": 0.0},
+        "matrices": {"scale": 1.0, "weight_decay": config.weight_decay},
+        "norms": {"scale": 1.0, "weight_decay": 0.0},
+    }
+    for name, parameter in model.named_parameters():
+        kind = "experts" if ".experts." in name else "routers" if ".router." in name else "matrices"
+        kind = "norms" if parameter.dim() == 1 else kind
+        groups[kind].setdefault("params", []).append(parameter)
+    return torch.optim.AdamW(
+        [group for group in groups.values() if "params" in group],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """The rate of step 0, 1, ...: linear warm-up, then a cosine, or flat with a linear end (WSD)."""
+    o, steps = config.optim, config.train.steps
+    if step < o.warmup_steps:
+        return o.lr * (step + 1) / o.warmup_steps
+    if o.schedule == "cosine":
+        share = (step - o.warmup_steps) / max(1, steps - o.warmup_steps)
+        factor = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    else:
+        factor = min(1.0, (steps - step) / max(1.0, o.decay_fraction * steps))
+    return o.lr * (o.min_lr_ratio + (1 - o.min_lr_ratio) * factor)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]

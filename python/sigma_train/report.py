@@ -1,0 +1,92 @@
+"""The end of a run as pictures and one offline page: loss curves, expert load over time, throughput, a sample."""
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from sigma_train.files import atomic_file, write_text
+from sigma_train.metrics import read_metrics
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2530}
+img{max-width:100%}pre{background:#f4f6f8;padding:1rem;overflow-x:auto;white-space:pre-wrap;font-size:13px}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}"""
+
+
+def write_report(run: Path, sample: str) -> Path:
+    """Write report.html and its PNGs into the folder of a run; returns the page's path."""
+    rows = list(read_metrics(run / "metrics.jsonl"))
+    figures = {"Loss": loss_figure(rows), "Throughput": throughput_figure(rows)}
+    if any("load" in row for row in rows):
+        figures["Expert load"] = load_figure(rows)
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(run.name)}</title><style>{STYLE}</style>"
+    ]
+    parts.append(f"<h1>{html.escape(run.name)}</h1>")
+    bits = [row["val_bits_per_byte"] for row in rows if "val_bits_per_byte" in row]
+    if bits:
+        parts.append(f"<p>Validation: {bits[-1]:.4f} bits per byte after {rows[-1]['tokens']:,} tokens.</p>")
+    for title, figure in figures.items():
+        content = png(figure)
+        with atomic_file(run / f"{title.lower().replace(' ', '-')}.png") as file:
+            file.write(content)
+        data = base64.b64encode(content).decode()
+        parts.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{data}">')
+    parts.append(f"<h2>Sample</h2><pre>{html.escape(sample)}</pre>")
+    parts.append(f"<h2>Settings</h2><pre>{html.escape((run / 'config.toml').read_text())}</pre>")
+    write_text(run / "report.html", "\n".join(parts))
+    return run / "report.html"
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def loss_figure(rows: list[dict[str, Any]]) -> Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    left.plot(*zip(*train, strict=True), linewidth=1)
+    left.set(xlabel="step", ylabel="training loss, nats per token")
+    val = [(row["step"], row["val_bits_per_byte"]) for row in rows if "val_bits_per_byte" in row]
+    if val:
+        right.plot(*zip(*val, strict=True), marker="o", color="tab:orange")
+    right.set(xlabel="step", ylabel="validation, bits per byte")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def throughput_figure(rows: list[dict[str, Any]]) -> Figure:
+    figure, axes = plt.subplots(figsize=(11, 3))
+    speed = [(row["step"], row["tokens_per_s"]) for row in rows if "tokens_per_s" in row]
+    if speed:
+        axes.plot(*zip(*speed, strict=True))
+    axes.set(xlabel="step", ylabel="tokens per second")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def load_figure(rows: list[dict[str, Any]]) -> Figure:
+    """One map a layer: experts down, steps across, the load relative to an even share."""
+    load = np.array([row["load"] for row in rows if "load" in row], dtype=float)  # [steps, layers, E]
+    share = load / load.mean(axis=2, keepdims=True)
+    layers = share.shape[1]
+    figure, grid = plt.subplots(layers, 1, figsize=(11, 1.9 * layers), sharex=True, squeeze=False)
+    for layer, axes in enumerate(grid[:, 0]):
+        image = axes.imshow(share[:, layer].T, aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower")
+        axes.set_ylabel(f"layer {layer}\nexpert")
+    grid[-1, 0].set_xlabel("step")
+    figure.colorbar(image, ax=grid[:, 0].tolist(), label="load, in even shares (3 and more)")
+    return figure

@@ -1,0 +1,29 @@
+"""What this machine is and which backend runs each operation on it."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+import sigma_kernels as sk
+
+
+def report() -> str:
+    """The lines that `sigma doctor` prints."""
+    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    supported = sk._C.supported_isas()
+    isa = sk._C.isa()
+    lines = [
+        f"sigma-kernels  {sk.__version__}",
+        f"torch          {torch.__version__}, {torch.get_num_threads()} threads",
+        f"python         {platform.python_version()} on {platform.machine()}",
+        f"isa            {isa} ({sk._C.lanes()} lanes); this processor supports {', '.join(supported)}",
+        f"huge pages     {huge.read_text().strip() if huge.exists() else 'not offered by this system'}",
+        f"cuda           {'seen by torch' if torch.cuda.is_available() else 'none seen by torch'}",
+        "",
+    ]
+    if isa == "base":
+        lines.append("This is the baseline variant: slow, for processors that no other variant knows.\n")
+    for op, rows in sk.backends().items():
+        lines.append(f"{op:22} " + "; ".join(f"{name}: {what}" for name, what in rows.items()))
+    return "\n".join(lines)

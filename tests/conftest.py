@@ -1,0 +1,30 @@
+"""Fixtures: every backend this machine has, and fresh memory that starts as NaN."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import sigma_kernels as sk
+from sigma_kernels.backends import NAMES
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan() -> Iterator[None]:
+    """An output that a kernel leaves unwritten shows as NaN."""
+    torch.manual_seed(0)
+    fill, strict = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(strict)
+
+
+@pytest.fixture(params=NAMES)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with sk.backend(request.param):
+        yield request.param

@@ -1,0 +1,34 @@
+"""What the tests share: values, gradients and the error that a dtype explains."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def tolerance(dtype: torch.dtype, depth: int) -> float:
+    """Relative bound of a sum of `depth` products of unit size: rounding grows as its square root, with a margin."""
+    return 8 * torch.finfo(dtype).eps * max(1.0, depth**0.5)
+
+
+def assert_close(got: Tensor, want: Tensor, bound: float) -> None:
+    """|got - want| <= bound * (typical size of want), everywhere, and no NaN."""
+    assert got.shape == want.shape
+    if not got.numel():
+        return
+    size = want.double().square().mean().sqrt().clamp(min=1e-30) + want.double().abs()
+    error = (got.double() - want.double()).abs() / size
+    assert error.isfinite().all(), "the result has non-finite elements"
+    assert error.max() <= bound, f"relative error {error.max():.2e} over {bound:.2e}"
+
+
+def value_and_grads(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_out: Tensor | None = None
+) -> list[Tensor]:
+    """function(*inputs) and its gradients by all floating-point inputs."""
+    leaves = [x.detach().requires_grad_() if x.dtype.is_floating_point else x for x in inputs]
+    out = function(*leaves)
+    if grad_out is None:
+        grad_out = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    wanted = [x for x in leaves if x.dtype.is_floating_point]
+    return [out.detach(), *torch.autograd.grad(out, wanted, grad_out.to(out.dtype))]

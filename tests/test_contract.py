@@ -1,0 +1,257 @@
+"""What torch expects of an operation: opcheck, gradcheck, compile, and errors that name the argument."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import sigma_kernels as sk
+
+OPS = torch.ops.sigma
+OFFSETS = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+
+
+def experts(dtype=torch.float32, T=5, H=6, I=4, E=3):
+    def leaf(*shape):
+        return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+    return (
+        leaf(T, H),
+        torch.tensor([[0], [2], [2], [1], [0]])[:T],
+        leaf(T, 1),
+        leaf(E, 2 * I, H),
+        leaf(E, H, I),
+    )
+
+
+def opcheck_cases():
+    x, index, weights, gate_up, down = experts()
+    routing = sk.group_by_expert(index, 3)
+    y = torch.randn(5, 6, requires_grad=True)
+    bias = torch.zeros(7)
+    saved = torch.randn(5, 8)
+    plain = [t.detach() for t in (x, weights, routing.offsets, routing.row_map, gate_up, down)]
+    return {
+        "route": (torch.randn(5, 7, requires_grad=True), 2, True, False, bias),
+        "route_backward": (
+            torch.randn(5, 2),
+            torch.randn(5, 7),
+            torch.zeros(5, 2, dtype=torch.int32),
+            True,
+            True,
+        ),
+        "group_by_expert": (index.int(), 3),
+        "permute": (x, routing.row_map, 1),
+        "unpermute": (y, routing.row_map, weights, 1),
+        "unpermute_backward": (torch.randn(5, 6), y.detach(), routing.row_map, weights.detach()),
+        "grouped_gemm": (x, gate_up, OFFSETS, True),
+        "grouped_outer": (torch.randn(5, 3), torch.randn(5, 4), OFFSETS),
+        "grouped_outer_": (torch.zeros(3, 3, 4), torch.randn(5, 3), torch.randn(5, 4), OFFSETS, True),
+        "moe_experts": tuple(plain),
+        "moe_experts_backward": (torch.randn(5, 6), *plain, saved, [True, True, False]),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(opcheck_cases()))
+def test_opcheck(name):
+    """Defends: schema, fake and autograd registration of every operation."""
+    opcheck(getattr(OPS, name).default, opcheck_cases()[name])
+
+
+def test_gradcheck_in_f64():
+    """Defends: the wiring of each backward: order, needs_input_grad, saved tensors."""
+    x, index, weights, gate_up, down = experts(torch.float64)
+    assert torch.autograd.gradcheck(sk.moe_experts, (x, index, weights, gate_up, down))
+    logits = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    for score in ("softmax", "sigmoid"):
+        for normalize in (False, True):
+            assert torch.autograd.gradcheck(
+                lambda l, s=score, n=normalize: sk.route(l, 2, score=s, normalize=n).weights, logits
+            )
+    assert torch.autograd.gradcheck(lambda x, w: sk.grouped_gemm(x, w, OFFSETS), (x, gate_up))
+
+
+def test_compile_fullgraph():
+    """Defends: a graph break, or a fake that disagrees with the kernel."""
+    moe = sk.nn.MoE(16, 8, 6)
+    x = torch.randn(10, 16)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    for run in (moe, compiled):
+        moe.zero_grad()
+        out = run(x)
+        out.square().sum().backward()
+        grads = [p.grad.clone() for p in moe.parameters()]
+        if run is moe:
+            want, want_grads = out, grads
+    assert torch.equal(out, want)
+    assert all(torch.equal(a, b) for a, b in zip(grads, want_grads, strict=True))
+
+
+def test_functional_transforms_work_or_say_that_they_do_not():
+    """Defends: a silent wrong answer under torch.func."""
+    x, index, weights, gate_up, down = (t.detach() for t in experts())
+    grad = torch.func.grad(lambda x: sk.moe_experts(x, index, weights, gate_up, down).sum())(x)
+    leaf = x.clone().requires_grad_()
+    sk.moe_experts(leaf, index, weights, gate_up, down).sum().backward()
+    assert torch.equal(grad, leaf.grad)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda x: sk.moe_experts(x, index, weights, gate_up, down))(x.expand(2, 5, 6))
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(
+        sk.moe_experts(leaf, index, weights, gate_up, down).square().sum(), leaf, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
+X, INDEX, WEIGHTS, GATE_UP, DOWN = (t.detach() for t in experts())
+LOGITS = torch.randn(4, 6)
+WRONG = [
+    (lambda: sk.route(torch.randn(4)), ValueError, "route: logits must be [T, E] with E > 0, found [4]"),
+    (lambda: sk.route(LOGITS.long()), TypeError, "route: logits must be floating point, found torch.int64"),
+    (lambda: sk.route(LOGITS, 7), ValueError, "route: top_k must lie in 1..6 (E=6), found 7"),
+    (lambda: sk.route(LOGITS, 0), ValueError, "route: top_k must lie in 1..6 (E=6), found 0"),
+    (
+        lambda: sk.route(LOGITS, score="relu"),
+        ValueError,
+        "route: score must be 'softmax' or 'sigmoid', found 'relu'",
+    ),
+    (lambda: sk.route(LOGITS, bias=torch.zeros(5)), ValueError, "route: bias must be [6], found [5]"),
+    (
+        lambda: sk.route(LOGITS.bfloat16()),
+        RuntimeError,
+        "no backend can run route here: 'cpu': it takes float32, not bfloat16; 'reference': it takes float32, "
+        "float64, not bfloat16 (sigma doctor shows the table)",
+    ),
+    (
+        lambda: sk.moe_experts(X, INDEX + 1, WEIGHTS, GATE_UP, DOWN),
+        ValueError,
+        "expert indices must lie in 0..2 (E=3), found 3 at token 1",
+    ),
+    (
+        lambda: sk.moe_experts(X, INDEX - 1, WEIGHTS, GATE_UP, DOWN),
+        ValueError,
+        "expert indices must lie in 0..2 (E=3), found -1 at token 0",
+    ),
+    (
+        lambda: sk.moe_experts(X, INDEX.float(), WEIGHTS, GATE_UP, DOWN),
+        TypeError,
+        "moe_experts: top_k_index must be int32 or int64, found torch.float32",
+    ),
+    (
+        lambda: sk.moe_experts(X, INDEX, WEIGHTS, GATE_UP[:, :7], DOWN),
+        ValueError,
+        "moe_experts: gate_up_proj must be [3, 8, 6], found [3, 7, 6]",
+    ),
+    (
+        lambda: sk.moe_experts(X, INDEX, WEIGHTS, GATE_UP, DOWN.double()),
+        TypeError,
+        "moe_experts: down_proj must have the dtype of hidden_states, torch.float32, found torch.float64",
+    ),
+    (
+        lambda: sk.moe_experts(X, INDEX, WEIGHTS[:2], GATE_UP, DOWN),
+        ValueError,
+        "moe_experts: top_k_weights must be [5, 1], found [2, 1]",
+    ),
+    (
+        lambda: sk.moe_experts(X, INDEX, WEIGHTS, GATE_UP, DOWN, activation="gelu"),
+        ValueError,
+        "moe_experts: activation must be 'silu', found 'gelu'",
+    ),
+    (
+        lambda: sk.grouped_gemm(X, GATE_UP, torch.tensor([0, 3, 2, 5])),
+        ValueError,
+        "grouped_gemm: offsets must rise from 0 to 5, the rows of x, found [0, 3, 2, 5]",
+    ),
+    (
+        lambda: sk.grouped_gemm(X, GATE_UP, torch.tensor([0, 5])),
+        ValueError,
+        "grouped_gemm: offsets must be [4], found [2]",
+    ),
+    (
+        lambda: sk.backend("metal").__enter__(),
+        ValueError,
+        "backend: backend must be one of cpu, reference, found 'metal'",
+    ),
+    (
+        lambda: sk.nn.TopKRouter(4, 3, top_k=5),
+        ValueError,
+        "TopKRouter: top_k must lie in 1..3, found 5",
+    ),
+]
+
+
+@pytest.mark.parametrize("call, kind, message", WRONG, ids=[message[:50] for *_, message in WRONG])
+def test_wrong_input_is_named(call, kind, message):
+    with pytest.raises(kind) as error:
+        call()
+    assert str(error.value) == message
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        check=False,
+    )
+
+
+ISA_CHECK = """
+import torch, sigma_kernels as sk
+from sigma_kernels import reference
+torch.manual_seed(0)
+for T, H, I, E, k in [(1, 1, 1, 1, 1), (50, 67, 35, 5, 2), (200, 128, 96, 7, 1)]:
+    idx = torch.stack([torch.randperm(E)[:k] for _ in range(T)])
+    a = [torch.randn(T, H), torch.rand(T, k), torch.randn(E, 2 * I, H) / H**.5, torch.randn(E, H, I) / I**.5]
+    a = [t.requires_grad_() for t in a]
+    b = [t.detach().double().requires_grad_() for t in a]
+    sk.moe_experts(a[0], idx, *a[1:]).square().sum().backward()
+    reference.moe_experts(b[0], idx, *b[1:]).square().sum().backward()
+    for p, q in zip(a, b):
+        assert (p.grad - q.grad).abs().max() <= 1e-5 * q.grad.abs().max(), (T, H, I, E, k)
+    l = torch.randn(T, 37)
+    assert torch.equal(sk.route(l, 3).indices, reference.route(l.double(), 3).indices)
+print(sk._C.isa())
+"""
+
+
+@pytest.mark.parametrize("isa", sk._C.supported_isas())
+def test_every_isa_computes_the_same(isa):
+    """Defends: lanes, tails and reductions of each build of the one source."""
+    result = run_python(ISA_CHECK, SIGMA_ISA=isa)
+    assert result.stdout.strip() == isa, result.stderr
+
+
+def test_unknown_isa_is_refused():
+    result = run_python("import sigma_kernels as sk; sk._C.isa()", SIGMA_ISA="mmx")
+    assert "SIGMA_ISA=mmx can't run here; this processor supports" in result.stderr
+
+
+@pytest.mark.parametrize("order", ["torch, sigma_kernels", "sigma_kernels, torch"])
+def test_one_libgomp(order):
+    """Defends: two OpenMP pools in one process."""
+    code = (
+        f"import {order}; import torch; torch.ones(9).sum(); m = open('/proc/self/maps').read().split(); "
+        + ("print(len({w for w in m if 'libgomp' in w}))")
+    )
+    assert run_python(code).stdout.strip() == "1"
+
+
+def test_a_checkout_without_the_extension_says_what_to_run(tmp_path):
+    import shutil
+
+    source = Path(sk.__file__).parent
+    shutil.copytree(source, tmp_path / "sigma_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.meta_path = [f for f in sys.meta_path if "
+    code += (
+        "'skbuild' not in type(f).__module__ and 'ScikitBuild' not in type(f).__name__]; import sigma_kernels"
+    )
+    result = run_python(code)
+    assert "ImportError: sigma_kernels._C is not built" in result.stderr

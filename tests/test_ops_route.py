@@ -1,0 +1,73 @@
+"""route and group_by_expert: equal to the reference, and sound by their own invariants."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import assert_close, tolerance
+
+import sigma_kernels as sk
+from sigma_kernels import reference
+
+
+def check_order(indices: torch.Tensor, routing: sk.Routing, E: int) -> None:
+    flat = indices.reshape(-1).long()
+    assert torch.equal(routing.row_map.long(), torch.argsort(flat, stable=True))
+    assert torch.equal(routing.counts.long(), torch.bincount(flat, minlength=E))
+    assert routing.offsets[0] == 0
+    assert torch.equal(routing.offsets[1:].long(), routing.counts.long().cumsum(0))
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "T, E, k", [(0, 5, 1), (1, 1, 1), (200, 37, 1), (200, 96, 1), (300, 96, 8), (40, 33, 33)]
+)
+def test_route_equals_reference(backend, T, E, k, score, normalize, use_bias):
+    """Defends: choice, weights and gradient for every kind of score."""
+    logits = torch.randn(T, E)
+    bias = torch.randn(E) * 0.1 if use_bias else None
+    narrow, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    got = sk.route(narrow, k, score=score, normalize=normalize, bias=bias)
+    want = reference.route(
+        wide, k, score=score, normalize=normalize, bias=bias.double() if use_bias else None
+    )
+    assert torch.equal(got.indices, want.indices)
+    check_order(got.indices, got, E)
+    grad = torch.randn(T, k)
+    got.weights.backward(grad)
+    want.weights.backward(grad.double())
+    assert_close(got.weights, want.weights, tolerance(torch.float32, E))
+    error = (narrow.grad.double() - wide.grad).abs()
+    assert T == 0 or error.max() <= tolerance(torch.float32, E)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_ties_go_to_the_lower_index_and_nan_ranks_last(backend, k):
+    """Defends: a choice that differs between backends, or an index out of range from a row of NaN."""
+    logits = torch.zeros(3, 20)
+    logits[1] = torch.nan
+    logits[2, :10] = torch.nan
+    indices = sk.route(logits, k).indices
+    assert indices[0].tolist() == list(range(k))
+    assert indices[1].tolist() == list(range(k))
+    assert indices[2].tolist() == list(range(10, 10 + k))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 400), st.integers(1, 4), st.integers(1, 130))
+def test_group_by_expert_is_a_stable_sort(T, k, E):
+    """Defends: pieces of tokens counted by different threads."""
+    indices = torch.randint(0, E, (T, k))
+    check_order(indices, sk.group_by_expert(indices, E), E)
+
+
+def test_top_1_softmax_reaches_the_router_and_normalised_does_not():
+    """Defends: softmax after the choice, which kills the router's gradient at k = 1."""
+    logits = torch.randn(10, 8, requires_grad=True)
+    sk.route(logits, 1).weights.sum().backward()
+    assert logits.grad.abs().max() > 1e-3
+    logits.grad = None
+    sk.route(logits, 1, normalize=True).weights.sum().backward()
+    assert logits.grad.abs().max() < 1e-6

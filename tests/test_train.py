@@ -1,0 +1,218 @@
+"""The trainer: it survives a kill, names what is wrong, and its model is the one that transformers has."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from sigma_train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from sigma_train.config import load_config
+from sigma_train.metrics import read_metrics
+from sigma_train.model import LanguageModel
+from sigma_train.optim import learning_rate
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> dict[str, str]:
+    return {**os.environ, "SIGMA_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "2"}
+
+
+def sigma(*args: str, env: dict[str, str], **kwargs) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-c", "import sigma_cli; sigma_cli.main()", *args]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, **kwargs)
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row}
+
+
+def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path):
+    """Defends: state missing from the checkpoint; a step that stands twice in the metrics."""
+    args = ["train", "--preset", "smoke", "--steps", "60"]
+    whole = sigma(*args, "--out", str(tmp_path / "whole"), env=cache)
+    assert whole.returncode == 0, whole.stderr
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        "import sigma_cli; sigma_cli.main()",
+        *args,
+        "--out",
+        str(tmp_path / "cut"),
+    ]
+    process = subprocess.Popen(command, env=cache, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 27:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 20 <= max(losses(tmp_path / "cut")) < 60, "the kill came after the work was done"
+    again = sigma(*args, "--out", str(tmp_path / "cut"), "--resume", env=cache)
+    assert again.returncode == 0, again.stderr
+    assert "resumed" in again.stdout
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "cut")) == 60
+    for name in ("report.html", "loss.png", "throughput.png", "expert-load.png"):
+        assert (tmp_path / "cut" / name).stat().st_size > 5000
+    text = sigma("generate", str(tmp_path / "cut"), "--max-tokens", "5", env=cache)
+    assert text.stdout.startswith("def ")
+
+
+def test_sigterm_saves_and_exits_0(cache, tmp_path):
+    command = [sys.executable, "-P", "-c", "import sigma_cli; sigma_cli.main()", "train", "--preset", "smoke"]
+    process = subprocess.Popen([*command, "--steps", "5000", "--out", str(tmp_path / "run")], env=cache)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    latest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert load_checkpoint(latest).step == max(losses(tmp_path / "run"))
+
+
+def test_training_learns(cache, tmp_path):
+    """Defends: a gradient that is missing or of the wrong sign; 60 steps must beat the unigram of a fresh model."""
+    result = sigma("train", "--preset", "smoke", "--steps", "60", "--out", str(tmp_path / "run"), env=cache)
+    assert result.returncode == 0, result.stderr
+    rows = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    bits = [row["val_bits_per_byte"] for row in rows if "val_bits_per_byte" in row]
+    assert bits[-1] < bits[0] - 0.2
+    assert all(sum(layer) == 8 * 64 for row in rows if "load" in row for layer in row["load"])
+
+
+WRONG = [
+    (["--preset", "smok"], "error: unknown preset 'smok'; did you mean 'smoke'?"),
+    (["--set", "optim.lrr=1"], "error: unknown key optim.lrr; did you mean optim.lr?"),
+    (["--set", "optim.lr=-1"], "error: optim.lr must be a number above 0, found -1"),
+    (
+        ["--set", "steps=1"],
+        "error: --set wants section.key=value, found 'steps=1'; did you mean train.steps?",
+    ),
+    (["--steps", "0"], "error: train.steps must be an integer of at least 1, found 0"),
+    (["--data", "/no/such/file"], "error: "),
+    (
+        ["--config", "/no/such.toml"],
+        "error: cannot read config file /no/such.toml: No such file or directory",
+    ),
+]
+
+
+@pytest.mark.parametrize("args, message", WRONG, ids=[" ".join(args) for args, _ in WRONG])
+def test_wrong_settings_are_named(cache, tmp_path, args, message):
+    result = sigma("train", "--out", str(tmp_path / "run"), *args, env=cache)
+    assert result.returncode == 2
+    assert result.stderr.startswith(message)
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_help_imports_no_torch():
+    code = "import sys, sigma_cli; assert 'torch' not in sys.modules; sigma_cli.main()"
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code, "--help"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "train" in result.stdout
+    assert "doctor" in result.stdout
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    weight = torch.randn(3, 4)
+    return {"a": weight, "b": torch.arange(5.0), "tied": weight}
+
+
+def test_checkpoint_round_trip_and_keep(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, tensors(), {"m": torch.ones(2)}, {"tokens_seen": step}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    checkpoint = load_checkpoint(latest_checkpoint(tmp_path))
+    assert (checkpoint.step, checkpoint.extra) == (3, {"tokens_seen": 3})
+    assert set(checkpoint.model_state) == {"a", "b"}
+    assert checkpoint.optim_state["m"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, name, damage):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, tensors(), {}, {}, keep=2)
+    victim = tmp_path / "step-00000002" / name
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "remove":
+        victim.unlink()
+    else:
+        victim.write_bytes(content if damage == "flip" else content[:-7])
+    with pytest.warns(UserWarning, match="step-00000002 is damaged.*using the one before"):
+        assert latest_checkpoint(tmp_path).name == "step-00000001"
+
+
+def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, tensors(), {}, {}, keep=1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sigma_train.checkpoint.torch.save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, 2, tensors(), {}, {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_learning_rate_by_hand():
+    config = load_config("smoke", None, ["optim.lr=1.0", "optim.warmup_steps=10", "train.steps=110"])
+    assert learning_rate(0, config) == pytest.approx(0.1)
+    assert learning_rate(9, config) == pytest.approx(1.0)
+    assert learning_rate(60, config) == pytest.approx(0.55)
+    assert learning_rate(110, config) == pytest.approx(0.1)
+
+
+def test_logits_equal_transformers():
+    """Defends: rotary convention, norm placement, head grouping, order of gate and up, routing weights."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = load_config("smoke", None, [])
+    c = config.model
+    ours = LanguageModel(config)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1 + (parameter.dim() == 1))
+    theirs = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            num_hidden_layers=c.num_layers,
+            num_attention_heads=c.num_heads,
+            num_key_value_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            moe_intermediate_size=c.intermediate_size,
+            num_experts=c.num_experts,
+            num_experts_per_tok=1,
+            norm_topk_prob=False,
+            rms_norm_eps=c.norm_eps,
+            rope_theta=c.rope_theta,
+            tie_word_embeddings=True,
+            attn_implementation="sdpa",
+        )
+    ).eval()
+    state = {}
+    for name, tensor in ours.state_dict().items():
+        name = name.replace("mlp.router.weight", "mlp.gate.weight")
+        state[name if name.startswith("lm_head") else f"model.{name}"] = tensor
+    theirs.load_state_dict(state)
+    tokens = torch.randint(0, c.vocab_size, (2, 33))
+    with torch.no_grad():
+        want = theirs(tokens).logits
+        torch.testing.assert_close(ours(tokens), want, rtol=1e-4, atol=1e-4)
+
+
+def test_metrics_drop_a_half_written_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
+    assert [row["step"] for row in read_metrics(path)] == [1]
