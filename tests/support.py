@@ -3,7 +3,11 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+import sigma_kernels as sk
+from sigma_kernels import nn
 
 
 def tolerance(dtype: torch.dtype, depth: int) -> float:
@@ -32,3 +36,14 @@ def value_and_grads(
         grad_out = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
     wanted = [x for x in leaves if x.dtype.is_floating_point]
     return [out.detach(), *torch.autograd.grad(out, wanted, grad_out.to(out.dtype))]
+
+
+def balance_rank(rank: int, path: str, logits: torch.Tensor, want: list[float]) -> None:
+    """One of two ranks: its averaged gradient equals its part of `want`.  Here, as a spawned process imports it."""
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    mine = logits[4 * rank : 4 * rank + 4].clone().requires_grad_()
+    counts = nn.global_counts(sk.route(mine).counts)
+    nn.load_balancing_loss(mine, counts).backward()
+    got = mine.grad / 2  # data parallelism averages
+    torch.testing.assert_close(got, torch.tensor(want)[4 * rank : 4 * rank + 4])
+    dist.destroy_process_group()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.multiprocessing as mp
+from support import balance_rank
 
 import sigma_kernels as sk
 from sigma_kernels import nn
@@ -64,21 +65,9 @@ def test_bias_moves_against_the_load():
         nn.update_expert_bias(nn.TopKRouter(4, 3), torch.ones(3))
 
 
-def _rank(rank: int, path: str, logits: torch.Tensor, want: list[float]) -> None:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    mine = logits[4 * rank : 4 * rank + 4].clone().requires_grad_()
-    counts = nn.global_counts(sk.route(mine).counts)
-    nn.load_balancing_loss(mine, counts).backward()
-    got = mine.grad / 2  # data parallelism averages
-    torch.testing.assert_close(got, torch.tensor(want)[4 * rank : 4 * rank + 4])
-    dist.destroy_process_group()
-
-
 def test_global_batch_loss_of_two_ranks_is_that_of_the_whole(tmp_path):
     """Defends: f of the global batch, p of the rank: averaged gradients equal one process on all tokens."""
     logits = torch.randn(8, 5)
     whole = logits.clone().requires_grad_()
     nn.load_balancing_loss(whole, sk.route(whole).counts).backward()
-    mp.spawn(_rank, (str(tmp_path / "store"), logits, whole.grad.tolist()), nprocs=2)
+    mp.spawn(balance_rank, (str(tmp_path / "store"), logits, whole.grad.tolist()), nprocs=2)

@@ -21,6 +21,7 @@ constexpr int kDotRows = 3, kDotCols = 4;     // 12 sums + 3 of a + 1 of b = 16,
 constexpr int kAxpyRows = 6, kPanelVecs = 2;  // 12 sums + 2 of b + 1 broadcast
 #endif
 constexpr int kPanel = kPanelVecs * kLanes;
+constexpr int kLine = 16;  // floats in a cache line
 
 SK_INLINE void put(float* p, Vec v, Store mode) {
   if (mode == Store::kStream) return store_streaming(p, v);
@@ -74,9 +75,19 @@ void dot_block(const DotBlock& d) {
       for (int n = 0; n < NR; ++n) sum[m][n] += x * w[n];
     }
   };
+  const float* ahead = d.prefetch;
+  const int lines = d.prefetch_rows ? d.prefetch_lines : 0;
+  int row = d.prefetch_rows;
   int64_t k = 0;
   for (; k + kLanes <= K; k += kLanes) {
-    for (int l = 0; l < d.prefetch_lines; ++l) __builtin_prefetch(d.prefetch + l * ldb + k, 0, 2);
+    for (int l = 0; l < lines; ++l) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += ldb;
+      if (--row == 0) {
+        row = d.prefetch_rows;
+        ahead += kLine - row * ldb;
+      }
+    }
     step(k, [](const float* p) SK_STEP { return load(p); });
   }
   if (k < K) step(k, [n = K - k](const float* p) SK_STEP { return load_partial(p, n); });
@@ -84,11 +95,14 @@ void dot_block(const DotBlock& d) {
   for (int m = 0; m < MR; ++m) {
     float* c = d.c[m];
     const float factor = d.scale ? d.scale[m] : 1.0f;
-#pragma GCC unroll 4
-    for (int n = 0; n < NR; ++n) {
-      const float value = factor * add_lanes(sum[m][n]);
-      c[n] = d.mode == Store::kAdd ? c[n] + value : value;
+    float value[NR];
+    if constexpr (NR == 4) {
+      add_lanes4(sum[m], value);
+    } else {
+      for (int n = 0; n < NR; ++n) value[n] = add_lanes(sum[m][n]);
     }
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) c[n] = d.mode == Store::kAdd ? c[n] + factor * value[n] : factor * value[n];
   }
 }
 
@@ -109,7 +123,7 @@ SK_INLINE void axpy_body(const AxpyBlock& d) {
       for (int v = 0; v < kPanelVecs; ++v) store(copy + v * kLanes, w[v]);
       copy += kPanel;
     }
-    for (int l = 0; l < d.prefetch_lines; ++l) __builtin_prefetch(prefetch + 16 * l, 0, 2);
+    for (int l = 0; l < d.prefetch_lines; ++l) __builtin_prefetch(prefetch + kLine * l, 0, 2);
     prefetch += d.prefetch_ld;
     b += d.ldb;
 #pragma GCC unroll 8

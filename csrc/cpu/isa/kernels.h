@@ -19,8 +19,11 @@ struct DotBlock {
   const float* scale;  // a factor for each row of C, or null
   int64_t K;
   Store mode;
-  const float* prefetch;  // lines that the next block will read: prefetch[l * ldb + k], l < prefetch_lines
-  int prefetch_lines;
+  // Weights that come later, for the cache: a window of rows ldb apart, walked down, then a line along.  Many
+  // short streams at once keep the hardware's own prefetcher busy; row after row would not.
+  const float* prefetch;
+  int prefetch_rows;   // of the window, 0: none
+  int prefetch_lines;  // a step of the contraction
 };
 
 // A block of rows of A times a panel of B that is contiguous along the output.

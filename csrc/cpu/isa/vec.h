@@ -64,6 +64,25 @@ SK_INLINE float add_lanes(Vec v) {  // pairwise, so the order does not depend on
   return lane[0];
 }
 
+// out[i] = the sum of v[i]'s lanes.  Four at once share their shuffles: a third of the work of four
+// add_lanes.
+SK_INLINE void add_lanes4(const Vec* v, float* out) {
+#if defined(__AVX512F__) && SK_LANES == 16
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif defined(__AVX__) && SK_LANES == 8
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3]));
+  const __m256 abcd = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] = add_lanes(v[i]);
+#endif
+}
+
 SK_INLINE float max_lane(Vec v) {
   float lane[SK_LANES];
   memcpy(lane, &v, sizeof(lane));
