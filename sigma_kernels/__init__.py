@@ -8,6 +8,7 @@ if find_spec("sigma_kernels._C") is None:
         "run 'pip install -e .' in it, or start Python from another folder to use an installed wheel"
     )
 
+from sigma_kernels import _C as _C
 from sigma_kernels import nn
 from sigma_kernels.backends import backend, backends
 from sigma_kernels.ops.experts import moe_experts

@@ -5,6 +5,8 @@ sk_hf.register()
 model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="sigma")
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,13 +26,17 @@ except ImportError as error:
     ) from error
 
 
+# An experts module of transformers; its attributes come from a decorator that no type checker sees through.
+ExpertsModule = Any
+
+
 def register() -> None:
     """Make "sigma" an experts implementation of every model that goes through transformers' experts interface."""
     ALL_EXPERTS_FUNCTIONS.register("sigma", experts_forward)
 
 
 def experts_forward(
-    self: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """The forward of an experts module of transformers, in whichever layout its weights lie.
 
@@ -55,7 +61,7 @@ def experts_forward(
     return unpermute(y, routing)
 
 
-def _is_plain_swiglu(module: torch.nn.Module) -> bool:
+def _is_plain_swiglu(module: ExpertsModule) -> bool:
     return (
         module.has_gate
         and module.is_concatenated
@@ -65,7 +71,7 @@ def _is_plain_swiglu(module: torch.nn.Module) -> bool:
     )
 
 
-def _linear(module: torch.nn.Module, name: str, x: Tensor, routing: Routing) -> Tensor:
+def _linear(module: ExpertsModule, name: str, x: Tensor, routing: Routing) -> Tensor:
     weight = getattr(module, name)
     y = grouped_gemm(x, weight, routing.offsets, transpose_weight=not module.is_transposed)
     if module.has_bias:
