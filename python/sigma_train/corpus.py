@@ -102,7 +102,7 @@ def read_corpus(files: Sequence[Path], max_bytes: int | None = None) -> Corpus:
             f"{len(files) - undecodable - unreadable} empty)"
         )
     ordered = [by_sha256[sha256] for sha256 in sorted(by_sha256)]
-    kept = list(_at_most(ordered, max_bytes))
+    kept = list(at_most(ordered, max_bytes))
     if not kept:
         raise CorpusError(
             f"data.max_bytes = {max_bytes} is less than the first document's {ordered[0].size} bytes"
@@ -127,6 +127,16 @@ def split(documents: Sequence[Document], val_fraction: float) -> tuple[list[Docu
     return train, [d for d in documents if d.sha256 in val]
 
 
+def at_most(documents: Sequence[Document], max_bytes: int | None) -> Iterator[Document]:
+    """The first documents, as many as fit into `max_bytes`; None: all."""
+    total = 0
+    for document in documents:
+        total += document.size
+        if max_bytes is not None and total > max_bytes:
+            return
+        yield document
+
+
 def _side(document: Document) -> float:
     """Uniform in [0, 1), from the end of the digest: its start gives the order, and `max_bytes` keeps low starts."""
     return int(document.sha256[-13:], 16) / 16**13  # 52 bits, exact in a float and so never 1
@@ -136,7 +146,10 @@ def _standard_library() -> list[Path]:
     """Python's own library without its tests, which are three fifths of it and mostly tables and broken code."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-    files = [p for p in root.rglob("*.py") if p.is_file() and left_out.isdisjoint(p.relative_to(root).parts)]
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in left_out]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise CorpusError(f"data: this Python has no library source in {root}; name some text in data.paths")
     return sorted(files)
@@ -181,12 +194,3 @@ def _pieces(path: Path) -> Iterator[bytes]:
                     cut -= 1
             yield rest[:cut]
             rest = rest[cut:]
-
-
-def _at_most(documents: Sequence[Document], max_bytes: int | None) -> Iterator[Document]:
-    total = 0
-    for document in documents:
-        total += document.size
-        if max_bytes is not None and total > max_bytes:
-            return
-        yield document

@@ -27,6 +27,7 @@ from sigma_train.corpus import (
     Corpus,
     CorpusError,
     Document,
+    at_most,
     digest_of,
     find_files,
     read_corpus,
@@ -68,14 +69,15 @@ class TokenDataset:
 
     def count_bytes(self, targets: Tensor) -> int:
         """Bytes of text that exactly these tokens stand for, where a limited evaluation sees part of a split."""
-        return int(self.token_bytes[targets.numpy()].sum())
+        return int(self.token_bytes[targets.cpu().numpy()].sum())
 
     def num_windows(self, seq_len: int) -> int:
         windows = (self.num_tokens - 1) // seq_len
         if windows < 1:
+            more = "raise data.val_fraction" if self.split == "val" else "lower train.seq_len"
             raise CorpusError(
                 f"data: the {self.split} split has {self.num_tokens} tokens, a window of "
-                f"train.seq_len = {seq_len} takes {seq_len + 1}; add text or lower train.seq_len"
+                f"train.seq_len = {seq_len} takes {seq_len + 1}; add text or {more}"
             )
         return windows
 
@@ -177,7 +179,12 @@ class Cache:
     """What `prepare` leaves behind: the record of a key names a tokenizer and a token file by their content."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CorpusError(
+                f"data.cache_dir: cannot create {folder}: {error.strerror}; name another or set SIGMA_CACHE"
+            ) from None
         sweep(folder, STALE_S)
         self.folder = folder
 
@@ -214,7 +221,7 @@ class Cache:
         tokenizer = self._load(bpe.load_cached, path)
         if tokenizer is None:
             log.info("training a tokenizer of %d tokens", vocab_size)
-            sample = itertools.islice(train, TOKENIZER_SAMPLE_BYTES // MAX_DOCUMENT_BYTES)
+            sample = at_most(train, TOKENIZER_SAMPLE_BYTES)
             tokenizer = train_tokenizer((document.read() for document in sample), vocab_size)
             bpe.save_cached(tokenizer, path)
         return path, tokenizer
