@@ -1,4 +1,4 @@
-"""`sigma train` and `sigma generate`.  Exit codes: 0 done, or stopped by a signal and saved; 2 wrong input; 1 failure."""
+"""`sigma train`, `sigma generate` and `sigma export`.  Exit codes: 0 done, or stopped by a signal and saved; 2 wrong input; 1 failure."""
 
 from pathlib import Path
 from typing import Annotated
@@ -84,3 +84,22 @@ def generate(
     except (CheckpointError, ConfigError, OSError) as error:
         raise fail(error) from None
     typer.echo(generate(model, tokenizer, prompt, max_tokens, temperature, top_k, seed))
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    to: Annotated[str, typer.Option(help="format; transformers")] = "transformers",
+) -> None:
+    """Write the newest model of a run for Hugging Face transformers."""
+    from sigma_train.checkpoint import CheckpointError
+    from sigma_train.config import ConfigError
+    from sigma_train.export import export_to_transformers
+
+    try:
+        if to != "transformers":
+            raise ConfigError(f"--to must be transformers, found {to!r}")
+        export_to_transformers(run, out)
+    except (CheckpointError, ConfigError, OSError) as error:
+        raise fail(error) from None
+    typer.echo(f"wrote {out}")

@@ -1,0 +1,111 @@
+"""A run's model as a Hugging Face folder: config.json, model.safetensors, tokenizer.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sigma_train.config import Config, ConfigError, load_config
+from sigma_train.files import temporary_name, write_text
+from sigma_train.generate import load_run
+from sigma_train.model import LanguageModel
+from sigma_train.tokenizer import END_OF_TEXT
+
+
+def export_to_transformers(run: Path, out: Path) -> None:
+    """Write the newest model of `run` as Qwen3MoeForCausalLM, or Qwen3ForCausalLM where it is dense.
+
+    The constant output scale is folded into the down projections.  The folder appears whole or not at all.
+    Raises: ConfigError if `out` exists or the model is not expressible as Qwen3; CheckpointError if there is no run.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists; name a new folder")
+    model, tokenizer = load_run(run)
+    config = load_config(None, run / "config.toml", [])
+    settings = transformers_config(config, tokenizer.eos_id)
+    temporary = temporary_name(out)
+    temporary.mkdir(parents=True)
+    save_file(transformers_state(model, config), temporary / "model.safetensors", metadata={"format": "pt"})
+    write_text(temporary / "config.json", json.dumps(settings, indent=2))
+    tokenizer.save(temporary / "tokenizer.json")
+    tokenizer_settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+    write_text(temporary / "tokenizer_config.json", json.dumps(tokenizer_settings, indent=2))
+    temporary.rename(out)
+
+
+def transformers_config(config: Config, eos_id: int) -> dict[str, Any]:
+    """Raises: ConfigError naming what Qwen3-MoE has no setting for."""
+    c, r = config.model, config.router
+    common = {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.max_seq_len,
+        "rms_norm_eps": c.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "tie_word_embeddings": c.tie_embeddings,
+        "eos_token_id": eos_id,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "dtype": "float32",
+    }
+    if len(set(c.layer_top_k)) > 1:
+        raise ConfigError("export: Qwen3 has one top_k for all layers; model.top_k is a list of several")
+    top_k = c.layer_top_k[0]
+    if c.num_experts == 1:
+        width = c.intermediate_size * top_k
+        return {
+            **common,
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "intermediate_size": width,
+        }
+    if r.score != "softmax":
+        raise ConfigError(f"export: Qwen3-MoE routes by softmax only; router.score is {r.score!r}")
+    if r.balance == "bias":
+        raise ConfigError("export: Qwen3-MoE has no selection bias; router.balance is 'bias'")
+    return {
+        **common,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": c.intermediate_size,
+        "intermediate_size": c.intermediate_size,
+        "num_experts": c.num_experts,
+        "num_experts_per_tok": top_k,
+        "norm_topk_prob": r.normalize and top_k > 1,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def transformers_state(model: LanguageModel, config: Config) -> dict[str, Tensor]:
+    """The weights under the names that transformers' checkpoints have: one tensor per projection of each expert."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        name = name if name.startswith("lm_head") else f"model.{name}"
+        if name == "lm_head.weight" and config.model.tie_embeddings:
+            continue
+        if name.endswith("mlp.router.weight"):
+            state[name.replace("router", "gate")] = tensor
+        elif name.endswith("experts.gate_up_proj"):
+            for e, expert in enumerate(tensor):
+                gate, up = expert.chunk(2)
+                prefix = name.replace("gate_up_proj", str(e))
+                state[f"{prefix}.gate_proj.weight"], state[f"{prefix}.up_proj.weight"] = gate, up
+        elif name.endswith("experts.down_proj"):
+            for e, expert in enumerate(tensor * config.router.output_scale):
+                state[f"{name.replace('down_proj', str(e))}.down_proj.weight"] = expert
+        elif name.endswith("mlp.gate_up_proj.weight"):
+            gate, up = tensor.chunk(2)
+            (
+                state[name.replace("gate_up_proj", "gate_proj")],
+                state[name.replace("gate_up_proj", "up_proj")],
+            ) = gate, up
+        else:
+            state[name] = tensor
+    return {name: tensor.clone() for name, tensor in state.items()}
