@@ -1,84 +1,85 @@
-"""One test is one race: we, the peers and the bounds take turns in random order within one run, so drift hits all.
+"""The fixture `race`, and the file of results that `sigma bench` reads."""
 
-pytest-benchmark times our calls; the others run in its setup hook, between our rounds.  At the end the medians are
-printed and, with --write-results FILE, written with machine, versions and date.
-"""
-
-import platform
-import random
-import shlex
-import statistics
-import time
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import shapes
 import torch
+from race import OURS, Race, first_calls, record
 
-import sigma_kernels as sk
-
-RACES: dict[str, dict[str, float]] = {}
+RACES = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-results", default=None, help="markdown file for the table of medians")
-    parser.addoption("--rounds", type=int, default=7)
+    group = parser.getgroup("races")
+    group.addoption("--rounds", type=int, default=7, help="rounds of each race")
+    group.addoption("--quick", action="store_true", help="shape A only")
+    group.addoption("--threads", type=int, default=None, help="torch.set_num_threads")
+    group.addoption("--race-json", type=Path, default=None, help="write the results there")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RACES] = []
+    if threads := config.getoption("--threads"):
+        torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--quick"):
+        return
+    slow = [
+        i
+        for i in items
+        if getattr(i, "callspec", None) and i.callspec.params.get("shape", shapes.A) != shapes.A
+    ]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture
-def race(request: pytest.FixtureRequest, benchmark) -> Callable[..., None]:
-    def run(name: str, ours: Callable[[], object], **others: Callable[[], object]) -> None:
-        times: dict[str, list[float]] = {other: [] for other in others}
-        order = list(others)
-        ours()
-        for other in order:  # one untimed call each: caches, threads, lazy imports
-            others[other]()
+def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
+    """race(group, ours, shape=..., peer=..., bound_dense=...): who is checked, then run in turns and recorded.
 
-        def setup() -> None:
-            random.shuffle(order)
-            for other in order:
-                start = time.perf_counter()
-                others[other]()
-                times[other].append(time.perf_counter() - start)
+    check:  called with each candidate's name and first result, before the clock; bounds are not checked.
+    limits: rounds of those too slow for all; once: those timed in their first call alone.
+    flops, moved: of one call, for GF/s and GB/s.
+    """
+    config = request.config
 
-        benchmark.group = name
-        benchmark.pedantic(ours, setup=setup, rounds=request.config.getoption("--rounds"), iterations=1)
-        medians = {other: statistics.median(values) for other, values in times.items()}
-        RACES[name] = {"sigma": statistics.median(benchmark.stats.stats.data), **medians}
+    def run(
+        group: str,
+        ours: Callable[[], object],
+        *,
+        shape: object = "",
+        load: str = "",
+        memory: str = "",
+        check: Callable[[str, Any], None] | None = None,
+        limits: Mapping[str, int] | None = None,
+        once: Collection[str] = (),
+        flops: int | None = None,
+        moved: int | None = None,
+        **others: Callable[[], object],
+    ) -> None:
+        times = first_calls({OURS: ours, **others}, check, once)
+        rounds = config.getoption("--rounds")
+        regular = {name: call for name, call in others.items() if name not in once}
+        turns = Race(regular, rounds, limits or {})
+        benchmark.group = "/".join(part for part in (group, str(shape), load, memory) if part)
+        benchmark.pedantic(ours, setup=turns.until_ours, rounds=rounds, iterations=1)
+        turns.finish()
+        times |= turns.times
+        config.stash[RACES].append({
+            "group": group, "shape": str(shape), "load": load, "memory": memory, "flops": flops, "moved": moved,
+            "candidates": [record(OURS, list(benchmark.stats.stats.data)), *(record(n, times[n]) for n in others)],
+        })  # fmt: skip
 
     return run
 
 
-def table() -> str:
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        "unknown",
-    )
-    lines = [
-        f"{cpu}, {platform.machine()}, ISA {sk._C.isa()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}",
-        "",
-    ]
-    for name, medians in RACES.items():
-        ours = medians["sigma"]
-        lines += [f"## {name}", "", "| what | median, ms | over ours |", "|---|---|---|"]
-        lines += [f"| {who} | {value * 1e3:.1f} | {value / ours:.2f} |" for who, value in medians.items()] + [
-            ""
-        ]
-    return "\n".join(lines)
-
-
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if not RACES:
-        return
-    terminalreporter.write_line(table())
-    target = config.getoption("--write-results")
-    if target:
-        command = shlex.join(["pytest", *config.invocation_params.args])
-        text = f"# Results on a CPU\n\nMade by `{command}`; medians of one interleaved run.\n\n{table()}"
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        Path(target).write_text(text)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    target = session.config.getoption("--race-json")
+    if target is not None:
+        target.write_text(json.dumps(session.config.stash[RACES], indent=1))

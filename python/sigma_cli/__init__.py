@@ -1,5 +1,8 @@
 """The command `sigma`.  Heavy imports wait until a command runs, so that --help answers at once."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 from sigma_train import cli as train_cli
 
@@ -15,6 +18,20 @@ def doctor() -> None:
     from sigma_kernels.doctor import report
 
     typer.echo(report())
+
+
+@app.command()
+def bench(
+    group: Annotated[str, typer.Argument(help="races to run, a pytest -k expression; test: all")] = "test",
+    quick: Annotated[bool, typer.Option("--quick", help="shape A only")] = False,
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    output: Annotated[Path | None, typer.Option(help="markdown page to write")] = None,
+) -> None:
+    """Race the layer against its peers and its bounds on this machine."""
+    from sigma_cli.bench import run
+
+    raise typer.Exit(run(group, quick, rounds, threads, output))
 
 
 def main() -> None:

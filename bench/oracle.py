@@ -1,0 +1,46 @@
+"""What is right: the expert layer and its gradients in f64, expert by expert, and how far f32 may be from it."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer(
+    x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, grad_out: Tensor | None = None
+) -> list[Tensor]:
+    """[out], and with grad_out the gradients by x, weights, gate_up and down; in x's dtype, summed in f64."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    grads = [torch.zeros(t.shape, dtype=torch.float64) for t in (x, weights)]
+    if grad_out is not None:
+        grads += [torch.zeros_like(gate_up), torch.zeros_like(down)]
+    for e in range(down.shape[0]):
+        token, slot = torch.where(index == e)
+        if not len(token):
+            continue
+        leaves = [t.double() for t in (x[token], weights[token, slot], gate_up[e], down[e])]
+        for leaf in leaves:
+            leaf.requires_grad_(grad_out is not None)
+        gate, up = F.linear(leaves[0], leaves[2]).chunk(2, -1)
+        y = F.linear(F.silu(gate) * up, leaves[3]) * leaves[1][:, None]
+        out.index_add_(0, token, y.detach())
+        if grad_out is not None:
+            of_x, of_weights, *of_experts = torch.autograd.grad(y, leaves, grad_out[token].double())
+            grads[0].index_add_(0, token, of_x)
+            grads[1][token, slot] += of_weights
+            grads[2][e], grads[3][e] = of_experts
+    return [out.to(x.dtype)] if grad_out is None else [t.to(x.dtype) for t in (out, *grads)]
+
+
+def assert_agrees(who: str, got: Sequence[Tensor], want: Sequence[Tensor], depth: int) -> None:
+    """|got - want| <= bound * (typical size of want + |want|) everywhere; rounding grows as sqrt(depth).
+
+    Raises: AssertionError naming who is wrong, where, and by how much.
+    """
+    bound = 16 * torch.finfo(want[0].dtype).eps * depth**0.5
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        size = b.square().mean().sqrt().clamp(min=1e-30)
+        parts = zip(a.detach().split(8), b.split(8), strict=True)  # temporaries stay small
+        error = torch.stack([((p - q).abs() / (size + q.abs())).max() for p, q in parts]).max().item()
+        assert error <= bound, f"{who}: output {i} is off by {error:.2e}, allowed is {bound:.2e}"
