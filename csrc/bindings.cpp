@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <new>
+
 #include "cpu/dispatch.h"
 #include "cpu/experts.h"
 #include "cpu/grouped_gemm.h"
@@ -22,6 +24,18 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+struct Block {
+  explicit Block(int64_t n) : bytes(n), begin(take_block(n)) {
+    if (!begin) throw std::bad_alloc();
+  }
+  ~Block() { give_block(begin, bytes); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  const int64_t bytes;
+  void* const begin;
+};
+
 auto no_gil() { return py::call_guard<py::gil_scoped_release>(); }
 
 }  // namespace
@@ -33,9 +47,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &supported_isas);
   m.def("lanes", [] { return sigma::cpu::kernels().lanes; });
 
-  m.def(
-      "advise_huge_pages", [](Address p, int64_t bytes) { return advise_huge_pages(at<void>(p), bytes); },
-      no_gil());
+  py::class_<Block>(m, "Block", py::buffer_protocol(), "Memory for one large tensor, kept when it is freed.")
+      .def(py::init<int64_t>())
+      .def_buffer([](const Block& b) { return py::buffer_info(static_cast<uint8_t*>(b.begin), b.bytes); });
+  m.def("free_block_bytes", &free_block_bytes);
+  m.def("release_free_blocks", &release_free_blocks, no_gil());
 
   m.def(
       "route",

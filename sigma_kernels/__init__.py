@@ -13,6 +13,7 @@ from sigma_kernels import nn
 from sigma_kernels.backends import backend, backends
 from sigma_kernels.ops.experts import moe_experts
 from sigma_kernels.ops.grouped_gemm import grouped_gemm
+from sigma_kernels.ops.library import empty_cache
 from sigma_kernels.ops.permute import permute, unpermute
 from sigma_kernels.ops.route import group_by_expert, route
 from sigma_kernels.routing import Routing
@@ -23,6 +24,7 @@ __all__ = [
     "Routing",
     "backend",
     "backends",
+    "empty_cache",
     "group_by_expert",
     "grouped_gemm",
     "moe_experts",

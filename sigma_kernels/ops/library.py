@@ -1,5 +1,6 @@
 """The torch library `sigma` and what every operation's file needs: registration, checks, native memory."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -13,7 +14,9 @@ LIB = torch.library.Library("sigma", "FRAGMENT")
 NATIVE = (torch.float32,)
 REFERENCE = (torch.float32, torch.float64)
 
-_HUGE = 8 << 20
+_LARGE = (
+    32 << 20
+)  # bytes: what malloc takes from the system anew each time, at most (mallopt(3), M_MMAP_THRESHOLD)
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -25,11 +28,22 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> No
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Fresh memory; in huge pages where it is large, since first touch in small ones costs more than the kernel."""
-    out = like.new_empty(shape, dtype=dtype)
-    if out.device.type == "cpu" and out.nbytes >= _HUGE:
-        _C.advise_huge_pages(out.data_ptr(), out.nbytes)
-    return out
+    """Memory with undefined contents; from the kept blocks of csrc/cpu/memory.h where it is large and on a CPU."""
+    dtype = dtype or like.dtype
+    count = math.prod(shape)
+    if like.device.type != "cpu" or count * dtype.itemsize < _LARGE:
+        return like.new_empty(shape, dtype=dtype)
+    return torch.frombuffer(_C.Block(count * dtype.itemsize), dtype=dtype).view(shape)
+
+
+def empty_cache() -> None:
+    """Give the memory of freed large tensors back to the system.
+
+    Results and gradients of 32 MiB and more lie in blocks that stay with the library when they are freed, so that the
+    next step does not pay for fresh pages.  Blocks in use and kept never exceed the most that was in use at once, and
+    the system may take the pages of kept ones when it runs short of memory; this gives them back at once.
+    """
+    _C.release_free_blocks()
 
 
 def rows(x: Tensor) -> Tensor:

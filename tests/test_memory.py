@@ -1,0 +1,80 @@
+"""Large results lie in blocks that the library keeps when they are freed."""
+
+import gc
+
+import pytest
+import torch
+
+import sigma_kernels as sk
+from sigma_kernels import _C
+from sigma_kernels.ops.library import empty
+
+MiB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept():
+    gc.collect()
+    sk.empty_cache()
+    yield
+    sk.empty_cache()
+
+
+def test_a_large_tensor_gets_the_memory_of_the_last_one():
+    like = torch.empty(0)
+    first = empty(like, 48, MiB // 4)
+    address = first.data_ptr()
+    assert address % (2 * MiB) == 0
+    assert first.shape == (48, MiB // 4)
+    assert first.is_contiguous()
+    view = first[3]
+    del first
+    assert _C.free_block_bytes() == 0, "a view keeps its block"
+    del view
+    assert _C.free_block_bytes() == 48 * MiB
+    assert empty(like, 48 * MiB // 4).data_ptr() == address
+
+
+def test_no_more_is_kept_than_was_ever_in_use():
+    like = torch.empty(0)
+    for size in (40, 64, 33, 50):
+        empty(like, size * MiB // 4)
+        assert _C.free_block_bytes() <= 64 * MiB
+
+
+def test_empty_cache_returns_everything():
+    empty(torch.empty(0), 16 * MiB)
+    assert _C.free_block_bytes() == 64 * MiB
+    sk.empty_cache()
+    assert _C.free_block_bytes() == 0
+
+
+def test_small_and_reference_tensors_are_torchs_own():
+    assert empty(torch.empty(0), 1024).untyped_storage().resizable()
+    empty(torch.empty(0, dtype=torch.float64), 1024)
+    assert _C.free_block_bytes() == 0
+
+
+def test_more_than_there_is_raises():
+    with pytest.raises(MemoryError):
+        empty(torch.empty(0), 1 << 56)
+
+
+def test_weight_gradients_reuse_memory_and_stay_right():
+    E, H, I, T = 16, 1024, 512, 64
+    x, w = torch.randn(T, H), torch.rand(T, 1)
+    gate_up, down = (
+        (torch.randn(E, 2 * I, H) / 32).requires_grad_(),
+        (torch.randn(E, H, I) / 16).requires_grad_(),
+    )
+    index = torch.arange(T)[:, None] % E
+    seen, first = set(), None
+    for _ in range(3):
+        sk.moe_experts(x, index, w, gate_up, down).square().sum().backward()
+        assert gate_up.grad is not None
+        assert down.grad is not None
+        first = gate_up.grad.clone() if first is None else first
+        assert torch.equal(gate_up.grad, first)
+        seen.add(gate_up.grad.data_ptr())
+        gate_up.grad = down.grad = None
+    assert len(seen) == 1, "autograd steals the gradient, so its memory comes back"
