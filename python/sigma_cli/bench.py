@@ -18,6 +18,9 @@ from sigma_train.files import write_text
 
 import sigma_kernels as sk
 
+# Settings of the process that change what memory costs everyone, so the page names those that are set.
+ENVIRONMENT = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD",
+               "SIGMA_ISA", "SIGMA_BACKEND")  # fmt: skip
 COLUMNS = ("who", "median, ms", "fastest, ms", "rounds", "over ours", "GF/s", "GB/s of weights")
 
 
@@ -90,13 +93,16 @@ def rich_table(race: dict[str, Any]) -> Table:
 def page(races: list[dict[str, Any]], command: str, threads: int | None) -> str:
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "unknown")
+    chosen = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
+    command = " ".join([*chosen, command])
     parts = [
         "# Results on a CPU",
         "",
         f"Made by `{command}` on {time.strftime('%Y-%m-%d')}: {cpu} ({platform.machine()}, ISA {sk._C.isa()}), "
         f"{threads or torch.get_num_threads()} threads, torch {torch.__version__}, sigma-kernels {sk.__version__}.",
         "Each table is one interleaved run. Bounds are the same FLOPs in one dense layer and the same bytes in one "
-        "stream. Correctness was checked against f64 before the clock started.",
+        "stream. Everyone's first result was checked before the clock started: layers against f64, training steps by "
+        "their loss.",
     ]
     for race in races:
         parts += ["", f"## {title(race)}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
