@@ -8,6 +8,7 @@ from sigma_train import cli as train_cli
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(train_cli.train)
+app.command()(train_cli.compare)
 app.command()(train_cli.generate)
 app.command()(train_cli.export)
 

@@ -1,4 +1,4 @@
-"""`sigma train`, `sigma generate` and `sigma export`.  Exit codes: 0 done, or stopped by a signal and saved; 2 wrong input; 1 failure."""
+"""`sigma train`, `compare`, `generate` and `export`.  Exit codes: 0 done, or stopped by a signal and saved; 2 wrong input; 1 failure."""
 
 from pathlib import Path
 from typing import Annotated
@@ -64,6 +64,37 @@ def train(
     console.print("\nsample:\n", style="bold")
     typer.echo(sample)
     console.print(f"\nreport: {write_report(trainer.out, sample)}", style="bold")
+
+
+def compare(
+    presets: Annotated[list[str], typer.Argument(help="presets to compare")],
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each preset")] = 3,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value for all; repeatable")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs/compare"),
+) -> None:
+    """Train presets on the same tokens with several seeds; continues where it was stopped."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sigma_train.compare import COLUMNS
+    from sigma_train.compare import compare as run_all
+    from sigma_train.config import ConfigError
+    from sigma_train.corpus import CorpusError
+
+    console = Console()
+    try:
+        runs = run_all(presets, seeds, list(overrides or []), out, console)
+    except (ConfigError, CorpusError) as error:
+        raise fail(error) from None
+    if runs is None:
+        return
+    table = Table(*COLUMNS)
+    for run in runs:
+        table.add_row(*run.line)
+    console.print(table)
+    console.print(f"wrote {out / 'compare.png'} and {out / 'compare.md'}")
 
 
 def generate(

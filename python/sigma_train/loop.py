@@ -14,17 +14,20 @@ from rich.console import Console
 from torch import Tensor
 
 from sigma_kernels import nn as sk_nn
+from sigma_train.bound import dense_tokens_per_s
 from sigma_train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from sigma_train.config import Config, ConfigError, config_digest
 from sigma_train.dataset import PreparedData, TokenDataset, prepare
 from sigma_train.files import write_text
-from sigma_train.metrics import Metrics
+from sigma_train.generate import generate
+from sigma_train.metrics import Metrics, busiest
 from sigma_train.model import LanguageModel
 from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
+from sigma_train.progress import RunLine
 
 
 class Trainer:
-    """One run in one folder: config.toml, metrics.jsonl, tokenizer.json, checkpoints/."""
+    """One run in one folder: config.toml, metrics.jsonl, tensorboard/, tokenizer.json, checkpoints/."""
 
     def __init__(self, config: Config, console: Console, resume: bool) -> None:
         self.config, self.console = config, console
@@ -47,7 +50,8 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         write_text(self.out / "config.toml", config.to_toml())
         self.data.tokenizer.save(self.out / "tokenizer.json")
-        self.metrics = Metrics(self.out / "metrics.jsonl", self.step)
+        self.metrics = Metrics(self.out, self.step)
+        self.line = RunLine(console, self.step, config.train.steps)
 
     def _resume(self, path: Path) -> None:
         checkpoint = load_checkpoint(path)
@@ -62,37 +66,53 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step, to the time budget, or to a signal; then save."""
-        t, started = self.config.train, time.monotonic()
         former = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            saved = self.step
-            last_log, last_tokens = time.monotonic(), self.tokens_seen
-            while self.step < t.steps and not self._stop:
-                if t.time_budget_s is not None and time.monotonic() - started > t.time_budget_s:
-                    self.console.print(f"time budget of {t.time_budget_s:g} s is spent")
-                    break
-                row = self._train_step()
-                self.step += 1
-                if self.step % t.log_every == 0 or self.step == t.steps:
-                    now = time.monotonic()
-                    row["tokens_per_s"] = (self.tokens_seen - last_tokens) / (now - last_log)
-                    last_log, last_tokens = now, self.tokens_seen
-                    self._report(row)
-                self.metrics.write(self.step, **row)
-                if self.step % t.eval_every == 0 or self.step == t.steps:
-                    self._validate()
-                    last_log, last_tokens = time.monotonic(), self.tokens_seen
-                if self.step % t.save_every == 0:
-                    self._save()
-                    saved = self.step
-            if saved != self.step:
-                self._save()
-            if self._stop:
-                self.console.print(f"stopped at step {self.step}; saved, continue with --resume")
+            with self.line:
+                self._run()
         finally:
             for s, handler in former.items():
                 signal.signal(s, handler)
             self.metrics.close()
+
+    def _run(self) -> None:
+        t, started, saved = self.config.train, time.monotonic(), self.step
+        is_sparse = bool(self.model.moe_layers())
+        dense = dense_tokens_per_s(self.config) if is_sparse and self.step < t.steps else None
+        last_log, last_tokens = time.monotonic(), self.tokens_seen
+        while self.step < t.steps and not self._stop:
+            if t.time_budget_s is not None and time.monotonic() - started > t.time_budget_s:
+                self.line.say(f"time budget of {t.time_budget_s:g} s is spent")
+                break
+            row = self._train_step()
+            self.step += 1
+            self.line.advance(self.step)
+            if self.step % t.log_every == 0 or self.step == t.steps:
+                now = time.monotonic()
+                speed = row["tokens_per_s"] = (self.tokens_seen - last_tokens) / (now - last_log)
+                share = row["share_of_dense"] = speed / dense if dense else None
+                load = busiest(row["load"]) if "load" in row else None
+                self.line.update(self.step, row["loss"], speed, share, load)
+                last_log, last_tokens = now, self.tokens_seen
+            self.metrics.write(self.step, **row)
+            pause = time.monotonic()  # validation, samples and checkpoints are no part of tokens a second
+            if self.step % t.eval_every == 0 or self.step == t.steps:
+                self._validate()
+            if t.sample_every and self.step % t.sample_every == 0:
+                self._sample()
+            if self.step % t.save_every == 0:
+                self._save()
+                saved = self.step
+            last_log += time.monotonic() - pause
+        if saved != self.step:
+            self._save()
+        if self._stop:
+            self.line.say(f"stopped at step {self.step}; saved, continue with --resume")
+
+    @property
+    def is_stopped(self) -> bool:
+        """A signal ended the run before its last step."""
+        return self._stop
 
     def _on_signal(self, *_: Any) -> None:
         self._stop = True
@@ -141,23 +161,16 @@ class Trainer:
                 total = total + r.z_coef * sk_nn.router_z_loss(logits)
         return total
 
-    def _report(self, row: dict[str, Any]) -> None:
-        load = ""
-        if "load" in row:
-            worst = max(max(layer) * len(layer) / sum(layer) for layer in row["load"])
-            load = f"  busiest expert {worst:.1f} x mean"
-        self.console.print(
-            f"step {self.step:5d}/{self.config.train.steps}  loss {row['loss']:.4f}  "
-            f"{row['tokens_per_s']:,.0f} tokens/s  lr {row['lr']:.2e}{load}",
-            highlight=False,
-        )
-
     def _validate(self) -> None:
         bits = evaluate(self.model, self.data.val, self.config)
         self.metrics.write(self.step, val_bits_per_byte=bits, tokens=self.tokens_seen)
-        self.console.print(
-            f"step {self.step:5d}  validation {bits:.4f} bits per byte", style="bold", highlight=False
-        )
+        self.line.say(f"step {self.step:5d}  validation {bits:.4f} bits per byte", style="bold")
+
+    def _sample(self) -> None:
+        sample = generate(self.model, self.data.tokenizer, "def ", max_tokens=60)
+        self.metrics.write(self.step, sample=sample)
+        self.line.say(f"step {self.step:5d}  sample:")
+        self.console.print(sample, markup=False, highlight=False)
 
     def _save(self) -> None:
         extra = {"config_digest": config_digest(self.config), "tokens_seen": self.tokens_seen}

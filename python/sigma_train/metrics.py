@@ -1,24 +1,45 @@
-"""What a run says while it goes: one JSON object a line in metrics.jsonl, and a line on the terminal."""
+"""What a run records while it goes: one JSON object a line in metrics.jsonl, and the same scalars for TensorBoard."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
+
 
 class Metrics:
-    """Appends rows to metrics.jsonl.  Rows past the step a run resumes from are dropped, so each step stands once."""
+    """Appends rows to metrics.jsonl and to tensorboard/.
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    Rows past the step a run resumes from are dropped, so each step stands once.
+    """
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        path = run / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= first_step] if path.exists() else []
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        self._board = SummaryWriter(run / "tensorboard", purge_step=first_step + 1)
 
     def write(self, step: int, **values: Any) -> None:
+        """Numbers and lists as they are; one busiest_expert for the load of all layers on the board."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if name == "load":
+                self._board.add_scalar("busiest_expert", busiest(value), step)
+            elif isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+            elif isinstance(value, str):
+                self._board.add_text(name, f"```\n{value}\n```", step)
 
     def close(self) -> None:
         self._file.close()
+        self._board.close()
+
+
+def busiest(load: list[list[int]]) -> float:
+    """The busiest expert's tokens over the mean, in the layer where that is largest; load [layers][E]."""
+    return max(max(layer) * len(layer) / sum(layer) for layer in load)
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
