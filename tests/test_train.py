@@ -79,7 +79,10 @@ def test_sigterm_saves_and_exits_0(cache, tmp_path):
 
 def test_training_learns(cache, tmp_path):
     """Defends: a gradient that is missing or of the wrong sign; 60 steps must beat the unigram of a fresh model."""
-    result = sigma("train", "--preset", "smoke", "--steps", "60", "--out", str(tmp_path / "run"), env=cache)
+    result = sigma(
+        "train", "--preset", "smoke", "--steps", "60", "--set", "train.sample_every=30",
+        "--out", str(tmp_path / "run"), env=cache,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
     bits = [row["val_bits_per_byte"] for row in rows if "val_bits_per_byte" in row]

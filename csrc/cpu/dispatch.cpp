@@ -31,15 +31,15 @@ const std::vector<Isa>& isas() {
 }
 
 const Kernels& choose() {
-  const char* wanted = std::getenv("SIGMA_ISA");
+  const char* const chosen = std::getenv("SIGMA_ISA");
+  const std::string wanted = chosen ? chosen : "";
   std::string supported;
   for (const Isa& isa : isas()) {
     if (!isa.is_supported) continue;
-    if (!wanted || std::string(wanted) == isa.name) return isa.kernels();
+    if (!chosen || wanted == isa.name) return isa.kernels();
     supported += supported.empty() ? isa.name : std::string(", ") + isa.name;
   }
-  throw std::runtime_error("SIGMA_ISA=" + std::string(wanted) + " can't run here; this processor supports " +
-                           supported);
+  throw std::runtime_error("SIGMA_ISA=" + wanted + " can't run here; this processor supports " + supported);
 }
 
 }  // namespace

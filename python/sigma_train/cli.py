@@ -1,4 +1,6 @@
-"""`sigma train`, `compare`, `generate` and `export`.  Exit codes: 0 done, or stopped by a signal and saved; 2 wrong input; 1 failure."""
+"""`sigma train`, `compare`, `generate` and `export`.
+
+Exit codes: 0 done, or stopped by a signal and saved; 2 wrong input; 1 failure."""
 
 from pathlib import Path
 from typing import Annotated

@@ -31,9 +31,10 @@ def write_report(run: Path, sample: str) -> Path:
         f"<!doctype html><meta charset=utf-8><title>{html.escape(run.name)}</title><style>{STYLE}</style>"
     ]
     parts.append(f"<h1>{html.escape(run.name)}</h1>")
-    bits = [row["val_bits_per_byte"] for row in rows if "val_bits_per_byte" in row]
-    if bits:
-        parts.append(f"<p>Validation: {bits[-1]:.4f} bits per byte after {rows[-1]['tokens']:,} tokens.</p>")
+    validations = [row for row in rows if "val_bits_per_byte" in row]
+    if validations:
+        bits, tokens = validations[-1]["val_bits_per_byte"], validations[-1]["tokens"]
+        parts.append(f"<p>Validation: {bits:.4f} bits per byte after {tokens:,} tokens.</p>")
     for title, figure in figures.items():
         content = png(figure)
         with atomic_file(run / f"{title.lower().replace(' ', '-')}.png") as file:
