@@ -44,7 +44,7 @@ SWITCH = Shape("switch-base-64", E=64, k=1, H=768, I=3072, T=2048)  # its sizes;
 
 LAYERS = [A, DECODE, SIGMA_MOE_TINY, QWEN3_30B_A3B, OLMOE, SWITCH]
 LOADS = ["balanced", "zipf"]
-DTYPES = [torch.float32]
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 def short(dtype: torch.dtype) -> str:

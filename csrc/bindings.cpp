@@ -4,7 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <new>
+#include <string>
 
+#include "cpu/convert.h"
 #include "cpu/dispatch.h"
 #include "cpu/experts.h"
 #include "cpu/grouped_gemm.h"
@@ -14,6 +16,7 @@
 
 namespace py = pybind11;
 using namespace sigma::cpu;
+using sigma::Bf16;
 
 namespace {
 
@@ -37,6 +40,95 @@ struct Block {
 };
 
 auto no_gil() { return py::call_guard<py::gil_scoped_release>(); }
+
+template <class W>
+void bind_gemms(py::module_& m, const std::string& suffix) {
+  m.def(("grouped_gemm" + suffix).c_str(),
+        [](int64_t E, int64_t N, int64_t K, Address offsets, Address x, int64_t ldx, Address w,
+           int64_t w_expert, int64_t w_row, Address y, bool is_transposed, int threads) {
+          const GroupedGemm<W> g{.E = E,
+                                 .N = N,
+                                 .K = K,
+                                 .offsets = at<int32_t>(offsets),
+                                 .x = {at<float>(x), ldx},
+                                 .w = at<W>(w),
+                                 .w_expert = w_expert,
+                                 .w_row = w_row,
+                                 .y = {at<float>(y), N},
+                                 .scale = nullptr,
+                                 .slot_of_row = nullptr,
+                                 .threads = threads};
+          is_transposed ? grouped_gemm_nt(g) : grouped_gemm_nn(g);
+        },
+        no_gil());
+
+  m.def(("grouped_outer" + suffix).c_str(),
+        [](int64_t E, int64_t A, int64_t B, Address offsets, Address a, int64_t lda, Address b, int64_t ldb,
+           Address out, bool adds, int threads) {
+          grouped_outer(GroupedOuter<W>{.E = E,
+                                        .A = A,
+                                        .B = B,
+                                        .offsets = at<int32_t>(offsets),
+                                        .a = {at<float>(a), lda},
+                                        .b = {at<float>(b), ldb},
+                                        .out = at<W>(out),
+                                        .out_expert = A * B,
+                                        .out_row = B,
+                                        .adds = adds,
+                                        .threads = threads});
+        },
+        no_gil());
+
+  py::class_<Experts<W>>(m, ("Experts" + suffix).c_str(),
+                         "The shared arguments of experts_forward and experts_backward.")
+      .def(py::init([](int64_t T, int64_t H, int64_t I, int64_t E, int k, Address x, int64_t ldx,
+                       Address offsets, Address row_map, Address weights, Address gate_up_proj,
+                       int64_t gate_up_expert, int64_t gate_up_row, Address down_proj, int64_t down_expert,
+                       int64_t down_row, Address gate_up, int threads) {
+        return Experts<W>{.T = T,
+                          .H = H,
+                          .I = I,
+                          .E = E,
+                          .k = k,
+                          .x = at<float>(x),
+                          .ldx = ldx,
+                          .offsets = at<int32_t>(offsets),
+                          .row_map = at<int32_t>(row_map),
+                          .weights = at<float>(weights),
+                          .gate_up_proj = at<W>(gate_up_proj),
+                          .gate_up_expert = gate_up_expert,
+                          .gate_up_row = gate_up_row,
+                          .down_proj = at<W>(down_proj),
+                          .down_expert = down_expert,
+                          .down_row = down_row,
+                          .gate_up = at<float>(gate_up),
+                          .threads = threads};
+      }));
+
+  m.def(("experts_forward" + suffix).c_str(),
+        [](const Experts<W>& e, Address hidden, Address by_slot, Address out) {
+          experts_forward(
+              e, {.hidden = at<float>(hidden), .by_slot = at<float>(by_slot), .out = at<float>(out)});
+        },
+        no_gil());
+
+  m.def(("experts_backward" + suffix).c_str(),
+        [](const Experts<W>& e, Address grad_out, int64_t ld_grad, Address grad_gate_up, Address hidden,
+           Address by_slot, Address grad_weights, Address grad_x, Address grad_gate_up_proj,
+           Address grad_down_proj, bool adds) {
+          experts_backward(e, ExpertsBackward<W>{.grad_out = at<float>(grad_out),
+                                                 .ld_grad = ld_grad,
+                                                 .grad_gate_up = at<float>(grad_gate_up),
+                                                 .hidden = at<float>(hidden),
+                                                 .by_slot = at<float>(by_slot),
+                                                 .grad_weights = at<float>(grad_weights),
+                                                 .grad_x = at<float>(grad_x),
+                                                 .grad_gate_up_proj = at<W>(grad_gate_up_proj),
+                                                 .grad_down_proj = at<W>(grad_down_proj),
+                                                 .adds = adds});
+        },
+        no_gil());
+}
 
 }  // namespace
 
@@ -158,92 +250,29 @@ PYBIND11_MODULE(_C, m) {
       },
       no_gil());
 
+  bind_gemms<float>(m, "");
+  bind_gemms<Bf16>(m, "_bf16");
+
   m.def(
-      "grouped_gemm",
-      [](int64_t E, int64_t N, int64_t K, Address offsets, Address x, int64_t ldx, Address w,
-         int64_t w_expert, int64_t w_row, Address y, bool is_transposed, int threads) {
-        const GroupedGemm g{.E = E,
-                            .N = N,
-                            .K = K,
-                            .offsets = at<int32_t>(offsets),
-                            .x = {at<float>(x), ldx},
-                            .w = at<float>(w),
-                            .w_expert = w_expert,
-                            .w_row = w_row,
-                            .y = {at<float>(y), N},
-                            .scale = nullptr,
-                            .slot_of_row = nullptr,
-                            .threads = threads};
-        is_transposed ? grouped_gemm_nt(g) : grouped_gemm_nn(g);
+      "widen",
+      [](int64_t rows, int64_t columns, Address x, int64_t ldx, Address y, int threads) {
+        widen({.rows = rows,
+               .columns = columns,
+               .wide = at<float>(y),
+               .narrow = at<Bf16>(x),
+               .ld_narrow = ldx,
+               .threads = threads});
       },
       no_gil());
-
   m.def(
-      "grouped_outer",
-      [](int64_t E, int64_t A, int64_t B, Address offsets, Address a, int64_t lda, Address b, int64_t ldb,
-         Address out, bool adds, int threads) {
-        grouped_outer({.E = E,
-                       .A = A,
-                       .B = B,
-                       .offsets = at<int32_t>(offsets),
-                       .a = {at<float>(a), lda},
-                       .b = {at<float>(b), ldb},
-                       .out = at<float>(out),
-                       .out_expert = A * B,
-                       .out_row = B,
-                       .adds = adds,
-                       .threads = threads});
-      },
-      no_gil());
-
-  py::class_<Experts>(m, "Experts", "The shared arguments of experts_forward and experts_backward.")
-      .def(py::init([](int64_t T, int64_t H, int64_t I, int64_t E, int k, Address x, int64_t ldx,
-                       Address offsets, Address row_map, Address weights, Address gate_up_proj,
-                       int64_t gate_up_expert, int64_t gate_up_row, Address down_proj, int64_t down_expert,
-                       int64_t down_row, Address gate_up, int threads) {
-        return Experts{.T = T,
-                       .H = H,
-                       .I = I,
-                       .E = E,
-                       .k = k,
-                       .x = at<float>(x),
-                       .ldx = ldx,
-                       .offsets = at<int32_t>(offsets),
-                       .row_map = at<int32_t>(row_map),
-                       .weights = at<float>(weights),
-                       .gate_up_proj = at<float>(gate_up_proj),
-                       .gate_up_expert = gate_up_expert,
-                       .gate_up_row = gate_up_row,
-                       .down_proj = at<float>(down_proj),
-                       .down_expert = down_expert,
-                       .down_row = down_row,
-                       .gate_up = at<float>(gate_up),
-                       .threads = threads};
-      }));
-
-  m.def(
-      "experts_forward",
-      [](const Experts& e, Address hidden, Address by_slot, Address out) {
-        experts_forward(e,
-                        {.hidden = at<float>(hidden), .by_slot = at<float>(by_slot), .out = at<float>(out)});
-      },
-      no_gil());
-
-  m.def(
-      "experts_backward",
-      [](const Experts& e, Address grad_out, int64_t ld_grad, Address grad_gate_up, Address hidden,
-         Address by_slot, Address grad_weights, Address grad_x, Address grad_gate_up_proj,
-         Address grad_down_proj, bool adds) {
-        experts_backward(e, {.grad_out = at<float>(grad_out),
-                             .ld_grad = ld_grad,
-                             .grad_gate_up = at<float>(grad_gate_up),
-                             .hidden = at<float>(hidden),
-                             .by_slot = at<float>(by_slot),
-                             .grad_weights = at<float>(grad_weights),
-                             .grad_x = at<float>(grad_x),
-                             .grad_gate_up_proj = at<float>(grad_gate_up_proj),
-                             .grad_down_proj = at<float>(grad_down_proj),
-                             .adds = adds});
+      "narrow",
+      [](int64_t rows, int64_t columns, Address x, Address y, int threads) {
+        narrow({.rows = rows,
+                .columns = columns,
+                .wide = at<float>(x),
+                .narrow = at<Bf16>(y),
+                .ld_narrow = columns,
+                .threads = threads});
       },
       no_gil());
 }

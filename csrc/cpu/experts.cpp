@@ -17,16 +17,19 @@ namespace {
 
 constexpr int64_t kColumnBlock = 64;  // of gate and of up, whose SwiGLU is taken while both are in cache
 
-Rows<const float> by_token(const Experts& m, const float* base, int64_t ld) {
+template <class W>
+Rows<const float> by_token(const Experts<W>& m, const float* base, int64_t ld) {
   return {base, ld, m.row_map, m.k};
 }
 
 // Output rows of a GEMM that ends a pass: straight to the token for k = 1, to the slot otherwise.
-Rows<float> to_token_or_slot(const Experts& m, float* out, float* by_slot) {
+template <class W>
+Rows<float> to_token_or_slot(const Experts<W>& m, float* out, float* by_slot) {
   return m.k == 1 ? Rows<float>{out, m.H, m.row_map, 1} : Rows<float>{by_slot, m.H, m.row_map, 1};
 }
 
-void sum_slots(const Experts& m, const float* by_slot, float* out) {
+template <class W>
+void sum_slots(const Experts<W>& m, const float* by_slot, float* out) {
   if (m.k > 1)
     combine({.T = m.T,
              .H = m.H,
@@ -39,20 +42,21 @@ void sum_slots(const Experts& m, const float* by_slot, float* out) {
              .threads = m.threads});
 }
 
-void gate_up_and_swiglu(const Experts& m, float* hidden) {
+template <class W>
+void gate_up_and_swiglu(const Experts<W>& m, float* hidden) {
   const Kernels& isa = kernels();
-  const GroupedGemm g{.E = m.E,
-                      .N = 2 * m.I,
-                      .K = m.H,
-                      .offsets = m.offsets,
-                      .x = by_token(m, m.x, m.ldx),
-                      .w = m.gate_up_proj,
-                      .w_expert = m.gate_up_expert,
-                      .w_row = m.gate_up_row,
-                      .y = {m.gate_up, 2 * m.I},
-                      .scale = nullptr,
-                      .slot_of_row = nullptr,
-                      .threads = m.threads};
+  const GroupedGemm<W> g{.E = m.E,
+                         .N = 2 * m.I,
+                         .K = m.H,
+                         .offsets = m.offsets,
+                         .x = by_token(m, m.x, m.ldx),
+                         .w = m.gate_up_proj,
+                         .w_expert = m.gate_up_expert,
+                         .w_row = m.gate_up_row,
+                         .y = {m.gate_up, 2 * m.I},
+                         .scale = nullptr,
+                         .slot_of_row = nullptr,
+                         .threads = m.threads};
   const int64_t blocks = ceil_div(m.I, kColumnBlock);
 #pragma omp parallel for collapse(2) schedule(dynamic) \
     num_threads(m.threads) if (m.T * m.k * m.I * m.H > (1 << 15))
@@ -72,38 +76,40 @@ void gate_up_and_swiglu(const Experts& m, float* hidden) {
 
 }  // namespace
 
-void experts_forward(const Experts& m, const ExpertsForward& f) {
+template <class W>
+void experts_forward(const Experts<W>& m, const ExpertsForward& f) {
   gate_up_and_swiglu(m, f.hidden);
-  grouped_gemm_nt({.E = m.E,
-                   .N = m.H,
-                   .K = m.I,
-                   .offsets = m.offsets,
-                   .x = {f.hidden, m.I},
-                   .w = m.down_proj,
-                   .w_expert = m.down_expert,
-                   .w_row = m.down_row,
-                   .y = to_token_or_slot(m, f.out, f.by_slot),
-                   .scale = m.weights,
-                   .slot_of_row = m.row_map,
-                   .threads = m.threads});
+  grouped_gemm_nt(GroupedGemm<W>{.E = m.E,
+                                 .N = m.H,
+                                 .K = m.I,
+                                 .offsets = m.offsets,
+                                 .x = {f.hidden, m.I},
+                                 .w = m.down_proj,
+                                 .w_expert = m.down_expert,
+                                 .w_row = m.down_row,
+                                 .y = to_token_or_slot(m, f.out, f.by_slot),
+                                 .scale = m.weights,
+                                 .slot_of_row = m.row_map,
+                                 .threads = m.threads});
   sum_slots(m, f.by_slot, f.out);
 }
 
-void experts_backward(const Experts& m, const ExpertsBackward& b) {
+template <class W>
+void experts_backward(const Experts<W>& m, const ExpertsBackward<W>& b) {
   const Kernels& isa = kernels();
   const int64_t R = m.T * m.k;
-  grouped_gemm_nn({.E = m.E,
-                   .N = m.I,
-                   .K = m.H,
-                   .offsets = m.offsets,
-                   .x = by_token(m, b.grad_out, b.ld_grad),
-                   .w = m.down_proj,
-                   .w_expert = m.down_expert,
-                   .w_row = m.down_row,
-                   .y = {b.hidden, m.I},
-                   .scale = nullptr,
-                   .slot_of_row = nullptr,
-                   .threads = m.threads});
+  grouped_gemm_nn(GroupedGemm<W>{.E = m.E,
+                                 .N = m.I,
+                                 .K = m.H,
+                                 .offsets = m.offsets,
+                                 .x = by_token(m, b.grad_out, b.ld_grad),
+                                 .w = m.down_proj,
+                                 .w_expert = m.down_expert,
+                                 .w_row = m.down_row,
+                                 .y = {b.hidden, m.I},
+                                 .scale = nullptr,
+                                 .slot_of_row = nullptr,
+                                 .threads = m.threads});
 #pragma omp parallel for schedule(static) num_threads(m.threads) if (R * m.I > (1 << 12))
   for (int64_t r = 0; r < R; ++r) {
     const int32_t s = m.row_map[r];
@@ -113,44 +119,49 @@ void experts_backward(const Experts& m, const ExpertsBackward& b) {
         isa.swiglu_backward(hidden, gate, gate + m.I, m.weights[s], grad_gate, grad_gate + m.I, hidden, m.I);
   }
   if (b.grad_x) {
-    grouped_gemm_nn({.E = m.E,
-                     .N = m.H,
-                     .K = 2 * m.I,
-                     .offsets = m.offsets,
-                     .x = {b.grad_gate_up, 2 * m.I},
-                     .w = m.gate_up_proj,
-                     .w_expert = m.gate_up_expert,
-                     .w_row = m.gate_up_row,
-                     .y = to_token_or_slot(m, b.grad_x, b.by_slot),
-                     .scale = nullptr,
-                     .slot_of_row = nullptr,
-                     .threads = m.threads});
+    grouped_gemm_nn(GroupedGemm<W>{.E = m.E,
+                                   .N = m.H,
+                                   .K = 2 * m.I,
+                                   .offsets = m.offsets,
+                                   .x = {b.grad_gate_up, 2 * m.I},
+                                   .w = m.gate_up_proj,
+                                   .w_expert = m.gate_up_expert,
+                                   .w_row = m.gate_up_row,
+                                   .y = to_token_or_slot(m, b.grad_x, b.by_slot),
+                                   .scale = nullptr,
+                                   .slot_of_row = nullptr,
+                                   .threads = m.threads});
     sum_slots(m, b.by_slot, b.grad_x);
   }
   if (b.grad_gate_up_proj)
-    grouped_outer({.E = m.E,
-                   .A = 2 * m.I,
-                   .B = m.H,
-                   .offsets = m.offsets,
-                   .a = {b.grad_gate_up, 2 * m.I},
-                   .b = by_token(m, m.x, m.ldx),
-                   .out = b.grad_gate_up_proj,
-                   .out_expert = 2 * m.I * m.H,
-                   .out_row = m.H,
-                   .adds = b.adds,
-                   .threads = m.threads});
+    grouped_outer(GroupedOuter<W>{.E = m.E,
+                                  .A = 2 * m.I,
+                                  .B = m.H,
+                                  .offsets = m.offsets,
+                                  .a = {b.grad_gate_up, 2 * m.I},
+                                  .b = by_token(m, m.x, m.ldx),
+                                  .out = b.grad_gate_up_proj,
+                                  .out_expert = 2 * m.I * m.H,
+                                  .out_row = m.H,
+                                  .adds = b.adds,
+                                  .threads = m.threads});
   if (b.grad_down_proj)
-    grouped_outer({.E = m.E,
-                   .A = m.H,
-                   .B = m.I,
-                   .offsets = m.offsets,
-                   .a = by_token(m, b.grad_out, b.ld_grad),
-                   .b = {b.hidden, m.I},
-                   .out = b.grad_down_proj,
-                   .out_expert = m.H * m.I,
-                   .out_row = m.I,
-                   .adds = b.adds,
-                   .threads = m.threads});
+    grouped_outer(GroupedOuter<W>{.E = m.E,
+                                  .A = m.H,
+                                  .B = m.I,
+                                  .offsets = m.offsets,
+                                  .a = by_token(m, b.grad_out, b.ld_grad),
+                                  .b = {b.hidden, m.I},
+                                  .out = b.grad_down_proj,
+                                  .out_expert = m.H * m.I,
+                                  .out_row = m.I,
+                                  .adds = b.adds,
+                                  .threads = m.threads});
 }
+
+template void experts_forward(const Experts<float>&, const ExpertsForward&);
+template void experts_forward(const Experts<Bf16>&, const ExpertsForward&);
+template void experts_backward(const Experts<float>&, const ExpertsBackward<float>&);
+template void experts_backward(const Experts<Bf16>&, const ExpertsBackward<Bf16>&);
 
 }  // namespace sigma::cpu

@@ -3,19 +3,23 @@
 
 #include <cstdint>
 
+#include "isa/kernels.h"
+
 namespace sigma::cpu {
 
 // What forward and backward share.  Rows r are in expert order, row_map[r] is the slot t*k + j of row r.
+// W: how the experts' weights and their gradients are stored, float or Bf16; all else is float.
+template <class W = float>
 struct Experts {
   int64_t T, H, I, E;
   int k;
   const float* x;  // [T, H], ldx apart
   int64_t ldx;
   const int32_t *offsets, *row_map;
-  const float* weights;       // [T, k] contiguous
-  const float* gate_up_proj;  // [E, 2I, H]
+  const float* weights;   // [T, k] contiguous
+  const W* gate_up_proj;  // [E, 2I, H]
   int64_t gate_up_expert, gate_up_row;
-  const float* down_proj;  // [E, H, I]
+  const W* down_proj;  // [E, H, I]
   int64_t down_expert, down_row;
   float* gate_up;  // [R, 2I]: before the activation; forward writes it, backward reads it
   int threads;
@@ -26,20 +30,23 @@ struct ExpertsForward {
   float* by_slot;  // [R, H] scratch, only for k > 1
   float* out;      // [T, H]
 };
-void experts_forward(const Experts& m, const ExpertsForward& f);
+template <class W>
+void experts_forward(const Experts<W>& m, const ExpertsForward& f);
 
+template <class W = float>
 struct ExpertsBackward {
   const float* grad_out;  // [T, H], ld_grad apart
   int64_t ld_grad;
-  float* grad_gate_up;       // [R, 2I] scratch
-  float* hidden;             // [R, I] scratch
-  float* by_slot;            // [R, H] scratch, only for k > 1
-  float* grad_weights;       // [T, k]
-  float* grad_x;             // [T, H], or null
-  float* grad_gate_up_proj;  // contiguous, or null
-  float* grad_down_proj;     // contiguous, or null
-  bool adds;                 // to the two weight gradients
+  float* grad_gate_up;   // [R, 2I] scratch
+  float* hidden;         // [R, I] scratch
+  float* by_slot;        // [R, H] scratch, only for k > 1
+  float* grad_weights;   // [T, k]
+  float* grad_x;         // [T, H], or null
+  W* grad_gate_up_proj;  // contiguous, or null
+  W* grad_down_proj;     // contiguous, or null
+  bool adds;             // to the two weight gradients
 };
-void experts_backward(const Experts& m, const ExpertsBackward& b);
+template <class W>
+void experts_backward(const Experts<W>& m, const ExpertsBackward<W>& b);
 
 }  // namespace sigma::cpu

@@ -10,6 +10,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
+#include <vector>
 
 #include "dispatch.h"
 
@@ -25,16 +27,19 @@ constexpr int64_t kRowChunk = 128;  // rows of x that stay in L2 while the colum
 constexpr int64_t kDepth =
     32;  // rows of W per panel: 2.3x over 128 (same shape); the prefetcher follows 32 pages
 constexpr int64_t kOuterRows = 256;   // contraction of the weight gradient per pass
-constexpr int64_t kLine = 16;         // floats in a cache line
 constexpr double kSerialFlops = 1e5;  // below this a parallel region costs more than it saves
+
+template <class W>
+constexpr int64_t kLine = 64 / sizeof(W);  // elements in a cache line
 
 bool is_serial(int threads, double flops) { return threads == 1 || flops < kSerialFlops; }
 
 }  // namespace
 
-void gemm_nt_columns(const Kernels& isa, const GroupedGemm& g, int64_t e, int64_t r0, int64_t r1, int64_t n0,
-                     int64_t n1) {
-  const float* w = g.w + e * g.w_expert;
+template <class W>
+void gemm_nt_columns(const Kernels& isa, const GroupedGemm<W>& g, int64_t e, int64_t r0, int64_t r1,
+                     int64_t n0, int64_t n1) {
+  const W* w = g.w + e * g.w_expert;
   for (int64_t chunk = r0; chunk < r1; chunk += kRowChunk) {
     const int64_t rows = std::min(kRowChunk, r1 - chunk), blocks = ceil_div(rows, isa.dot_rows);
     for (int64_t n = n0; n < n1; n += isa.dot_cols) {
@@ -54,23 +59,25 @@ void gemm_nt_columns(const Kernels& isa, const GroupedGemm& g, int64_t e, int64_
           if (g.scale) scale[m] = g.scale[g.slot_of_row ? g.slot_of_row[r] : r];
         }
         const int64_t call = group % groups * blocks + i;
-        const DotBlock block{.a = a,
-                             .b = w + n * g.w_row,
-                             .ldb = g.w_row,
-                             .c = c,
-                             .scale = g.scale ? scale : nullptr,
-                             .K = g.K,
-                             .mode = Store::kWrite,
-                             .prefetch = w + window * g.w_row + piece(g.K / kLine, calls, call) * kLine,
-                             .prefetch_rows = window + kWindow <= n1 ? static_cast<int>(kWindow) : 0,
-                             .prefetch_lines = static_cast<int>(ceil_div(kWindow, calls))};
-        isa.dot[count][cols](block);
+        const DotBlock<W> block{
+            .a = a,
+            .b = w + n * g.w_row,
+            .ldb = g.w_row,
+            .c = c,
+            .scale = g.scale ? scale : nullptr,
+            .K = g.K,
+            .mode = Store::kWrite,
+            .prefetch = w + window * g.w_row + piece(g.K / kLine<W>, calls, call) * kLine<W>,
+            .prefetch_rows = window + kWindow <= n1 ? static_cast<int>(kWindow) : 0,
+            .prefetch_lines = static_cast<int>(ceil_div(kWindow, calls))};
+        gemms<W>(isa).dot[count][cols](block);
       }
     }
   }
 }
 
-void grouped_gemm_nt(const GroupedGemm& g) {
+template <class W>
+void grouped_gemm_nt(const GroupedGemm<W>& g) {
   const Kernels& isa = kernels();
   const int64_t blocks = ceil_div(g.N, kColumnBlock);
 #pragma omp parallel for collapse(2) schedule(dynamic) \
@@ -84,17 +91,18 @@ void grouped_gemm_nt(const GroupedGemm& g) {
 
 namespace {
 
-void gemm_nn_columns(const Kernels& isa, const GroupedGemm& g, int64_t e, int64_t r0, int64_t r1, int64_t n0,
-                     int64_t n1) {
+template <class W>
+void gemm_nn_columns(const Kernels& isa, const GroupedGemm<W>& g, int64_t e, int64_t r0, int64_t r1,
+                     int64_t n0, int64_t n1) {
   alignas(64) float copy[kDepth * 64];
-  const float* w = g.w + e * g.w_expert;
+  const W* w = g.w + e * g.w_expert;
   const int64_t rows = r1 - r0, blocks = ceil_div(rows, isa.axpy_rows);
   for (int64_t k = 0; k < g.K; k += kDepth) {
     const int64_t depth = std::min(kDepth, g.K - k);
     for (int64_t n = n0; n < n1; n += isa.panel) {
       const int64_t cols = std::min<int64_t>(isa.panel, n1 - n);
-      const int64_t next_lines = ceil_div(std::min<int64_t>(isa.panel, n1 - n - cols), kLine);
-      const float* panel = w + k * g.w_row + n;
+      const int64_t next_lines = ceil_div(std::min<int64_t>(isa.panel, n1 - n - cols), kLine<W>);
+      const W* panel = w + k * g.w_row + n;
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t first = piece(rows, blocks, i), count = piece(rows, blocks, i + 1) - first;
         const float* a[kMaxBlockRows];
@@ -103,20 +111,25 @@ void gemm_nn_columns(const Kernels& isa, const GroupedGemm& g, int64_t e, int64_
           a[m] = g.x(r0 + first + m) + k;
           c[m] = g.y(r0 + first + m) + n;
         }
-        const bool is_packed = i > 0;
+        // The first block of rows reads the weights and keeps them as packed floats for the others.
         const int64_t line = piece(next_lines, blocks, i);
-        const AxpyBlock block{.a = a,
-                              .b = is_packed ? copy : panel,
-                              .ldb = is_packed ? isa.panel : g.w_row,
-                              .copy = !is_packed && blocks > 1 ? copy : nullptr,
-                              .c = c,
-                              .K = depth,
-                              .columns = cols,
-                              .mode = k > 0 ? Store::kAdd : Store::kWrite,
-                              .prefetch = panel + cols + line * kLine,
-                              .prefetch_ld = g.w_row,
-                              .prefetch_lines = static_cast<int>(piece(next_lines, blocks, i + 1) - line)};
-        isa.axpy[count](block);
+        const auto block = [&]<class P>(const P* source, int64_t ld, float* keep) {
+          return AxpyBlock<P, W>{.a = a,
+                                 .b = source,
+                                 .ldb = ld,
+                                 .copy = keep,
+                                 .c = c,
+                                 .K = depth,
+                                 .columns = cols,
+                                 .mode = k > 0 ? Store::kAdd : Store::kWrite,
+                                 .prefetch = panel + cols + line * kLine<W>,
+                                 .prefetch_ld = g.w_row,
+                                 .prefetch_lines = static_cast<int>(piece(next_lines, blocks, i + 1) - line)};
+        };
+        if (i == 0)
+          gemms<W>(isa).axpy[count](block(panel, g.w_row, blocks > 1 ? copy : nullptr));
+        else
+          gemms<W>(isa).axpy_packed[count](block(static_cast<const float*>(copy), isa.panel, nullptr));
       }
     }
   }
@@ -124,7 +137,8 @@ void gemm_nn_columns(const Kernels& isa, const GroupedGemm& g, int64_t e, int64_
 
 }  // namespace
 
-void grouped_gemm_nn(const GroupedGemm& g) {
+template <class W>
+void grouped_gemm_nn(const GroupedGemm<W>& g) {
   const Kernels& isa = kernels();
   int64_t most = 0;
   for (int64_t e = 0; e < g.E; ++e) most = std::max<int64_t>(most, g.offsets[e + 1] - g.offsets[e]);
@@ -142,14 +156,17 @@ void grouped_gemm_nn(const GroupedGemm& g) {
 
 namespace {
 
-void outer_rows(const Kernels& isa, const GroupedOuter& g, int64_t e, int64_t m0, int64_t m1, bool streams) {
-  float* out = g.out + e * g.out_expert;
+// Rows m0..m1 of one expert's gradient, written to or added to c [m1 - m0, ldc].
+template <class W>
+void outer_rows(const Kernels& isa, const GroupedOuter<W>& g, int64_t e, int64_t m0, int64_t m1, W* c,
+                int64_t ldc, bool adds, bool streams) {
   const int64_t r0 = g.offsets[e], r1 = g.offsets[e + 1];
   int64_t chunk = r0;
   do {  // once even without rows: the gradient of an idle expert is zero, not unwritten
     const int64_t rows = std::min(kOuterRows, r1 - chunk);
-    const bool adds = g.adds || chunk > r0;
-    const Store mode = adds ? Store::kAdd : streams && r1 - r0 <= kOuterRows ? Store::kStream : Store::kWrite;
+    const Store mode = adds || chunk > r0                 ? Store::kAdd
+                       : streams && r1 - r0 <= kOuterRows ? Store::kStream
+                                                          : Store::kWrite;
     const float *a_rows[kOuterRows], *b_rows[kOuterRows], *a[kOuterRows], *b[kOuterRows];
     for (int64_t r = 0; r < rows; ++r) a_rows[r] = g.a(chunk + r), b_rows[r] = g.b(chunk + r);
     for (int64_t m = m0; m < m1; m += isa.axpy_rows) {
@@ -157,37 +174,81 @@ void outer_rows(const Kernels& isa, const GroupedOuter& g, int64_t e, int64_t m0
       for (int64_t r = 0; r < rows; ++r) a[r] = a_rows[r] + m;
       for (int64_t n = 0; n < g.B; n += isa.panel) {
         for (int64_t r = 0; r < rows; ++r) b[r] = b_rows[r] + n;
-        isa.outer[count]({.a = a,
-                          .b = b,
-                          .c = out + m * g.out_row + n,
-                          .ldc = g.out_row,
-                          .R = rows,
-                          .columns = std::min<int64_t>(isa.panel, g.B - n),
-                          .mode = mode});
+        gemms<W>(isa).outer[count]({.a = a,
+                                    .b = b,
+                                    .c = c + (m - m0) * ldc + n,
+                                    .ldc = ldc,
+                                    .R = rows,
+                                    .columns = std::min<int64_t>(isa.panel, g.B - n),
+                                    .mode = mode});
       }
     }
     chunk += kOuterRows;
   } while (chunk < r1);
 }
 
+// A bf16 gradient of an expert with many rows is summed in f32 and rounded once, as one with few rows is.
+void outer_rows_rounded_once(const Kernels& isa, const GroupedOuter<Bf16>& g, int64_t e, int64_t m0,
+                             int64_t m1) {
+  thread_local std::vector<float> sum;
+  sum.resize((m1 - m0) * g.B);
+  Bf16* const out = g.out + e * g.out_expert;
+  for (int64_t m = m0; g.adds && m < m1; ++m)
+    isa.widen_row(out + m * g.out_row, sum.data() + (m - m0) * g.B, g.B);
+  const GroupedOuter<float> wide{.E = g.E,
+                                 .A = g.A,
+                                 .B = g.B,
+                                 .offsets = g.offsets,
+                                 .a = g.a,
+                                 .b = g.b,
+                                 .out = nullptr,
+                                 .out_expert = 0,
+                                 .out_row = 0,
+                                 .adds = g.adds,
+                                 .threads = 1};
+  outer_rows(isa, wide, e, m0, m1, sum.data(), g.B, g.adds, false);
+  for (int64_t m = m0; m < m1; ++m) isa.narrow_row(sum.data() + (m - m0) * g.B, out + m * g.out_row, g.B);
+}
+
 }  // namespace
 
-void grouped_outer(const GroupedOuter& g) {
+template <class W>
+void grouped_outer(const GroupedOuter<W>& g) {
   const Kernels& isa = kernels();
   const int64_t height = 8 * isa.axpy_rows, blocks = ceil_div(g.A, height);
-  const int64_t misaligned =
-      reinterpret_cast<uintptr_t>(g.out) % 64 + g.out_row % kLine + g.out_expert % kLine + g.B % kLine;
+  const int64_t misaligned = reinterpret_cast<uintptr_t>(g.out) % 64 + g.out_row % kLine<W> +
+                             g.out_expert % kLine<W> + g.B % kLine<W>;
   const bool streams = misaligned == 0;
 #pragma omp parallel num_threads( \
         g.threads) if (!is_serial(g.threads, 2.0 * g.offsets[g.E] * g.A * g.B + g.E * g.A * g.B))
   {
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t e = 0; e < g.E; ++e)
-      for (int64_t i = 0; i < blocks; ++i)
-        if (!g.adds || g.offsets[e] < g.offsets[e + 1])
-          outer_rows(isa, g, e, i * height, std::min(g.A, (i + 1) * height), streams);
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t rows = g.offsets[e + 1] - g.offsets[e];
+        const int64_t m0 = i * height, m1 = std::min(g.A, m0 + height);
+        if (g.adds && rows == 0) continue;
+        if constexpr (std::is_same_v<W, Bf16>) {
+          if (rows > kOuterRows) {
+            outer_rows_rounded_once(isa, g, e, m0, m1);
+            continue;
+          }
+        }
+        outer_rows(isa, g, e, m0, m1, g.out + e * g.out_expert + m0 * g.out_row, g.out_row, g.adds, streams);
+      }
     std::atomic_thread_fence(std::memory_order_seq_cst);  // streaming stores are weakly ordered
   }
 }
+
+template void gemm_nt_columns(const Kernels&, const GroupedGemm<float>&, int64_t, int64_t, int64_t, int64_t,
+                              int64_t);
+template void gemm_nt_columns(const Kernels&, const GroupedGemm<Bf16>&, int64_t, int64_t, int64_t, int64_t,
+                              int64_t);
+template void grouped_gemm_nt(const GroupedGemm<float>&);
+template void grouped_gemm_nt(const GroupedGemm<Bf16>&);
+template void grouped_gemm_nn(const GroupedGemm<float>&);
+template void grouped_gemm_nn(const GroupedGemm<Bf16>&);
+template void grouped_outer(const GroupedOuter<float>&);
+template void grouped_outer(const GroupedOuter<Bf16>&);
 
 }  // namespace sigma::cpu

@@ -71,6 +71,7 @@ def train(
 def compare(
     presets: Annotated[list[str], typer.Argument(help="presets to compare")],
     seeds: Annotated[int, typer.Option(min=1, help="runs of each preset")] = 3,
+    data: Annotated[list[str] | None, typer.Option(help="file, folder or glob; repeatable")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value for all; repeatable")
     ] = None,
@@ -87,7 +88,7 @@ def compare(
 
     console = Console()
     try:
-        runs = run_all(presets, seeds, list(overrides or []), out, console)
+        runs = run_all(presets, seeds, list(overrides or []), out, console, list(data or []))
     except (ConfigError, CorpusError) as error:
         raise fail(error) from None
     if runs is None:

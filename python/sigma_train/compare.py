@@ -1,5 +1,6 @@
 """`sigma compare`: the same tokens through several settings and seeds, as one picture and one table."""
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +63,12 @@ def validation(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
 
 
 def compare(
-    presets: Sequence[str], seeds: int, overrides: list[str], out: Path, console: Console
+    presets: Sequence[str],
+    seeds: int,
+    overrides: list[str],
+    out: Path,
+    console: Console,
+    data: Sequence[str] = (),
 ) -> list[Runs] | None:
     """Train every preset with seeds 0, 1, ..., each in its folder under `out`, and write compare.png and compare.md.
 
@@ -71,6 +77,8 @@ def compare(
     """
     if len(set(presets)) != len(presets):
         raise ConfigError(f"compare wants different presets, found {', '.join(presets)}")
+    if data:
+        overrides = [*overrides, f"data.paths={json.dumps(list(data))}"]
     configs = {p: load_config(p, None, overrides) for p in presets}
     same = {
         (c.train.steps * c.train.batch_size * c.train.seq_len * c.train.grad_accum, c.data)

@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 from sigma_kernels import _C, reference
 from sigma_kernels.backends import Backend, register_table, select
 from sigma_kernels.ops.library import (
-    NATIVE,
     REFERENCE,
     check_float,
     check_index,
@@ -17,7 +16,9 @@ from sigma_kernels.ops.library import (
     define,
     empty,
     matrices,
+    narrowed,
     rows,
+    widened,
 )
 from sigma_kernels.routing import Routing
 
@@ -37,7 +38,7 @@ def moe_experts(
     (SwiGLU: Shazeer 2020, arXiv 2002.05202; weights lie as in Hugging Face transformers).
 
     Args:
-        hidden_states: [T, H].
+        hidden_states: [T, H]; this and the others f32, or all bf16, which is computed in f32 and rounded once.
         top_k_index: [T, k] int32 or int64, in 0..E-1; an expert may be named twice.
         top_k_weights: [T, k].
         gate_up_proj: [E, 2I, H], gate rows first, then up.
@@ -126,6 +127,12 @@ class _Experts(torch.autograd.Function):
         )
 
 
+_BY_DTYPE = {
+    torch.float32: (_C.Experts, _C.experts_forward, _C.experts_backward),
+    torch.bfloat16: (_C.Experts_bf16, _C.experts_forward_bf16, _C.experts_backward_bf16),
+}
+
+
 def _native_experts(
     x: Tensor,
     weights: Tensor,
@@ -136,7 +143,7 @@ def _native_experts(
     gate_up: Tensor,
 ) -> Any:
     (T, H), (E, _, I) = x.shape, down_proj.shape
-    return _C.Experts(
+    return _BY_DTYPE[down_proj.dtype][0](
         T, H, I, E, weights.shape[1], x.data_ptr(), x.stride(0), offsets.data_ptr(), row_map.data_ptr(),
         weights.data_ptr(), gate_up_proj.data_ptr(), gate_up_proj.stride(0), gate_up_proj.stride(1),
         down_proj.data_ptr(), down_proj.stride(0), down_proj.stride(1), gate_up.data_ptr(), torch.get_num_threads(),
@@ -146,18 +153,15 @@ def _native_experts(
 def _forward_cpu(
     x: Tensor, weights: Tensor, offsets: Tensor, row_map: Tensor, gate_up_proj: Tensor, down_proj: Tensor
 ) -> tuple[Tensor, Tensor]:
-    x, weights, gate_up_proj, down_proj = (
-        rows(x),
-        weights.contiguous(),
-        matrices(gate_up_proj),
-        matrices(down_proj),
-    )
+    dtype = x.dtype
+    x, weights = widened(rows(x)), widened(weights.contiguous())
+    gate_up_proj, down_proj = matrices(gate_up_proj), matrices(down_proj)
     (T, H), R, I = x.shape, row_map.shape[0], down_proj.shape[2]
     out, gate_up, hidden = empty(x, T, H), empty(x, R, 2 * I), empty(x, R, I)
     by_slot = empty(x, R, H) if R > T else out
     native = _native_experts(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up)
-    _C.experts_forward(native, hidden.data_ptr(), by_slot.data_ptr(), out.data_ptr())
-    return out, gate_up
+    _BY_DTYPE[dtype][1](native, hidden.data_ptr(), by_slot.data_ptr(), out.data_ptr())
+    return narrowed(out, dtype), gate_up
 
 
 def _backward_cpu(
@@ -171,22 +175,24 @@ def _backward_cpu(
     gate_up: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_out, x, weights = rows(grad_out), rows(x), weights.contiguous()
+    dtype = x.dtype
+    grad_out, x, weights = widened(rows(grad_out)), widened(rows(x)), widened(weights.contiguous())
     gate_up_proj, down_proj = matrices(gate_up_proj), matrices(down_proj)
     (T, H), R, I = x.shape, row_map.shape[0], down_proj.shape[2]
     grad_weights = torch.empty_like(weights)
     grad_x = empty(x, T, H) if needed[0] else x.new_empty(0)
-    grad_gate_up_proj = empty(x, *gate_up_proj.shape) if needed[1] else x.new_empty(0)
-    grad_down_proj = empty(x, *down_proj.shape) if needed[2] else x.new_empty(0)
+    grad_gate_up_proj = empty(gate_up_proj, *gate_up_proj.shape) if needed[1] else gate_up_proj.new_empty(0)
+    grad_down_proj = empty(down_proj, *down_proj.shape) if needed[2] else down_proj.new_empty(0)
     grad_gate_up, hidden = empty(x, R, 2 * I), empty(x, R, I)
     by_slot = empty(x, R, H) if R > T else grad_x
     native = _native_experts(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up)
-    _C.experts_backward(
+    _BY_DTYPE[dtype][2](
         native, grad_out.data_ptr(), grad_out.stride(0), grad_gate_up.data_ptr(), hidden.data_ptr(),
         by_slot.data_ptr(), grad_weights.data_ptr(), grad_x.data_ptr() if needed[0] else 0,
         grad_gate_up_proj.data_ptr() if needed[1] else 0, grad_down_proj.data_ptr() if needed[2] else 0, False,
     )  # fmt: skip
-    return grad_x, grad_weights, grad_gate_up_proj, grad_down_proj
+    grad_x = narrowed(grad_x, dtype) if needed[0] else grad_x.to(dtype)
+    return grad_x, narrowed(grad_weights, dtype), grad_gate_up_proj, grad_down_proj
 
 
 def _reference_from_rows(
@@ -212,11 +218,11 @@ def _backward_reference(grad_out: Tensor, *saved: Any) -> tuple[Tensor, Tensor, 
 
 
 register_table("moe_experts", [
-    Backend("cpu", _forward_cpu, NATIVE, "cpu"),
+    Backend("cpu", _forward_cpu, tuple(_BY_DTYPE), "cpu"),
     Backend("reference", _reference_from_rows, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("moe_experts_backward", [
-    Backend("cpu", _backward_cpu, NATIVE, "cpu"),
+    Backend("cpu", _backward_cpu, tuple(_BY_DTYPE), "cpu"),
     Backend("reference", _backward_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 
@@ -226,7 +232,11 @@ define(
     lambda x, *rest: select("moe_experts", x)(x, *rest),
     lambda x, weights, offsets, row_map, gate_up, down: (
         x.new_empty(x.shape),
-        x.new_empty(row_map.shape[0], gate_up.shape[1]),
+        x.new_empty(
+            row_map.shape[0],
+            gate_up.shape[1],
+            dtype=torch.float32 if x.dtype == torch.bfloat16 else x.dtype,
+        ),
     ),
 )
 define(

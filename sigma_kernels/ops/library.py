@@ -46,6 +46,25 @@ def empty_cache() -> None:
     _C.release_free_blocks()
 
 
+def widened(x: Tensor) -> Tensor:
+    """bf16 [rows, columns] as contiguous f32; any other x itself."""
+    if x.dtype != torch.bfloat16:
+        return x
+    x = rows(x)
+    out = empty(x, *x.shape, dtype=torch.float32)
+    _C.widen(*x.shape, x.data_ptr(), x.stride(0), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def narrowed(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous f32 [rows, columns] rounded to bf16 where that is wanted."""
+    if dtype != torch.bfloat16:
+        return y
+    out = empty(y, *y.shape, dtype=dtype)
+    _C.narrow(*y.shape, y.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
 def rows(x: Tensor) -> Tensor:
     """x itself if its rows are contiguous each, else a contiguous copy: what the kernels take."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

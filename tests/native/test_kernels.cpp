@@ -1,12 +1,15 @@
 // Every function of csrc/cpu on odd sizes, in buffers of exactly the right size, against plain loops: what
 // the sanitizers watch.  Prints 'N passed, N failed'.
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <random>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
+#include "convert.h"
 #include "dispatch.h"
 #include "experts.h"
 #include "grouped_gemm.h"
@@ -15,6 +18,7 @@
 #include "route.h"
 
 using namespace sigma::cpu;
+using sigma::Bf16;
 using Floats = std::vector<float>;
 
 namespace {
@@ -29,10 +33,32 @@ Floats random_floats(int64_t n) {
   return out;
 }
 
-void check(const char* what, const Floats& got, const std::vector<double>& want) {
+float to_float(float x) { return x; }
+float to_float(Bf16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
+
+// Rounds x itself, so that what is checked against sees the same numbers.
+template <class W>
+std::vector<W> stored(Floats& x) {
+  std::vector<W> out(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    if constexpr (std::is_same_v<W, Bf16>) {
+      const uint32_t bits = std::bit_cast<uint32_t>(x[i]), low = bits & 0xFFFF;
+      const bool goes_up = low > 0x8000 || (low == 0x8000 && (bits >> 16 & 1));
+      out[i] = Bf16{static_cast<uint16_t>((bits >> 16) + goes_up)};
+    } else {
+      out[i] = x[i];
+    }
+    x[i] = to_float(out[i]);
+  }
+  return out;
+}
+
+template <class W>
+void check(const char* what, const std::vector<W>& got, const std::vector<double>& want) {
+  const double rounding = std::is_same_v<W, Bf16> ? 1.0 / 256 : 0;  // half a unit of 8 bits of mantissa
   bool is_close = got.size() == want.size();
   for (size_t i = 0; is_close && i < want.size(); ++i)
-    is_close = std::abs(got[i] - want[i]) <= 1e-4 * (1 + std::abs(want[i]));
+    is_close = std::abs(to_float(got[i]) - want[i]) <= 1e-4 + (1e-4 + rounding) * std::abs(want[i]);
   is_close ? ++passed : ++failed;
   if (!is_close) std::printf("wrong: %s\n", what);
 }
@@ -50,9 +76,12 @@ std::vector<int32_t> random_indices(const Case& c) {
   return indices;
 }
 
+template <class W>
 void test_gemms(const Case& c, const std::vector<int32_t>& offsets, int64_t R) {
   const int64_t N = c.I, K = c.H;
-  const Floats x = random_floats(R * K), w = random_floats(c.E * N * K);
+  const Floats x = random_floats(R * K);
+  Floats w = random_floats(c.E * N * K);
+  const std::vector<W> stored_w = stored<W>(w);
   std::vector<double> nt(R * N), nn(R * N), outer(c.E * N * K);
   const Floats b = random_floats(R * N);
   for (int64_t e = 0; e < c.E; ++e)
@@ -63,34 +92,35 @@ void test_gemms(const Case& c, const std::vector<int32_t>& offsets, int64_t R) {
           nn[r * N + n] += double(x[r * K + k]) * w[(e * K + k) * N + n];
           outer[(e * N + n) * K + k] += double(b[r * N + n]) * x[r * K + k];
         }
-  Floats y(R * N, NAN), z(R * N, NAN), out(c.E * N * K, NAN);
-  GroupedGemm g{.E = c.E,
-                .N = N,
-                .K = K,
-                .offsets = offsets.data(),
-                .x = {x.data(), K},
-                .w = w.data(),
-                .w_expert = N * K,
-                .w_row = K,
-                .y = {y.data(), N},
-                .scale = nullptr,
-                .slot_of_row = nullptr,
-                .threads = 2};
+  Floats y(R * N, NAN), z(R * N, NAN), nan(c.E * N * K, NAN);
+  std::vector<W> out = stored<W>(nan);
+  GroupedGemm<W> g{.E = c.E,
+                   .N = N,
+                   .K = K,
+                   .offsets = offsets.data(),
+                   .x = {x.data(), K},
+                   .w = stored_w.data(),
+                   .w_expert = N * K,
+                   .w_row = K,
+                   .y = {y.data(), N},
+                   .scale = nullptr,
+                   .slot_of_row = nullptr,
+                   .threads = 2};
   grouped_gemm_nt(g);
   g.w_row = N;
   g.y = {z.data(), N};
   grouped_gemm_nn(g);
-  GroupedOuter o{.E = c.E,
-                 .A = N,
-                 .B = K,
-                 .offsets = offsets.data(),
-                 .a = {b.data(), N},
-                 .b = {x.data(), K},
-                 .out = out.data(),
-                 .out_expert = N * K,
-                 .out_row = K,
-                 .adds = false,
-                 .threads = 2};
+  GroupedOuter<W> o{.E = c.E,
+                    .A = N,
+                    .B = K,
+                    .offsets = offsets.data(),
+                    .a = {b.data(), N},
+                    .b = {x.data(), K},
+                    .out = out.data(),
+                    .out_expert = N * K,
+                    .out_row = K,
+                    .adds = false,
+                    .threads = 2};
   grouped_outer(o);
   check("grouped_gemm_nt", y, nt);
   check("grouped_gemm_nn", z, nn);
@@ -101,29 +131,31 @@ void test_gemms(const Case& c, const std::vector<int32_t>& offsets, int64_t R) {
   check("grouped_outer, adding", out, outer);
 }
 
+template <class W>
 void test_experts(const Case& c, const std::vector<int32_t>& offsets, const std::vector<int32_t>& row_map) {
   const int64_t T = c.T, H = c.H, I = c.I, E = c.E, k = c.k, R = T * k;
-  const Floats x = random_floats(T * H), w = random_floats(T * k), w1 = random_floats(E * 2 * I * H),
-               w2 = random_floats(E * H * I), grad = random_floats(T * H);
+  const Floats x = random_floats(T * H), w = random_floats(T * k), grad = random_floats(T * H);
+  Floats w1 = random_floats(E * 2 * I * H), w2 = random_floats(E * H * I);
+  const std::vector<W> stored_w1 = stored<W>(w1), stored_w2 = stored<W>(w2);
   Floats gate_up(R * 2 * I, NAN), hidden(R * I, NAN), by_slot(R * H, NAN), out(T * H, NAN);
-  const Experts m{.T = T,
-                  .H = H,
-                  .I = I,
-                  .E = E,
-                  .k = c.k,
-                  .x = x.data(),
-                  .ldx = H,
-                  .offsets = offsets.data(),
-                  .row_map = row_map.data(),
-                  .weights = w.data(),
-                  .gate_up_proj = w1.data(),
-                  .gate_up_expert = 2 * I * H,
-                  .gate_up_row = H,
-                  .down_proj = w2.data(),
-                  .down_expert = H * I,
-                  .down_row = I,
-                  .gate_up = gate_up.data(),
-                  .threads = 2};
+  const Experts<W> m{.T = T,
+                     .H = H,
+                     .I = I,
+                     .E = E,
+                     .k = c.k,
+                     .x = x.data(),
+                     .ldx = H,
+                     .offsets = offsets.data(),
+                     .row_map = row_map.data(),
+                     .weights = w.data(),
+                     .gate_up_proj = stored_w1.data(),
+                     .gate_up_expert = 2 * I * H,
+                     .gate_up_row = H,
+                     .down_proj = stored_w2.data(),
+                     .down_expert = H * I,
+                     .down_row = I,
+                     .gate_up = gate_up.data(),
+                     .threads = 2};
   experts_forward(m, {.hidden = hidden.data(), .by_slot = by_slot.data(), .out = out.data()});
 
   std::vector<double> want(T * H), dx(T * H), dw(R), dw1(w1.size()), dw2(w2.size());
@@ -151,18 +183,19 @@ void test_experts(const Case& c, const std::vector<int32_t>& offsets, const std:
       }
     }
   check("experts_forward", out, want);
-  Floats grad_gate_up(R * 2 * I, NAN), grad_w(R, NAN), grad_x(T * H, NAN), grad_w1(w1.size(), NAN),
-      grad_w2(w2.size(), NAN);
-  experts_backward(m, {.grad_out = grad.data(),
-                       .ld_grad = H,
-                       .grad_gate_up = grad_gate_up.data(),
-                       .hidden = hidden.data(),
-                       .by_slot = by_slot.data(),
-                       .grad_weights = grad_w.data(),
-                       .grad_x = grad_x.data(),
-                       .grad_gate_up_proj = grad_w1.data(),
-                       .grad_down_proj = grad_w2.data(),
-                       .adds = false});
+  Floats grad_gate_up(R * 2 * I, NAN), grad_w(R, NAN), grad_x(T * H, NAN), nan1(w1.size(), NAN),
+      nan2(w2.size(), NAN);
+  std::vector<W> grad_w1 = stored<W>(nan1), grad_w2 = stored<W>(nan2);
+  experts_backward(m, ExpertsBackward<W>{.grad_out = grad.data(),
+                                         .ld_grad = H,
+                                         .grad_gate_up = grad_gate_up.data(),
+                                         .hidden = hidden.data(),
+                                         .by_slot = by_slot.data(),
+                                         .grad_weights = grad_w.data(),
+                                         .grad_x = grad_x.data(),
+                                         .grad_gate_up_proj = grad_w1.data(),
+                                         .grad_down_proj = grad_w2.data(),
+                                         .adds = false});
   check("grad_x", grad_x, dx);
   check("grad_weights", grad_w, dw);
   check("grad_gate_up_proj", grad_w1, dw1);
@@ -310,6 +343,45 @@ void test_blocks() {
 
 }  // namespace
 
+// Every bf16 survives the way through f32, and every f32 goes to the nearest, ties to even.
+void test_convert() {
+  std::vector<Bf16> all(1 << 16), back(1 << 16);
+  Floats wide(1 << 16);
+  for (int i = 0; i < 1 << 16; ++i) all[i].bits = static_cast<uint16_t>(i);
+  widen({.rows = 1,
+         .columns = 1 << 16,
+         .wide = wide.data(),
+         .narrow = all.data(),
+         .ld_narrow = 0,
+         .threads = 1});
+  narrow({.rows = 1,
+          .columns = 1 << 16,
+          .wide = wide.data(),
+          .narrow = back.data(),
+          .ld_narrow = 0,
+          .threads = 1});
+  bool is_same = true;
+  for (int i = 0; i < 1 << 16; ++i)
+    is_same &= std::isnan(wide[i]) ? std::isnan(to_float(back[i])) : back[i].bits == all[i].bits;
+  expect("bf16 to f32 and back", is_same);
+
+  Floats x = random_floats(1003);
+  for (int i = 0; i < 64; ++i)
+    x[i] = std::bit_cast<float>(0x3F808000u + (static_cast<uint32_t>(i) << 15));  // ties
+  const Floats unrounded = x;
+  const std::vector<Bf16> want = stored<Bf16>(x);
+  std::vector<Bf16> got(1003);
+  narrow({.rows = 17,
+          .columns = 59,
+          .wide = const_cast<float*>(unrounded.data()),
+          .narrow = got.data(),
+          .ld_narrow = 59,
+          .threads = 2});
+  is_same = true;
+  for (size_t i = 0; i < got.size(); ++i) is_same &= got[i].bits == want[i].bits;
+  expect("f32 to the nearest bf16, ties to even", is_same);
+}
+
 // With the argument 'blocks', the tests of memory alone: what ThreadSanitizer can watch.
 int main(int count, char**) {
   test_blocks();
@@ -317,19 +389,26 @@ int main(int count, char**) {
     std::printf("blocks: %d passed, %d failed\n", passed, failed);
     return failed != 0;
   }
-  for (const Case c :
-       {Case{1, 1, 1, 1, 1}, {3, 5, 7, 2, 1}, {33, 67, 35, 5, 2}, {70, 130, 65, 4, 1}, {300, 33, 18, 3, 3}}) {
+  for (const Case c : {Case{1, 1, 1, 1, 1},
+                       {3, 5, 7, 2, 1},
+                       {33, 67, 35, 5, 2},
+                       {70, 130, 65, 4, 1},
+                       {300, 33, 18, 3, 3},
+                       {700, 64, 32, 2, 1}}) {
     const std::vector<int32_t> indices = random_indices(c);
     const int64_t R = c.T * c.k;
     std::vector<int32_t> counts(c.E), offsets(c.E + 1), row_map(R);
     const int64_t wrong =
         group_by_expert(indices.data(), R, c.E, counts.data(), offsets.data(), row_map.data(), 2);
     wrong == -1 && offsets[c.E] == R ? ++passed : ++failed;
-    test_gemms(c, offsets, R);
-    test_experts(c, offsets, row_map);
+    test_gemms<float>(c, offsets, R);
+    test_gemms<Bf16>(c, offsets, R);
+    test_experts<float>(c, offsets, row_map);
+    test_experts<Bf16>(c, offsets, row_map);
     test_permute(c, row_map);
     test_route(c);
   }
+  test_convert();
   const int32_t bad[] = {0, 1, 5};
   int32_t counts[3], offsets[4], row_map[3];
   group_by_expert(bad, 3, 3, counts, offsets, row_map, 1) == 2 ? ++passed : ++failed;

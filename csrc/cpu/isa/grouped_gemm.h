@@ -21,20 +21,23 @@ constexpr int kDotRows = 3, kDotCols = 4;     // 12 sums + 3 of a + 1 of b = 16,
 constexpr int kAxpyRows = 6, kPanelVecs = 2;  // 12 sums + 2 of b + 1 broadcast
 #endif
 constexpr int kPanel = kPanelVecs * kLanes;
-constexpr int kLine = 16;  // floats in a cache line
+template <class W>
+constexpr int kLine = 64 / sizeof(W);  // elements in a cache line
 
-SK_INLINE void put(float* p, Vec v, Store mode) {
+template <class W>
+SK_INLINE void put(W* p, Vec v, Store mode) {
   if (mode == Store::kStream) return store_streaming(p, v);
   store(p, mode == Store::kAdd ? load(p) + v : v);
 }
 
-SK_INLINE void put_partial(float* p, Vec v, int64_t n, Store mode) {
+template <class W>
+SK_INLINE void put_partial(W* p, Vec v, int64_t n, Store mode) {
   store_partial(p, mode == Store::kAdd ? load_partial(p, n) + v : v, n);
 }
 
 // Writes a block of sums; its last vector may be partial.
-template <int NV>
-SK_INLINE void put_row(float* c, const Vec* sum, int64_t columns, Store mode) {
+template <int NV, class W>
+SK_INLINE void put_row(W* c, const Vec* sum, int64_t columns, Store mode) {
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
     const int64_t left = columns - v * kLanes;
@@ -45,8 +48,8 @@ SK_INLINE void put_row(float* c, const Vec* sum, int64_t columns, Store mode) {
   }
 }
 
-template <int NV>
-SK_INLINE void load_row(Vec* x, const float* b, int64_t columns, bool is_full) {
+template <int NV, class W>
+SK_INLINE void load_row(Vec* x, const W* b, int64_t columns, bool is_full) {
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
     const int64_t left = columns - v * kLanes;
@@ -56,13 +59,13 @@ SK_INLINE void load_row(Vec* x, const float* b, int64_t columns, bool is_full) {
   }
 }
 
-template <int MR, int NR>
-void dot_block(const DotBlock& d) {
+template <int MR, int NR, class W>
+void dot_block(const DotBlock<W>& d) {
   Vec sum[MR][NR] = {};
   const float* a[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) a[m] = d.a[m];
-  const float* b = d.b;
+  const W* b = d.b;
   const int64_t ldb = d.ldb, K = d.K;
   const auto step = [&](int64_t k, auto load_at) SK_STEP {
     Vec w[NR];
@@ -75,7 +78,7 @@ void dot_block(const DotBlock& d) {
       for (int n = 0; n < NR; ++n) sum[m][n] += x * w[n];
     }
   };
-  const float* ahead = d.prefetch;
+  const W* ahead = d.prefetch;
   const int lines = d.prefetch_rows ? d.prefetch_lines : 0;
   int row = d.prefetch_rows;
   int64_t k = 0;
@@ -85,12 +88,12 @@ void dot_block(const DotBlock& d) {
       ahead += ldb;
       if (--row == 0) {
         row = d.prefetch_rows;
-        ahead += kLine - row * ldb;
+        ahead += kLine<W> - row * ldb;
       }
     }
-    step(k, [](const float* p) SK_STEP { return load(p); });
+    step(k, [](const auto* p) SK_STEP { return load(p); });
   }
-  if (k < K) step(k, [n = K - k](const float* p) SK_STEP { return load_partial(p, n); });
+  if (k < K) step(k, [n = K - k](const auto* p) SK_STEP { return load_partial(p, n); });
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
     float* c = d.c[m];
@@ -106,15 +109,15 @@ void dot_block(const DotBlock& d) {
   }
 }
 
-template <int MR, bool kIsFull, bool kHasCopy>
-SK_INLINE void axpy_body(const AxpyBlock& d) {
+template <int MR, bool kIsFull, bool kHasCopy, class P, class W>
+SK_INLINE void axpy_body(const AxpyBlock<P, W>& d) {
   Vec sum[MR][kPanelVecs] = {};
   const float* a[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) a[m] = d.a[m];
-  const float* b = d.b;
+  const P* b = d.b;
   float* copy = d.copy;
-  const float* prefetch = d.prefetch;
+  const W* prefetch = d.prefetch;
   for (int64_t k = 0; k < d.K; ++k) {
     Vec w[kPanelVecs];
     load_row<kPanelVecs>(w, b, d.columns, kIsFull);
@@ -123,7 +126,7 @@ SK_INLINE void axpy_body(const AxpyBlock& d) {
       for (int v = 0; v < kPanelVecs; ++v) store(copy + v * kLanes, w[v]);
       copy += kPanel;
     }
-    for (int l = 0; l < d.prefetch_lines; ++l) __builtin_prefetch(prefetch + kLine * l, 0, 2);
+    for (int l = 0; l < d.prefetch_lines; ++l) __builtin_prefetch(prefetch + kLine<W> * l, 0, 2);
     prefetch += d.prefetch_ld;
     b += d.ldb;
 #pragma GCC unroll 8
@@ -137,15 +140,15 @@ SK_INLINE void axpy_body(const AxpyBlock& d) {
   for (int m = 0; m < MR; ++m) put_row<kPanelVecs>(d.c[m], sum[m], d.columns, d.mode);
 }
 
-template <int MR>
-void axpy_block(const AxpyBlock& d) {
+template <int MR, class P, class W>
+void axpy_block(const AxpyBlock<P, W>& d) {
   const bool is_full = d.columns == kPanel;
   if (d.copy) return is_full ? axpy_body<MR, true, true>(d) : axpy_body<MR, false, true>(d);
   return is_full ? axpy_body<MR, true, false>(d) : axpy_body<MR, false, false>(d);
 }
 
-template <int MR, bool kIsFull>
-SK_INLINE void outer_body(const OuterBlock& d) {
+template <int MR, bool kIsFull, class W>
+SK_INLINE void outer_body(const OuterBlock<W>& d) {
   Vec sum[MR][kPanelVecs] = {};
   for (int64_t r = 0; r < d.R; ++r) {
     Vec w[kPanelVecs];
@@ -162,8 +165,8 @@ SK_INLINE void outer_body(const OuterBlock& d) {
   for (int m = 0; m < MR; ++m) put_row<kPanelVecs>(d.c + m * d.ldc, sum[m], d.columns, d.mode);
 }
 
-template <int MR>
-void outer_block(const OuterBlock& d) {
+template <int MR, class W>
+void outer_block(const OuterBlock<W>& d) {
   return d.columns == kPanel ? outer_body<MR, true>(d) : outer_body<MR, false>(d);
 }
 

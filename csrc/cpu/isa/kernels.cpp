@@ -11,17 +11,18 @@
 
 namespace sigma::SK_NS {
 
-template <int MR>
-void fill_row_count(Kernels& t) {
+template <int MR, class W>
+void fill_row_count(GemmKernels<W>& t) {
   if constexpr (MR <= kDotRows) {
-    t.dot[MR][1] = dot_block<MR, 1>;
-    t.dot[MR][2] = dot_block<MR, 2>;
-    t.dot[MR][3] = dot_block<MR, 3>;
-    t.dot[MR][4] = dot_block<MR, 4>;
+    t.dot[MR][1] = dot_block<MR, 1, W>;
+    t.dot[MR][2] = dot_block<MR, 2, W>;
+    t.dot[MR][3] = dot_block<MR, 3, W>;
+    t.dot[MR][4] = dot_block<MR, 4, W>;
   }
   if constexpr (MR <= kAxpyRows) {
-    t.axpy[MR] = axpy_block<MR>;
-    t.outer[MR] = outer_block<MR>;
+    t.axpy[MR] = axpy_block<MR, W, W>;
+    t.axpy_packed[MR] = axpy_block<MR, float, W>;
+    t.outer[MR] = outer_block<MR, W>;
   }
   if constexpr (MR > 1) fill_row_count<MR - 1>(t);
 }
@@ -35,7 +36,10 @@ const Kernels& kernels() {
     t.dot_cols = kDotCols;
     t.axpy_rows = kAxpyRows;
     t.panel = kPanel;
-    fill_row_count<kMaxBlockRows>(t);
+    fill_row_count<kMaxBlockRows>(t.f32);
+    fill_row_count<kMaxBlockRows>(t.bf16);
+    t.widen_row = widen_row;
+    t.narrow_row = narrow_row;
     t.swiglu = swiglu_row;
     t.swiglu_backward = swiglu_backward_row;
     t.route_row = route_row;

@@ -7,6 +7,8 @@
 
 #include <stdint.h>
 #include <string.h>
+
+#include "kernels.h"
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -16,6 +18,8 @@ namespace sigma::SK_NS {
 constexpr int kLanes = SK_LANES;
 typedef float Vec __attribute__((vector_size(4 * SK_LANES)));
 typedef int32_t IVec __attribute__((vector_size(4 * SK_LANES)));
+typedef uint32_t UVec __attribute__((vector_size(4 * SK_LANES)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * SK_LANES)));
 typedef float UnalignedVec __attribute__((vector_size(4 * SK_LANES), aligned(4), may_alias));
 
 #define SK_INLINE inline __attribute__((always_inline))
@@ -52,6 +56,54 @@ SK_INLINE void store_streaming(float* p, Vec v) {
   _mm256_stream_ps(p, v);
 #else
   store(p, v);
+#endif
+}
+
+SK_INLINE Vec widen(HalfVec h) {
+  const UVec bits = __builtin_convertvector(h, UVec) << 16;
+  Vec v;
+  memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+
+// To the nearest bf16, ties to even; NaN to the quiet NaN.
+SK_INLINE HalfVec narrow(Vec v) {
+  UVec bits;
+  memcpy(&bits, &v, sizeof(bits));
+  const UVec rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : UVec{} + 0x7FC0, HalfVec);
+}
+
+SK_INLINE Vec load(const Bf16* p) {
+  HalfVec h;
+  memcpy(&h, p, sizeof(h));
+  return widen(h);
+}
+SK_INLINE void store(Bf16* p, Vec v) {
+  const HalfVec h = narrow(v);
+  memcpy(p, &h, sizeof(h));
+}
+SK_INLINE Vec load_partial(const Bf16* p, int64_t n) {
+  HalfVec h{};
+  memcpy(&h, p, static_cast<size_t>(n) * sizeof(Bf16));
+  return widen(h);
+}
+SK_INLINE void store_partial(Bf16* p, Vec v, int64_t n) {
+  const HalfVec h = narrow(v);
+  memcpy(p, &h, static_cast<size_t>(n) * sizeof(Bf16));
+}
+SK_INLINE void store_streaming(Bf16* p, Vec v) {
+  const HalfVec h = narrow(v);
+#if defined(__AVX512F__) && SK_LANES == 16
+  __m256i bits;
+  memcpy(&bits, &h, sizeof(bits));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+#elif defined(__AVX__) && SK_LANES == 8
+  __m128i bits;
+  memcpy(&bits, &h, sizeof(bits));
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits);
+#else
+  memcpy(p, &h, sizeof(h));
 #endif
 }
 

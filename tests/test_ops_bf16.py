@@ -1,0 +1,110 @@
+"""moe_experts with bf16 tensors: computed in f32, rounded once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import assert_close, tolerance, value_and_grads
+from test_ops_experts import SHAPES, experts_inputs
+
+import sigma_kernels as sk
+from sigma_kernels import reference
+
+ROUNDED_ONCE = 2.0**-8  # half a unit in the last place of 8 bits, and as much again for ties on the way
+
+
+def bf16_inputs(*shape: int) -> list[torch.Tensor]:
+    return [x.bfloat16() if x.dtype.is_floating_point else x for x in experts_inputs(*shape)]
+
+
+def check(inputs: list[torch.Tensor]) -> None:
+    """Against f64 on the same bf16 numbers: one rounding of the result and the f32 sums' own error."""
+    grad_out = torch.randn(inputs[0].shape).bfloat16()
+    got = value_and_grads(sk.moe_experts, inputs, grad_out)
+    wide = [x.double() if x.dtype.is_floating_point else x for x in inputs]
+    want = value_and_grads(reference.moe_experts, wide, grad_out.double())
+    depth = max(*inputs[0].shape, inputs[4].shape[2])
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == torch.bfloat16
+        assert_close(g, w, ROUNDED_ONCE + tolerance(torch.float32, depth))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bf16_is_rounded_once(shape):
+    """Defends: conversions at ragged ends, empty experts, the packed panel, intermediate roundings."""
+    check(bf16_inputs(*shape))
+
+
+def test_a_crowded_expert_is_rounded_once():
+    """Defends: weight gradients summed over several passes in bf16."""
+    inputs = bf16_inputs(1500, 48, 40, 3, 1)
+    inputs[1] = torch.zeros_like(inputs[1])
+    check(inputs)
+
+
+def test_a_real_size():
+    check(bf16_inputs(2048, 512, 256, 96, 1))
+
+
+def test_not_worse_than_torch():
+    """Mean error against f64, next to torch's own bf16 layer, which rounds between its steps."""
+    x, index, weights, gate_up, down = bf16_inputs(256, 128, 96, 4, 1)
+    want = reference.moe_experts(
+        *(t.double() if t.dtype.is_floating_point else t for t in (x, index, weights, gate_up, down))
+    )
+    theirs = torch.empty_like(x)
+    for e in range(4):
+        rows = (index[:, 0] == e).nonzero()[:, 0]
+        gate, up = F.linear(x[rows], gate_up[e]).chunk(2, -1)
+        theirs[rows] = F.linear(F.silu(gate) * up, down[e]) * weights[rows]
+    ours = sk.moe_experts(x, index, weights, gate_up, down)
+    assert (ours - want).abs().mean() <= (theirs - want).abs().mean()
+
+
+def test_same_bits_at_any_thread_count():
+    inputs = bf16_inputs(300, 130, 70, 9, 2)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        results.append(value_and_grads(sk.moe_experts, inputs))
+    torch.set_num_threads(threads)
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)
+
+
+def test_strided_inputs():
+    x, index, weights, gate_up, down = bf16_inputs(40, 32, 24, 5, 1)
+    wide = torch.empty(40, 64, dtype=torch.bfloat16)[:, ::2].copy_(x)
+    turned = gate_up.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(
+        sk.moe_experts(wide, index, weights, turned, down), sk.moe_experts(x, index, weights, gate_up, down)
+    )
+
+
+def test_opcheck_and_compile():
+    x, index, weights, gate_up, down = bf16_inputs(20, 16, 12, 4, 1)
+    routing = sk.group_by_expert(index, 4, weights)
+    leaves = [t.requires_grad_() for t in (x, gate_up, down)]
+    torch.library.opcheck(
+        torch.ops.sigma.moe_experts.default,
+        (leaves[0], weights, routing.offsets, routing.row_map, *leaves[1:]),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    compiled = torch.compile(sk.moe_experts, fullgraph=True, backend="aot_eager")
+    assert torch.equal(
+        compiled(x, index, weights, gate_up, down), sk.moe_experts(x, index, weights, gate_up, down)
+    )
+
+
+def test_a_layer_in_bf16_trains():
+    moe = sk.nn.MoE(32, 24, 8, output_scale=8.0, dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-2)
+    x, target = torch.randn(64, 32).bfloat16(), torch.randn(64, 32).bfloat16()
+    losses = []
+    for _ in range(30):
+        loss = (moe(x) - target).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
