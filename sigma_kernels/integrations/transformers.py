@@ -5,10 +5,12 @@ sk_hf.register()
 model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="sigma")
 """
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from sigma_kernels.ops.experts import moe_experts
 from sigma_kernels.ops.grouped_gemm import grouped_gemm
@@ -18,16 +20,36 @@ from sigma_kernels.routing import Routing
 
 try:
     from transformers.activations import SiLUActivation
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+    from transformers.integrations.moe import (
+        ALL_EXPERTS_FUNCTIONS,
+        _default_apply_gate,
+        use_experts_implementation,
+    )
 except ImportError as error:
     raise ImportError(
-        "sigma_kernels.integrations.transformers needs transformers with its experts interface (5.0 or later): "
+        "sigma_kernels.integrations.transformers needs transformers with its experts interface (5.7 or later): "
         f"{error}"
     ) from error
 
 
 # An experts module of transformers; its attributes come from a decorator that no type checker sees through.
 ExpertsModule = Any
+
+# What that decorator says of a module, and what holds where an older release (5.7 at the oldest) does not say it.
+FLAGS = {
+    "has_gate": True,
+    "has_bias": False,
+    "has_post_expert_norm": False,
+    "is_concatenated": True,
+    "is_transposed": False,
+    "_is_expert_parallel": False,
+}
+# What a newer release may say beyond that: with any value but its default, the module is not one that we know.
+UNKNOWN_FLAGS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(use_experts_implementation).parameters.items()
+    if name not in {"experts_class", "experts_interface", *FLAGS}
+}
 
 
 def register() -> None:
@@ -42,39 +64,59 @@ def experts_forward(
 
     Bias-free SwiGLU in the common layout runs fused; biases, transposed weights and other gates run as two grouped
     GEMMs around the module's own activation.
-    Raises: NotImplementedError under transformers' expert parallelism, whose sentinel indices name no expert.
+    Raises: NotImplementedError naming what is missing: expert parallelism, whose sentinel indices name no expert, or a
+        flag of a release that is newer than this code.
     """
-    if self._is_expert_parallel:
-        raise NotImplementedError(
-            "experts_implementation='sigma' does not take the sentinel indices of transformers' expert parallelism"
-        )
+    _check(self)
     weights = top_k_weights.to(hidden_states.dtype)
     if _is_plain_swiglu(self):
         return moe_experts(hidden_states, top_k_index, weights, self.gate_up_proj, self.down_proj)
     routing = group_by_expert(top_k_index, self.down_proj.shape[0], weights)
-    name = "gate_up_proj" if self.has_gate else "up_proj"
-    h = _linear(self, name, permute(hidden_states, routing), routing)
-    h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
+    has_gate = _flag(self, "has_gate")
+    h = _linear(self, "gate_up_proj" if has_gate else "up_proj", permute(hidden_states, routing), routing)
+    h = self._apply_gate(h) if has_gate else self.act_fn(h)
     y = _linear(self, "down_proj", h, routing)
-    if getattr(self, "has_post_expert_norm", False):
+    if _flag(self, "has_post_expert_norm"):
         y = self.post_expert_norm(y)
     return unpermute(y, routing)
 
 
+def _flag(module: ExpertsModule, name: str) -> bool:
+    return getattr(module, name, FLAGS[name])
+
+
+def _check(module: ExpertsModule) -> None:
+    """Refuse what would give other numbers than eager."""
+    who = f"experts_implementation='sigma' cannot run {type(module).__name__}"
+    if _flag(module, "_is_expert_parallel"):
+        raise NotImplementedError(
+            f"{who}: it does not take the sentinel indices of transformers' expert parallelism"
+        )
+    for name, default in UNKNOWN_FLAGS.items():
+        if getattr(module, name, default) != default:
+            raise NotImplementedError(f"{who}: it does not know {name}={getattr(module, name)!r}")
+    if not _flag(module, "is_concatenated") and _has_default_gate(module):
+        raise NotImplementedError(
+            f"{who}: interleaved gate and up rows need an _apply_gate of the class's own"
+        )
+
+
 def _is_plain_swiglu(module: ExpertsModule) -> bool:
     return (
-        module.has_gate
-        and module.is_concatenated
-        and not (module.has_bias or module.is_transposed or getattr(module, "has_post_expert_norm", False))
-        and type(module)._apply_gate is _default_apply_gate
-        and isinstance(module.act_fn, SiLUActivation | torch.nn.SiLU)
+        all(_flag(module, name) == FLAGS[name] for name in FLAGS)
+        and _has_default_gate(module)
+        and (isinstance(module.act_fn, SiLUActivation | torch.nn.SiLU) or module.act_fn is silu)
     )
+
+
+def _has_default_gate(module: ExpertsModule) -> bool:
+    return getattr(module._apply_gate, "__func__", None) is _default_apply_gate
 
 
 def _linear(module: ExpertsModule, name: str, x: Tensor, routing: Routing) -> Tensor:
     weight = getattr(module, name)
-    y = grouped_gemm(x, weight, routing.offsets, transpose_weight=not module.is_transposed)
-    if module.has_bias:
+    y = grouped_gemm(x, weight, routing.offsets, transpose_weight=not _flag(module, "is_transposed"))
+    if _flag(module, "has_bias"):
         expert_of_row = routing.indices.reshape(-1)[routing.row_map.long()]
         y = y + getattr(module, f"{name}_bias").index_select(0, expert_of_row)
     return y
