@@ -1,5 +1,6 @@
 """What torch expects of an operation: opcheck, gradcheck, compile, and errors that name the argument."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_functional_transforms_work_or_say_that_they_do_not():
     (first,) = torch.autograd.grad(
         sk.moe_experts(leaf, index, weights, gate_up, down).square().sum(), leaf, create_graph=True
     )
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="differentiable once"):
         first.sum().backward()
 
 
@@ -255,3 +256,56 @@ def test_a_checkout_without_the_extension_says_what_to_run(tmp_path):
     )
     result = run_python(code)
     assert "ImportError: sigma_kernels._C is not built" in result.stderr
+
+
+def test_second_derivatives_are_right_or_refused():
+    """Defends: a gradient of a gradient that autograd takes for constant, as a gradient penalty would."""
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
+    gate = torch.rand(5, 2, dtype=torch.float64, requires_grad=True)
+    routing = sk.group_by_expert(torch.tensor([[0, 2], [1, 2], [2, 0], [0, 1], [1, 0]]), 3)
+    check = torch.autograd.gradgradcheck
+    assert check(lambda x, w: sk.grouped_gemm(x, w, OFFSETS), (x, weight))
+    assert check(lambda x, w: sk.grouped_gemm(x, w.mT, OFFSETS, transpose_weight=False), (x, weight))
+    assert check(lambda x: sk.permute(x, routing), (x,))
+    assert check(lambda y, w: sk.unpermute(y, routing._replace(weights=w)), (y, gate))
+    logits = torch.randn(5, 7, requires_grad=True)
+    inputs = experts()
+    for out, leaf in (sk.route(logits).weights, logits), (sk.moe_experts(*inputs), inputs[0]):
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            (out.sum() + grad.square().sum()).backward()
+
+
+@pytest.mark.parametrize("index", [2**32, -(2**32), 2**63 - 1])
+def test_an_index_beyond_int32_is_no_expert(index):
+    """Defends: 2**32 narrowed to expert 0."""
+    x, choice, *rest = experts()
+    choice[3] = index
+    with pytest.raises(ValueError, match=r"expert indices must lie in 0\.\.2 .*or beyond at token 3"):
+        sk.group_by_expert(choice, 3)
+    with pytest.raises(ValueError, match=r"expert indices must lie in 0\.\.2 .*or beyond at token 3"):
+        sk.moe_experts(x, choice, *rest)
+
+
+def test_an_empty_sum_is_zero():
+    """Defends: memory that a product of depth 0 never writes."""
+    for _ in range(3):
+        torch.full((5, 6), torch.nan)  # what the next allocation of this size may find
+        y = sk.grouped_gemm(torch.empty(5, 0), torch.empty(3, 0, 6), OFFSETS, transpose_weight=False)
+        assert y.tolist() == torch.zeros(5, 6).tolist()
+    x, *rest = experts(I=0)
+    torch.full((5, 6), torch.nan)
+    (grad,) = torch.autograd.grad(sk.moe_experts(x, *rest).sum(), x)
+    assert grad.tolist() == torch.zeros(5, 6).tolist()
+
+
+def test_an_empty_isa_is_no_isa():
+    code = "import sigma_kernels as sk; print(sk._C.isa())"
+    for isa, want in ("", 0), ("vax", 1):
+        result = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            env={**os.environ, "SIGMA_ISA": isa}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert result.returncode == want, result.stderr

@@ -1,5 +1,8 @@
 """Modules and balance losses."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -71,3 +74,31 @@ def test_global_batch_loss_of_two_ranks_is_that_of_the_whole(tmp_path):
     whole = logits.clone().requires_grad_()
     nn.load_balancing_loss(whole, sk.route(whole).counts).backward()
     mp.spawn(balance_rank, (str(tmp_path / "store"), logits, whole.grad.tolist()), nprocs=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_leaves_the_layer_in_its_own_dtype(dtype):
+    """Defends: logits that autocast rounds to bf16; activations in bf16 beside weights in f32."""
+    moe = nn.MoE(24, 20, 6)
+    x = torch.randn(7, 24).to(dtype)
+    want = moe(x.float()).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = moe(x)
+    assert got.dtype == dtype
+    assert torch.equal(got, want)
+
+
+def test_a_layer_that_has_run_is_copied_and_pickled():
+    moe = nn.MoE(24, 20, 6)
+    x = torch.randn(7, 24)
+    out = moe(x)
+    for twin in copy.deepcopy(moe), pickle.loads(pickle.dumps(moe)):
+        assert twin.last_routing is None
+        assert torch.equal(twin(x), out)
+    assert moe.last_routing is not None
+
+
+@pytest.mark.parametrize("shape", [(7, 23), (24, 7), ()])
+def test_a_wrong_width_is_named(shape):
+    with pytest.raises(ValueError, match=r"MoE: x must be \[\.\.\., 24\], found \["):
+        nn.MoE(24, 20, 6)(torch.zeros(shape))

@@ -1,7 +1,9 @@
 """The trainer: it survives a kill, names what is wrong, and its model is the one that transformers has."""
 
 import json
+import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -156,16 +158,69 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, name, damage):
         assert latest_checkpoint(tmp_path).name == "step-00000001"
 
 
-def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("limit", [100, 1500])
+def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, limit):
+    """A limit on the size of files stands for the disk: at 100 bytes the weights do not fit, at 1500 the rest."""
     save_checkpoint(tmp_path, 1, tensors(), {}, {}, keep=1)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("sigma_train.checkpoint.torch.save", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, 2, tensors(), {}, {}, keep=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            save_checkpoint(tmp_path, 2, tensors(), {"m": torch.ones(5000)}, {}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(caught.value, OSError), caught.value
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_no_sound_checkpoint_is_no_fresh_start(cache, tmp_path):
+    """Defends: a run that begins anew over the damaged remains of another."""
+    run = tmp_path / "run"
+    args = ["train", "--preset", "smoke", "--steps", "2", "--out", str(run)]
+    assert sigma(*args, env=cache).returncode == 0
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    (checkpoint / "model.safetensors").write_bytes(b"damaged")
+    for more in [], ["--resume"]:
+        result = sigma(*args, *more, env=cache)
+        assert result.returncode == 2
+        assert "step-00000002 is damaged" in result.stderr
+        assert result.stderr.strip().endswith("name another --out")
+
+
+def test_changed_text_is_not_resumed(cache, tmp_path):
+    """Defends: a run that goes on with other tokens under the old step number."""
+    text, run = tmp_path / "text.py", tmp_path / "run"
+    text.write_text("\n\n".join(f"def f{i}(x):\n    return x * {i}" for i in range(4000)))
+    data = ["--data", str(text), "--set", "data.val_fraction=0.2"]
+    args = ["train", "--preset", "smoke", "--steps", "2", *data, "--out", str(run)]
+    first = sigma(*args, env=cache)
+    assert first.returncode == 0, first.stderr
+    before = (run / "tokenizer.json").read_bytes()
+    text.write_text(text.read_text().replace("return x", "yield x"))
+    again = sigma(*args, "--resume", env=cache)
+    assert again.returncode == 2, again.stderr
+    assert "the text of data.paths is not what" in again.stderr
+    assert (run / "tokenizer.json").read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run(cache, tmp_path):
+    """Defends: checkpoints full of NaN in the place of sound ones."""
+    run = tmp_path / "run"
+    result = sigma(
+        "train", "--preset", "smoke", "--steps", "40", "--set", "optim.lr=1e30", "--set", "optim.warmup_steps=1",
+        "--set", "train.save_every=1", "--out", str(run), env=cache,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: step ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert all(math.isfinite(loss) for loss in losses(run).values())
+
+
+def test_a_folder_that_cannot_be_written_is_named(cache, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = sigma("train", "--preset", "smoke", "--out", str(tmp_path / "file" / "run"), env=cache)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: train.out: cannot write in ")
 
 
 def test_learning_rate_by_hand():

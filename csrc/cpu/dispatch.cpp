@@ -32,11 +32,11 @@ const std::vector<Isa>& isas() {
 
 const Kernels& choose() {
   const char* const chosen = std::getenv("SIGMA_ISA");
-  const std::string wanted = chosen ? chosen : "";
+  const std::string wanted = chosen ? chosen : "";  // set but empty is not set, as in most shells' scripts
   std::string supported;
   for (const Isa& isa : isas()) {
     if (!isa.is_supported) continue;
-    if (!chosen || wanted == isa.name) return isa.kernels();
+    if (wanted.empty() || wanted == isa.name) return isa.kernels();
     supported += supported.empty() ? isa.name : std::string(", ") + isa.name;
   }
   throw std::runtime_error("SIGMA_ISA=" + wanted + " can't run here; this processor supports " + supported);

@@ -97,6 +97,8 @@ void gemm_nn_columns(const Kernels& isa, const GroupedGemm<W>& g, int64_t e, int
   alignas(64) float copy[kDepth * 64];
   const W* w = g.w + e * g.w_expert;
   const int64_t rows = r1 - r0, blocks = ceil_div(rows, isa.axpy_rows);
+  if (g.K == 0)
+    for (int64_t r = r0; r < r1; ++r) std::fill(g.y(r) + n0, g.y(r) + n1, 0.0f);
   for (int64_t k = 0; k < g.K; k += kDepth) {
     const int64_t depth = std::min(kDepth, g.K - k);
     for (int64_t n = n0; n < n1; n += isa.panel) {

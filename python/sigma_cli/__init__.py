@@ -18,7 +18,10 @@ def doctor() -> None:
     """Show versions, processor, instruction set and the table of backends on this machine."""
     from sigma_kernels.doctor import report
 
-    typer.echo(report())
+    try:
+        typer.echo(report())
+    except RuntimeError as error:  # SIGMA_ISA names what this processor has not
+        raise train_cli.fail(error) from None
 
 
 @app.command()

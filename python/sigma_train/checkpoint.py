@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -60,8 +61,11 @@ def save_checkpoint(
     temporary = temporary_name(final)
     temporary.mkdir()
     try:
-        save_file(_unshared(model_state), temporary / FILES[0])
-        torch.save(dict(optim_state), temporary / FILES[1])
+        try:
+            save_file(_unshared(model_state), temporary / FILES[0])
+            torch.save(dict(optim_state), temporary / FILES[1])
+        except (SafetensorError, RuntimeError) as error:  # what both make of a write that fails
+            raise OSError(f"cannot write {final}: {error}") from None
         digests = {name: sha256_file(temporary / name) for name in FILES}
         state = {"version": VERSION, "step": step, "sha256": digests, "extra": dict(extra)}
         text = json.dumps(state)
@@ -115,14 +119,22 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest sound checkpoint below `folder`; a damaged one is named in a warning and passed over."""
+    """The newest sound checkpoint below `folder`, None if there is none at all.
+
+    A damaged one is named in a warning and passed over.  Raises: CheckpointError if all are damaged.
+    """
+    damaged = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             _read_state(path)
         except CheckpointError as error:
-            warnings.warn(f"{error}; using the one before", CheckpointWarning, stacklevel=2)
+            damaged.append(str(error))
             continue
+        for message in damaged:
+            warnings.warn(f"{message}; using the one before", CheckpointWarning, stacklevel=2)
         return path
+    if damaged:
+        raise CheckpointError(f"{damaged[0]}, and no other below {folder} is sound; name another --out")
     return None
 
 

@@ -10,13 +10,18 @@ import typer
 Out = Annotated[str | None, typer.Option(help="folder of the run")]
 
 
-def fail(error: Exception) -> typer.Exit:
+def fail(error: Exception, code: int = 2) -> typer.Exit:
     typer.echo(f"error: {error}", err=True)
-    return typer.Exit(2)
+    return typer.Exit(code)
 
 
 def train(
-    preset: Annotated[str | None, typer.Option(help="named settings: tiny-96, tiny-dense, smoke")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="named settings: tiny-96, tiny-dense, compare-96, compare-dense, smoke, smoke-dense"
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings")] = None,
     data: Annotated[list[str] | None, typer.Option(help="file, folder or glob; repeatable")] = None,
     overrides: Annotated[
@@ -29,6 +34,7 @@ def train(
     """Train a sparse mixture-of-experts language model on text."""
     from rich.console import Console
 
+    from sigma_train.checkpoint import CheckpointError
     from sigma_train.config import ConfigError, load_config
     from sigma_train.corpus import CorpusError
 
@@ -44,11 +50,11 @@ def train(
         for section, values in changes.items():
             cfg = cfg.model_copy(update={section: getattr(cfg, section).model_copy(update=values)})
 
-        from sigma_train.loop import Trainer
+        from sigma_train.loop import Diverged, Trainer
 
         console = Console()
         trainer = Trainer(cfg, console, resume)
-    except (ConfigError, CorpusError) as error:
+    except (CheckpointError, ConfigError, CorpusError) as error:
         raise fail(error) from None
     model = trainer.model
     total = sum(p.numel() for p in model.parameters())
@@ -57,7 +63,10 @@ def train(
         f"{trainer.data.train.num_tokens / 1e6:.1f} M training tokens",
         highlight=False,
     )
-    trainer.run()
+    try:
+        trainer.run()
+    except (Diverged, OSError) as error:
+        raise fail(error, 1) from None
 
     from sigma_train.generate import generate
     from sigma_train.report import write_report
@@ -81,16 +90,20 @@ def compare(
     from rich.console import Console
     from rich.table import Table
 
+    from sigma_train.checkpoint import CheckpointError
     from sigma_train.compare import COLUMNS
     from sigma_train.compare import compare as run_all
     from sigma_train.config import ConfigError
     from sigma_train.corpus import CorpusError
+    from sigma_train.loop import Diverged
 
     console = Console()
     try:
         runs = run_all(presets, seeds, list(overrides or []), out, console, list(data or []))
-    except (ConfigError, CorpusError) as error:
+    except (CheckpointError, ConfigError, CorpusError) as error:
         raise fail(error) from None
+    except (Diverged, OSError) as error:
+        raise fail(error, 1) from None
     if runs is None:
         return
     table = Table(*COLUMNS)

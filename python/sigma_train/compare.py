@@ -140,8 +140,9 @@ def page(runs: list[Runs], seeds: int) -> str:
     head = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     table = ["| " + " | ".join(run.line) + " |" for run in runs]
     each = [f"- {run.preset}: {', '.join(f'{bits:.4f}' for bits in run.final)}" for run in runs]
+    count = "one seed" if seeds == 1 else f"{seeds} seeds"
     return "\n".join([
         f"# {' against '.join(run.preset for run in runs)}", "",
-        f"Validation after the same tokens, {seeds} seeds; both curves in compare.png.", "",
+        f"Validation after the same tokens, {count}; both curves in compare.png.", "",
         *head, *table, "", "Bits per byte of each seed:", "", *each, "",
     ])  # fmt: skip

@@ -1,6 +1,7 @@
 """A run's model as a Hugging Face folder: config.json, model.safetensors, tokenizer.json."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,17 @@ def export_to_transformers(run: Path, out: Path) -> None:
     settings = transformers_config(config, tokenizer.eos_id)
     temporary = temporary_name(out)
     temporary.mkdir(parents=True)
-    save_file(transformers_state(model, config), temporary / "model.safetensors", metadata={"format": "pt"})
-    write_text(temporary / "config.json", json.dumps(settings, indent=2))
-    tokenizer.save(temporary / "tokenizer.json")
-    tokenizer_settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
-    write_text(temporary / "tokenizer_config.json", json.dumps(tokenizer_settings, indent=2))
-    temporary.rename(out)
+    try:
+        weights = transformers_state(model, config)
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        write_text(temporary / "config.json", json.dumps(settings, indent=2))
+        tokenizer.save(temporary / "tokenizer.json")
+        tokenizer_settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+        write_text(temporary / "tokenizer_config.json", json.dumps(tokenizer_settings, indent=2))
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def transformers_config(config: Config, eos_id: int) -> dict[str, Any]:

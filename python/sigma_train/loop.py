@@ -26,6 +26,10 @@ from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
 from sigma_train.progress import RunLine
 
 
+class Diverged(RuntimeError):
+    """The loss or its gradient is no longer a number; one sentence."""
+
+
 class Trainer:
     """One run in one folder: config.toml, metrics.jsonl, tensorboard/, tokenizer.json, checkpoints/."""
 
@@ -47,8 +51,13 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config.optim)
         if latest is not None:
             self._resume(latest)
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_text(self.out / "config.toml", config.to_toml())
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_text(self.out / "config.toml", config.to_toml())
+        except OSError as error:
+            raise ConfigError(
+                f"train.out: cannot write in {self.out}: {error.strerror}; name another --out"
+            ) from None
         self.data.tokenizer.save(self.out / "tokenizer.json")
         self.metrics = Metrics(self.out, self.step)
         self.line = RunLine(console, self.step, config.train.steps)
@@ -57,6 +66,8 @@ class Trainer:
         checkpoint = load_checkpoint(path)
         if checkpoint.extra["config_digest"] != config_digest(self.config):
             raise ConfigError(f"{self.out} holds a run of other settings; name another --out")
+        if checkpoint.extra["corpus_digest"] != self.data.stats["corpus_digest"]:
+            raise ConfigError(f"the text of data.paths is not what {self.out} began with; name another --out")
         missing, unexpected = self.model.load_state_dict(checkpoint.model_state, strict=False)
         if unexpected or any(name != "lm_head.weight" for name in missing):
             raise ConfigError(f"checkpoint {path} does not fit this model: {(missing + unexpected)[0]}")
@@ -132,7 +143,12 @@ class Trainer:
             ((loss + self._balance_loss()) / t.grad_accum).backward()
             loss_sum += loss.item()
             self.tokens_seen += inputs.numel()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.grad_clip, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.grad_clip, foreach=True).item()
+        if not (math.isfinite(loss_sum) and math.isfinite(norm)):  # one such step would spoil every weight
+            raise Diverged(
+                f"step {self.step + 1}: loss {loss_sum / t.grad_accum}, gradient norm {norm}; nothing was saved "
+                "since the last checkpoint; lower optim.lr or continue from it with --resume"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         layer_counts = [sum(layer) for layer in zip(*counts, strict=True)]
@@ -141,7 +157,7 @@ class Trainer:
                 sk_nn.update_expert_bias(moe.router, layer, self.config.router.bias_rate)
         row = {
             "loss": loss_sum / t.grad_accum,
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
             "lr": rate,
             "tokens": self.tokens_seen,
         }
@@ -173,7 +189,11 @@ class Trainer:
         self.console.print(sample, markup=False, highlight=False)
 
     def _save(self) -> None:
-        extra = {"config_digest": config_digest(self.config), "tokens_seen": self.tokens_seen}
+        extra = {
+            "config_digest": config_digest(self.config),
+            "corpus_digest": self.data.stats["corpus_digest"],
+            "tokens_seen": self.tokens_seen,
+        }
         save_checkpoint(
             self.checkpoints,
             self.step,

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from sigma_train.files import write_text
+
 
 class Metrics:
     """Appends rows to metrics.jsonl and to tensorboard/.
@@ -17,7 +19,7 @@ class Metrics:
     def __init__(self, run: Path, first_step: int) -> None:
         path = run / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= first_step] if path.exists() else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
         self._board = SummaryWriter(run / "tensorboard", purge_step=first_step + 1)
 

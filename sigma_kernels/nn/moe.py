@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sigma_kernels.nn.experts import Experts
@@ -45,11 +46,25 @@ class MoE(nn.Module):
         self.experts = Experts(hidden_size, intermediate_size, num_experts, **factory)
 
     def forward(self, x: Tensor, top_k: int | None = None) -> Tensor:
-        """[..., H] for x [..., H]; leading dimensions are tokens."""
-        flat = x.reshape(-1, x.shape[-1])
+        """[..., H] for x [..., H]; leading dimensions are tokens.
+
+        Under torch.autocast x is computed on in the dtype of the parameters, and the result has the dtype of x.
+        Raises: ValueError if the last dimension of x is not H.
+        """
+        H, dtype = self.experts.down_proj.shape[1], self.experts.down_proj.dtype
+        if x.dim() == 0 or x.shape[-1] != H:
+            raise ValueError(f"MoE: x must be [..., {H}], found {list(x.shape)}")
+        flat = x.reshape(-1, H)
+        if torch.is_autocast_enabled(x.device.type):
+            flat = flat.to(dtype)
         routing, logits = self.router(flat, top_k)
         self.last_routing, self.last_logits = routing, logits
-        weights = routing.weights.to(x.dtype)
+        weights = routing.weights.to(flat.dtype)
         if self.output_scale != 1.0:
             weights = weights * self.output_scale
-        return self.experts.forward_routed(flat, routing._replace(weights=weights)).view(x.shape)
+        out = self.experts.forward_routed(flat, routing._replace(weights=weights))
+        return out.to(x.dtype).view(x.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copy and pickle take: all but the last forward's decision, which hangs on its graph."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("last_")}

@@ -60,7 +60,8 @@ class TopKRouter(nn.Module):
     def forward(self, hidden_states: Tensor, top_k: int | None = None) -> tuple[Routing, Tensor]:
         """The Routing of hidden_states [T, H] and the logits [T, E], both f32 (f64 if the input is)."""
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        logits = F.linear(hidden_states.to(wide), self.weight.to(wide))
+        with torch.autocast(hidden_states.device.type, enabled=False):  # a choice is worth all its bits
+            logits = F.linear(hidden_states.to(wide), self.weight.to(wide))
         k = self.top_k if top_k is None else top_k
         routing = route(logits, k, score=self.score, normalize=self.normalize, bias=self.expert_bias)
         return routing, logits

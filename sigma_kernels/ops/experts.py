@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sigma_kernels import _C, reference
 from sigma_kernels.backends import Backend, register_table, select
@@ -17,7 +16,9 @@ from sigma_kernels.ops.library import (
     empty,
     matrices,
     narrowed,
+    once,
     rows,
+    saturated,
     widened,
 )
 from sigma_kernels.routing import Routing
@@ -69,7 +70,7 @@ def moe_experts(
         raise ValueError(
             f"{op}: at least one expert must be there and chosen, found E={E}, k={top_k_index.shape[1]}"
         )
-    _, offsets, row_map = torch.ops.sigma.group_by_expert(top_k_index.int(), E)
+    _, offsets, row_map = torch.ops.sigma.group_by_expert(saturated(top_k_index), E)
     out, _ = _Experts.apply(hidden_states, top_k_weights, offsets, row_map, gate_up_proj, down_proj)
     return out
 
@@ -109,21 +110,23 @@ class _Experts(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 6
         x_needed, _, _, _, gate_up_needed, down_needed = ctx.needs_input_grad
-        grad_x, grad_weights, grad_gate_up, grad_down = torch.ops.sigma.moe_experts_backward(
-            grad_out, *ctx.saved_tensors, [x_needed, gate_up_needed, down_needed]
-        )
+        with torch.no_grad():
+            grad_x, grad_weights, grad_gate_up, grad_down = torch.ops.sigma.moe_experts_backward(
+                grad_out, *ctx.saved_tensors, [x_needed, gate_up_needed, down_needed]
+            )
+        x, weights, _, _, gate_up_proj, down_proj, _ = ctx.saved_tensors
+        sources = (grad_out, x, weights, gate_up_proj, down_proj)
         return (
-            grad_x if x_needed else None,
-            grad_weights,
+            once("moe_experts", grad_x, *sources) if x_needed else None,
+            once("moe_experts", grad_weights, *sources),
             None,
             None,
-            grad_gate_up if gate_up_needed else None,
-            grad_down if down_needed else None,
+            once("moe_experts", grad_gate_up, *sources) if gate_up_needed else None,
+            once("moe_experts", grad_down, *sources) if down_needed else None,
         )
 
 

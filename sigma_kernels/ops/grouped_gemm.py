@@ -144,4 +144,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, None, None
 
 
+def _setup_outer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a, b, offsets = ctx.saved_tensors
+    grad_a = torch.ops.sigma.grouped_gemm(b, grad, offsets, True) if ctx.needs_input_grad[0] else None
+    grad_b = torch.ops.sigma.grouped_gemm(a, grad, offsets, False) if ctx.needs_input_grad[1] else None
+    return grad_a, grad_b, None
+
+
 torch.library.register_autograd("sigma::grouped_gemm", _backward, setup_context=_setup, lib=LIB)
+torch.library.register_autograd("sigma::grouped_outer", _outer_backward, setup_context=_setup_outer, lib=LIB)

@@ -27,6 +27,39 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> No
     torch.library.register_fake(f"sigma::{name}", fake, lib=LIB)
 
 
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(op: str, grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(f"{ctx.op} is differentiable once; its gradient has no derivative")
+
+
+def once(op: str, grad: Tensor | None, *sources: Tensor) -> Tensor | None:
+    """A gradient computed from `sources` that says so when it is differentiated, where autograd finds it constant.
+
+    torch's once_differentiable does so only where the incoming gradient is differentiated as well: the gradient of a
+    gradient penalty would lack its part without a word.
+    """
+    if grad is None or not torch.is_grad_enabled():
+        return grad
+    return _Once.apply(op, grad, *sources)
+
+
+def saturated(indices: Tensor) -> Tensor:
+    """int64 as int32; what does not fit becomes the nearest int32, which no number of experts allows."""
+    if indices.dtype == torch.int32:
+        return indices
+    limit = torch.iinfo(torch.int32)
+    return indices.clamp(limit.min, limit.max).int()
+
+
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Memory with undefined contents; from the kept blocks of csrc/cpu/memory.h where it is large and on a CPU."""
     dtype = dtype or like.dtype

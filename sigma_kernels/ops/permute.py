@@ -150,3 +150,26 @@ torch.library.register_autograd("sigma::permute", _permute_backward, setup_conte
 torch.library.register_autograd(
     "sigma::unpermute", _unpermute_backward, setup_context=_setup_unpermute, lib=LIB
 )
+
+
+def _setup_unpermute_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _unpermute_backward_backward(ctx: Any, of_y: Tensor, of_weights: Tensor) -> tuple[Tensor | None, ...]:
+    """grad_y and grad_weights are each linear in grad_out, and in weights or y: the same two operations again."""
+    grad_out, y, row_map, weights = ctx.saved_tensors
+    unpermute, backward = torch.ops.sigma.unpermute, torch.ops.sigma.unpermute_backward
+    top_k = weights.shape[1]
+    by_grad_out = unpermute(of_y, row_map, weights, top_k) + unpermute(y, row_map, of_weights, top_k)
+    by_y, _ = backward(grad_out, y, row_map, of_weights)
+    _, by_weights = backward(grad_out, of_y, row_map, weights)
+    return by_grad_out, by_y, None, by_weights
+
+
+torch.library.register_autograd(
+    "sigma::unpermute_backward",
+    _unpermute_backward_backward,
+    setup_context=_setup_unpermute_backward,
+    lib=LIB,
+)

@@ -13,7 +13,9 @@ from sigma_kernels.ops.library import (
     REFERENCE,
     check_index,
     define,
+    once,
     rows,
+    saturated,
 )
 from sigma_kernels.routing import Routing
 
@@ -81,7 +83,7 @@ def group_by_expert(indices: Tensor, num_experts: int, weights: Tensor | None = 
         raise ValueError(
             f"group_by_expert: weights must be {list(indices.shape)}, found {list(weights.shape)}"
         )
-    narrow = indices.int()
+    narrow = saturated(indices)
     return Routing(narrow, weights, *torch.ops.sigma.group_by_expert(narrow, num_experts))
 
 
@@ -168,8 +170,11 @@ def _group_reference(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
 
 def _out_of_range(indices: Tensor, num_experts: int, slot: int) -> str:
     found, token = int(indices.reshape(-1)[slot]), slot // indices.shape[1]
+    limit = torch.iinfo(torch.int32)
+    beyond = " or beyond" if found in (limit.min, limit.max) else ""
     return (
-        f"expert indices must lie in 0..{num_experts - 1} (E={num_experts}), found {found} at token {token}"
+        f"expert indices must lie in 0..{num_experts - 1} (E={num_experts}), "
+        f"found {found}{beyond} at token {token}"
     )
 
 
@@ -221,8 +226,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, grad_weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     logits, indices = ctx.saved_tensors
-    grad = torch.ops.sigma.route_backward(grad_weights, logits, indices, ctx.softmax, ctx.normalize)
-    return grad, None, None, None, None
+    with torch.no_grad():
+        grad = torch.ops.sigma.route_backward(grad_weights, logits, indices, ctx.softmax, ctx.normalize)
+    return once("route", grad, grad_weights, logits), None, None, None, None
 
 
 torch.library.register_autograd("sigma::route", _backward, setup_context=_setup, lib=LIB)
