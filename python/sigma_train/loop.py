@@ -66,7 +66,7 @@ class Trainer:
         checkpoint = load_checkpoint(path)
         if checkpoint.extra["config_digest"] != config_digest(self.config):
             raise ConfigError(f"{self.out} holds a run of other settings; name another --out")
-        if checkpoint.extra["corpus_digest"] != self.data.stats["corpus_digest"]:
+        if checkpoint.extra.get("corpus_digest") != self.data.stats["corpus_digest"]:
             raise ConfigError(f"the text of data.paths is not what {self.out} began with; name another --out")
         missing, unexpected = self.model.load_state_dict(checkpoint.model_state, strict=False)
         if unexpected or any(name != "lm_head.weight" for name in missing):
