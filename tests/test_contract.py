@@ -1,6 +1,5 @@
 """What torch expects of an operation: opcheck, gradcheck, compile, and errors that name the argument."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -291,21 +290,13 @@ def test_an_index_beyond_int32_is_no_expert(index):
 
 def test_an_empty_sum_is_zero():
     """Defends: memory that a product of depth 0 never writes."""
-    for _ in range(3):
-        torch.full((5, 6), torch.nan)  # what the next allocation of this size may find
-        y = sk.grouped_gemm(torch.empty(5, 0), torch.empty(3, 0, 6), OFFSETS, transpose_weight=False)
+    for is_transposed in (True, False):
+        y = torch.full((5, 6), torch.nan)
+        x = w = torch.empty(1)
+        sk._C.grouped_gemm(
+            3, 6, 0, OFFSETS.data_ptr(), x.data_ptr(), 0, w.data_ptr(), 0, 6, y.data_ptr(), is_transposed, 2
+        )
         assert y.tolist() == torch.zeros(5, 6).tolist()
     x, *rest = experts(I=0)
-    torch.full((5, 6), torch.nan)
     (grad,) = torch.autograd.grad(sk.moe_experts(x, *rest).sum(), x)
     assert grad.tolist() == torch.zeros(5, 6).tolist()
-
-
-def test_an_empty_isa_is_no_isa():
-    code = "import sigma_kernels as sk; print(sk._C.isa())"
-    for isa, want in ("", 0), ("vax", 1):
-        result = subprocess.run(
-            [sys.executable, "-P", "-c", code],
-            env={**os.environ, "SIGMA_ISA": isa}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert result.returncode == want, result.stderr

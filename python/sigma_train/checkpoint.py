@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sigma_train.files import TEMPORARY, sha256_file, sync, temporary_name
+from sigma_train.files import TEMPORARY, failed_writes_are_oserrors, sha256_file, sync, temporary_name
 
 VERSION = 1
 FILES = ("model.safetensors", "optimizer.pt")
@@ -61,11 +60,9 @@ def save_checkpoint(
     temporary = temporary_name(final)
     temporary.mkdir()
     try:
-        try:
+        with failed_writes_are_oserrors(final):
             save_file(_unshared(model_state), temporary / FILES[0])
             torch.save(dict(optim_state), temporary / FILES[1])
-        except (SafetensorError, RuntimeError) as error:  # what both make of a write that fails
-            raise OSError(f"cannot write {final}: {error}") from None
         digests = {name: sha256_file(temporary / name) for name in FILES}
         state = {"version": VERSION, "step": step, "sha256": digests, "extra": dict(extra)}
         text = json.dumps(state)
@@ -134,7 +131,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
             warnings.warn(f"{message}; using the one before", CheckpointWarning, stacklevel=2)
         return path
     if damaged:
-        raise CheckpointError(f"{damaged[0]}, and no other below {folder} is sound; name another --out")
+        raise CheckpointError(
+            f"{damaged[0]}, and no other below {folder} is sound; a new run needs another folder"
+        )
     return None
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sigma_train.config import Config, ConfigError, load_config
-from sigma_train.files import temporary_name, write_text
+from sigma_train.files import failed_writes_are_oserrors, temporary_name, write_text
 from sigma_train.generate import load_run
 from sigma_train.model import LanguageModel
 from sigma_train.tokenizer import END_OF_TEXT
@@ -30,7 +30,8 @@ def export_to_transformers(run: Path, out: Path) -> None:
     temporary.mkdir(parents=True)
     try:
         weights = transformers_state(model, config)
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        with failed_writes_are_oserrors(out):
+            save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         write_text(temporary / "config.json", json.dumps(settings, indent=2))
         tokenizer.save(temporary / "tokenizer.json")
         tokenizer_settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}

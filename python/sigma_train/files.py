@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from safetensors import SafetensorError
+
 try:
     import fcntl
 except ImportError:  # not a Unix: the lock below saves work, it is not needed for correctness
@@ -41,6 +43,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def write_text(path: Path, text: str) -> None:
     with atomic_file(path) as file:
         file.write(text.encode())
+
+
+@contextlib.contextmanager
+def failed_writes_are_oserrors(path: Path) -> Iterator[None]:
+    """safetensors and torch.save report a full disk by errors of their own."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"cannot write {path}, perhaps for want of space: {error}") from None
 
 
 def sync(path: Path) -> None:

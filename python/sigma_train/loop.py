@@ -146,8 +146,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.grad_clip, foreach=True).item()
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):  # one such step would spoil every weight
             raise Diverged(
-                f"step {self.step + 1}: loss {loss_sum / t.grad_accum}, gradient norm {norm}; nothing was saved "
-                "since the last checkpoint; lower optim.lr or continue from it with --resume"
+                f"step {self.step + 1}: loss {loss_sum / t.grad_accum}, gradient norm {norm}; no checkpoint "
+                "holds this step, and a resumed run would meet it again: start anew with a lower optim.lr"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
