@@ -90,6 +90,32 @@ def test_compile_fullgraph():
     assert all(torch.equal(a, b) for a, b in zip(grads, want_grads, strict=True))
 
 
+def leaf_operations():
+    """Each operation as a function of one tensor: {name: (function, input)}."""
+    x, index, weights, gate_up, _ = (t.detach() for t in experts())
+    routing = sk.group_by_expert(index, 3, weights)
+    return {
+        "route": (lambda l: sk.route(l, 2, score="sigmoid", normalize=True).weights, torch.randn(5, 7)),
+        "permute": (lambda x: sk.permute(x, routing), x),
+        "unpermute": (lambda y: sk.unpermute(y, routing), x),
+        "grouped_gemm": (lambda x: sk.grouped_gemm(x, gate_up, OFFSETS), x),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.parametrize("name", sorted(leaf_operations()))
+def test_functional_transforms_of_each_operation(name):
+    """Defends: tangents that are silently zero, torch.func.grad that does not reach an operation."""
+    function, x = leaf_operations()[name]
+    leaf = x.clone().requires_grad_()
+    function(leaf).square().sum().backward()
+    assert torch.equal(torch.func.grad(lambda x: function(x).square().sum())(x), leaf.grad)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(function)(x.expand(2, *x.shape))
+
+
 def test_functional_transforms_work_or_say_that_they_do_not():
     """Defends: a silent wrong answer under torch.func."""
     x, index, weights, gate_up, down = (t.detach() for t in experts())

@@ -82,10 +82,15 @@ def test_autocast_leaves_the_layer_in_its_own_dtype(dtype):
     moe = nn.MoE(24, 20, 6)
     x = torch.randn(7, 24).to(dtype)
     want = moe(x.float()).to(dtype)
+    routing, _ = moe.router(x)
+    chosen = routing.indices, routing.weights
+    want_of_experts = moe.experts(x.float(), *chosen).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         got = moe(x)
+        got_of_experts = moe.experts(x, *chosen)
     assert got.dtype == dtype
     assert torch.equal(got, want)
+    assert torch.equal(got_of_experts, want_of_experts)
 
 
 def test_a_layer_that_has_run_is_copied_and_pickled():

@@ -71,3 +71,18 @@ def test_top_1_softmax_reaches_the_router_and_normalised_does_not():
     logits.grad = None
     sk.route(logits, 1, normalize=True).weights.sum().backward()
     assert logits.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("shift", [-1000.0, -100.0, -30.0, 0.0, 100.0])
+def test_normalised_sigmoid_of_any_size(backend, shift):
+    """Defends: 0 / 0 where every sigmoid underflows, and ratios of clamped exponentials."""
+    logits = torch.randn(50, 9) * 3 + shift
+    narrow, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    got = sk.route(narrow, 4, score="sigmoid", normalize=True).weights
+    want = reference.route(wide, 4, score="sigmoid", normalize=True).weights
+    assert_close(got.sum(1), torch.ones(50), tolerance(torch.float32, 1))
+    assert_close(got, want, tolerance(torch.float32, 16) * max(1.0, abs(shift) / 100))
+    grad = torch.randn(50, 4)
+    got.backward(grad)
+    want.backward(grad.double())
+    assert_close(narrow.grad, wide.grad, tolerance(torch.float32, 16))

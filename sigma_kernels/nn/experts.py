@@ -30,12 +30,23 @@ class Experts(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[T, H] for hidden_states [T, H], top_k_index and top_k_weights [T, k]."""
-        return moe_experts(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
+        """[T, H] for hidden_states [T, H], top_k_index and top_k_weights [T, k].
+
+        Under torch.autocast inputs are computed on in the dtype of the parameters, and the result has that of
+        hidden_states.
+        """
+        x, weights = self._in_own_dtype(hidden_states), self._in_own_dtype(top_k_weights)
+        out = moe_experts(x, top_k_index, weights, self.gate_up_proj, self.down_proj)
+        return out.to(hidden_states.dtype)
 
     def forward_routed(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """The same from a Routing, whose order of rows need not be found again."""
-        return experts_of_routing(hidden_states, routing, self.gate_up_proj, self.down_proj)
+        routing = routing._replace(weights=self._in_own_dtype(routing.weights))
+        x = self._in_own_dtype(hidden_states)
+        return experts_of_routing(x, routing, self.gate_up_proj, self.down_proj).to(hidden_states.dtype)
+
+    def _in_own_dtype(self, x: Tensor) -> Tensor:
+        return x.to(self.down_proj.dtype) if torch.is_autocast_enabled(x.device.type) else x
 
     def extra_repr(self) -> str:
         E, H, I = self.down_proj.shape

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sigma_kernels.nn.experts import Experts
@@ -51,19 +50,16 @@ class MoE(nn.Module):
         Under torch.autocast x is computed on in the dtype of the parameters, and the result has the dtype of x.
         Raises: ValueError if the last dimension of x is not H.
         """
-        H, dtype = self.experts.down_proj.shape[1], self.experts.down_proj.dtype
+        H = self.experts.down_proj.shape[1]
         if x.dim() == 0 or x.shape[-1] != H:
             raise ValueError(f"MoE: x must be [..., {H}], found {list(x.shape)}")
         flat = x.reshape(-1, H)
-        if torch.is_autocast_enabled(x.device.type):
-            flat = flat.to(dtype)
         routing, logits = self.router(flat, top_k)
         self.last_routing, self.last_logits = routing, logits
-        weights = routing.weights.to(flat.dtype)
+        weights = routing.weights.to(self.experts.down_proj.dtype)
         if self.output_scale != 1.0:
             weights = weights * self.output_scale
-        out = self.experts.forward_routed(flat, routing._replace(weights=weights))
-        return out.to(x.dtype).view(x.shape)
+        return self.experts.forward_routed(flat, routing._replace(weights=weights)).view(x.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copy and pickle take: all but the last forward's decision, which hangs on its graph."""

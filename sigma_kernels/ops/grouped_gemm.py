@@ -8,13 +8,13 @@ from torch import Tensor
 from sigma_kernels import _C, reference
 from sigma_kernels.backends import Backend, register_table, select
 from sigma_kernels.ops.library import (
-    LIB,
     NATIVE,
     REFERENCE,
     check_float,
     check_offsets,
     check_shape,
     define,
+    differentiable,
     empty,
     matrices,
     rows,
@@ -42,7 +42,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, transpose_weight
     E, K = weight.shape[0], weight.shape[2 if transpose_weight else 1]
     check_shape(op, "x", x, ("R", K))
     check_offsets(op, offsets, E, x.shape[0])
-    return torch.ops.sigma.grouped_gemm(x, weight, offsets.int(), transpose_weight)
+    return _grouped_gemm(x, weight, offsets.int(), transpose_weight)
 
 
 def grouped_outer_(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, *, accumulate: bool = False) -> Tensor:
@@ -137,10 +137,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     transposed = ctx.transpose_weight
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.sigma.grouped_gemm(grad, weight, offsets, not transposed)
+        grad_x = _grouped_gemm(grad, weight, offsets, not transposed)
     if ctx.needs_input_grad[1]:
         a, b = (grad, x) if transposed else (x, grad)
-        grad_weight = torch.ops.sigma.grouped_outer(a, b, offsets)
+        grad_weight = _grouped_outer_product(a, b, offsets)
     return grad_x, grad_weight, None, None
 
 
@@ -150,10 +150,10 @@ def _setup_outer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b, offsets = ctx.saved_tensors
-    grad_a = torch.ops.sigma.grouped_gemm(b, grad, offsets, True) if ctx.needs_input_grad[0] else None
-    grad_b = torch.ops.sigma.grouped_gemm(a, grad, offsets, False) if ctx.needs_input_grad[1] else None
+    grad_a = _grouped_gemm(b, grad, offsets, True) if ctx.needs_input_grad[0] else None
+    grad_b = _grouped_gemm(a, grad, offsets, False) if ctx.needs_input_grad[1] else None
     return grad_a, grad_b, None
 
 
-torch.library.register_autograd("sigma::grouped_gemm", _backward, setup_context=_setup, lib=LIB)
-torch.library.register_autograd("sigma::grouped_outer", _outer_backward, setup_context=_setup_outer, lib=LIB)
+_grouped_gemm = differentiable("grouped_gemm", _backward, _setup)
+_grouped_outer_product = differentiable("grouped_outer", _outer_backward, _setup_outer)

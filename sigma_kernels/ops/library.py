@@ -27,6 +27,27 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> No
     torch.library.register_fake(f"sigma::{name}", fake, lib=LIB)
 
 
+def differentiable(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> Callable[..., Any]:
+    """The operation `sigma::name` with its gradient, for public functions to call.
+
+    The same gradient is registered for torch.compile and callers of torch.ops.  There torch.func.grad raises and
+    forward-mode differentiation answers with zeros; what this returns does the first and refuses the second.
+    """
+    torch.library.register_autograd(f"sigma::{name}", backward, setup_context=setup, lib=LIB)
+    op = getattr(torch.ops.sigma, name)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return op(*inputs)
+
+        setup_context = staticmethod(setup)
+
+    Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]
+    Differentiable.__name__ = Differentiable.__qualname__ = name
+    return lambda *inputs: (op if torch.compiler.is_compiling() else Differentiable.apply)(*inputs)
+
+
 class _Once(torch.autograd.Function):
     @staticmethod
     def forward(op: str, grad: Tensor, *sources: Tensor) -> Tensor:

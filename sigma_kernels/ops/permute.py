@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sigma_kernels import _C, reference
 from sigma_kernels.backends import Backend, register_table, select
-from sigma_kernels.ops.library import LIB, NATIVE, REFERENCE, check_shape, define, empty, rows
+from sigma_kernels.ops.library import NATIVE, REFERENCE, check_shape, define, differentiable, empty, rows
 from sigma_kernels.routing import Routing
 
 
@@ -21,7 +21,7 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
     Raises:  ValueError if x is not [T, H].
     """
     check_shape("permute", "x", x, (routing.indices.shape[0], "H"))
-    return torch.ops.sigma.permute(x, routing.row_map, routing.top_k)
+    return _permute(x, routing.row_map, routing.top_k)
 
 
 def unpermute(y: Tensor, routing: Routing) -> Tensor:
@@ -38,7 +38,7 @@ def unpermute(y: Tensor, routing: Routing) -> Tensor:
         raise TypeError(
             f"unpermute: routing.weights must have the dtype of y, {y.dtype}, found {routing.weights.dtype}"
         )
-    return torch.ops.sigma.unpermute(y, routing.row_map, routing.weights, routing.top_k)
+    return _unpermute(y, routing.row_map, routing.weights, routing.top_k)
 
 
 def _permute_cpu(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
@@ -130,7 +130,7 @@ def _setup_permute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (row_map,) = ctx.saved_tensors
-    return torch.ops.sigma.unpermute(grad, row_map, None, ctx.top_k), None, None
+    return _unpermute(grad, row_map, None, ctx.top_k), None, None
 
 
 def _setup_unpermute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -141,15 +141,13 @@ def _setup_unpermute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     y, row_map, weights = ctx.saved_tensors
     if weights is None:
-        return torch.ops.sigma.permute(grad, row_map, ctx.top_k), None, None, None
-    grad_y, grad_weights = torch.ops.sigma.unpermute_backward(grad, y, row_map, weights)
+        return _permute(grad, row_map, ctx.top_k), None, None, None
+    grad_y, grad_weights = _unpermute_gradients(grad, y, row_map, weights)
     return grad_y, None, grad_weights, None
 
 
-torch.library.register_autograd("sigma::permute", _permute_backward, setup_context=_setup_permute, lib=LIB)
-torch.library.register_autograd(
-    "sigma::unpermute", _unpermute_backward, setup_context=_setup_unpermute, lib=LIB
-)
+_permute = differentiable("permute", _permute_backward, _setup_permute)
+_unpermute = differentiable("unpermute", _unpermute_backward, _setup_unpermute)
 
 
 def _setup_unpermute_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -159,17 +157,13 @@ def _setup_unpermute_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
 def _unpermute_backward_backward(ctx: Any, of_y: Tensor, of_weights: Tensor) -> tuple[Tensor | None, ...]:
     """grad_y and grad_weights are each linear in grad_out, and in weights or y: the same two operations again."""
     grad_out, y, row_map, weights = ctx.saved_tensors
-    unpermute, backward = torch.ops.sigma.unpermute, torch.ops.sigma.unpermute_backward
     top_k = weights.shape[1]
-    by_grad_out = unpermute(of_y, row_map, weights, top_k) + unpermute(y, row_map, of_weights, top_k)
-    by_y, _ = backward(grad_out, y, row_map, of_weights)
-    _, by_weights = backward(grad_out, of_y, row_map, weights)
+    by_grad_out = _unpermute(of_y, row_map, weights, top_k) + _unpermute(y, row_map, of_weights, top_k)
+    by_y, _ = _unpermute_gradients(grad_out, y, row_map, of_weights)
+    _, by_weights = _unpermute_gradients(grad_out, of_y, row_map, weights)
     return by_grad_out, by_y, None, by_weights
 
 
-torch.library.register_autograd(
-    "sigma::unpermute_backward",
-    _unpermute_backward_backward,
-    setup_context=_setup_unpermute_backward,
-    lib=LIB,
+_unpermute_gradients = differentiable(
+    "unpermute_backward", _unpermute_backward_backward, _setup_unpermute_backward
 )

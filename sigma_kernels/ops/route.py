@@ -3,16 +3,17 @@
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sigma_kernels import _C, reference
 from sigma_kernels.backends import Backend, register_table, select
 from sigma_kernels.ops.library import (
-    LIB,
     NATIVE,
     REFERENCE,
     check_index,
     define,
+    differentiable,
     once,
     rows,
     saturated,
@@ -60,7 +61,7 @@ def route(
             raise ValueError(f"route: bias must be [{E}], found {list(bias.shape)}")
         bias = bias.detach().to(logits.dtype)
     # The operation answers with the weights first: opcheck adds all outputs onto the first, which must be a float.
-    weights, indices, *order = torch.ops.sigma.route(logits, top_k, score == "softmax", normalize, bias)
+    weights, indices, *order = _route(logits, top_k, score == "softmax", normalize, bias)
     return Routing(indices, weights, *order)
 
 
@@ -140,9 +141,10 @@ def _route_backward_reference(
 ) -> Tensor:
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
-        weights = (leaf.softmax(-1) if softmax else leaf.sigmoid()).gather(1, indices.long())
         if normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = (leaf if softmax else F.logsigmoid(leaf)).gather(1, indices.long()).softmax(-1)
+        else:
+            weights = (leaf.softmax(-1) if softmax else leaf.sigmoid()).gather(1, indices.long())
     return torch.autograd.grad(weights, leaf, grad_weights)[0]
 
 
@@ -231,4 +233,4 @@ def _backward(ctx: Any, grad_weights: Tensor, *_: Any) -> tuple[Tensor | None, .
     return once("route", grad, grad_weights, logits), None, None, None, None
 
 
-torch.library.register_autograd("sigma::route", _backward, setup_context=_setup, lib=LIB)
+_route = differentiable("route", _backward, _setup)

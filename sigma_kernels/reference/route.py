@@ -1,6 +1,7 @@
 """Choice of experts and the order of rows, defined."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sigma_kernels.routing import Routing
@@ -33,6 +34,7 @@ def route(
     choice = choice.masked_fill(choice.isnan(), -torch.inf)
     indices = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = p.gather(1, indices)
-    if normalize:
-        weights = weights / weights.sum(-1, keepdim=True)
+    if normalize:  # p / sum of p, in logarithms: where all p underflow their ratios do not
+        log_p = wide if score == "softmax" else F.logsigmoid(wide)
+        weights = log_p.gather(1, indices).softmax(-1)
     return Routing(indices.int(), weights.to(logits.dtype), *group_by_expert(indices, logits.shape[1]))

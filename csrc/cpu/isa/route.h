@@ -12,6 +12,29 @@ namespace sigma::SK_NS {
 
 SK_INLINE float scalar_sigmoid(float x) { return sigmoid(broadcast(x))[0]; }
 
+// sigmoid(x) e^-min(max, 0) for x <= max: what a sum over the chosen is divided by stays a normal number,
+// however low all the logits are.
+SK_INLINE float scaled_sigmoid(float x, float max) {
+  if (x > 0.0f) return scalar_sigmoid(x);
+  const float shift = max < 0.0f ? max : 0.0f;
+  return exp(broadcast(x - shift))[0] / (1.0f + exp(broadcast(x))[0]);
+}
+
+// The score of the chosen j, up to a factor that is 1 where the weights are not normalised.
+template <class R>
+SK_INLINE float chosen_score(const R& r, int j, float max) {
+  const float l = r.logits[r.indices[j]];
+  if (r.is_softmax) return exp(broadcast(l - max))[0];
+  return r.is_normalized ? scaled_sigmoid(l, max) : scalar_sigmoid(l);
+}
+
+template <class R>
+SK_INLINE float max_of_chosen(const R& r) {
+  float max = -__builtin_inff();
+  for (int j = 0; j < r.k; ++j) max = r.logits[r.indices[j]] > max ? r.logits[r.indices[j]] : max;
+  return max;
+}
+
 inline float row_max(const float* x, int64_t n) {
   float best = -__builtin_inff();
   int64_t i = 0;
@@ -109,25 +132,22 @@ inline void route_row(const RouteRow& r) {
   else
     top_k(ranked, r.E, r.k, r.indices);
 
-  // A softmax that is normalised over the chosen is the softmax of the chosen.
-  if (r.is_softmax && r.is_normalized) {
-    max = -__builtin_inff();
-    for (int j = 0; j < r.k; ++j) max = r.logits[r.indices[j]] > max ? r.logits[r.indices[j]] : max;
+  if (r.is_normalized) {  // a softmax that is normalised over the chosen is the softmax of the chosen
+    max = max_of_chosen(r);
     inverse_sum = 1.0f;
   }
   float total = 0.0f;
   for (int j = 0; j < r.k; ++j) {
-    const float l = r.logits[r.indices[j]];
-    r.weights[j] = r.is_softmax ? exp(broadcast(l - max))[0] * inverse_sum : scalar_sigmoid(l);
+    const float score = chosen_score(r, j, max);
+    r.weights[j] = r.is_softmax ? score * inverse_sum : score;
     total += r.weights[j];
   }
   if (r.is_normalized)
     for (int j = 0; j < r.k; ++j) r.weights[j] /= total;
 }
 
-// softmax:     dl_i = p_i (g_i - sum_j g_j p_j), g zero off the chosen; normalised: the same over the chosen
-// alone. sigmoid:     dl_j = g_j s_j (1 - s_j); normalised, w_j = s_j / S: dw_j -> ds_j = (g_j - sum_l g_l
-// w_l) / S.
+// softmax: dl_i = p_i (g_i - sum_j g_j p_j), g zero off the chosen; normalised: the same over the chosen alone.
+// sigmoid: dl_j = g_j s_j (1 - s_j); normalised, w_j = s_j / S: dl_j = (g_j - sum_l g_l w_l) w_j (1 - s_j).
 inline void route_row_backward(const RouteRowBackward& r) {
   if (r.is_softmax && !r.is_normalized) {
     const float max = row_max(r.logits, r.E), inverse_sum = 1.0f / sum_exp(r.logits, max, r.E);
@@ -142,21 +162,17 @@ inline void route_row_backward(const RouteRowBackward& r) {
     return;
   }
   memset(r.grad_logits, 0, static_cast<size_t>(r.E) * sizeof(float));
-  float max = -__builtin_inff();
-  for (int j = 0; j < r.k; ++j) max = r.logits[r.indices[j]] > max ? r.logits[r.indices[j]] : max;
-  const auto score = [&](int j) {
-    const float l = r.logits[r.indices[j]];
-    return r.is_softmax ? exp(broadcast(l - max))[0] : scalar_sigmoid(l);
-  };
+  const float max = max_of_chosen(r);
   float total = 0.0f, inner = 0.0f;
   if (r.is_normalized) {
-    for (int j = 0; j < r.k; ++j) total += score(j);
-    for (int j = 0; j < r.k; ++j) inner += r.grad_weights[j] * score(j) / total;
+    for (int j = 0; j < r.k; ++j) total += chosen_score(r, j, max);
+    for (int j = 0; j < r.k; ++j) inner += r.grad_weights[j] * chosen_score(r, j, max) / total;
   }
   for (int j = 0; j < r.k; ++j) {
-    const float s = score(j);
+    const int32_t e = r.indices[j];
+    const float slope = r.is_softmax ? 1.0f : 1.0f - scalar_sigmoid(r.logits[e]);
     const float grad_score = r.is_normalized ? (r.grad_weights[j] - inner) / total : r.grad_weights[j];
-    r.grad_logits[r.indices[j]] = grad_score * (r.is_softmax ? s : s * (1.0f - s));
+    r.grad_logits[e] = grad_score * chosen_score(r, j, max) * slope;
   }
 }
 
