@@ -41,23 +41,24 @@ struct Block {
 
 auto no_gil() { return py::call_guard<py::gil_scoped_release>(); }
 
-template <class W>
+// X and W: see experts.h.
+template <class X, class W>
 void bind_gemms(py::module_& m, const std::string& suffix) {
   m.def(("grouped_gemm" + suffix).c_str(),
         [](int64_t E, int64_t N, int64_t K, Address offsets, Address x, int64_t ldx, Address w,
            int64_t w_expert, int64_t w_row, Address y, bool is_transposed, int threads) {
-          const GroupedGemm<W> g{.E = E,
-                                 .N = N,
-                                 .K = K,
-                                 .offsets = at<int32_t>(offsets),
-                                 .x = {at<float>(x), ldx},
-                                 .w = at<W>(w),
-                                 .w_expert = w_expert,
-                                 .w_row = w_row,
-                                 .y = {at<float>(y), N},
-                                 .scale = nullptr,
-                                 .slot_of_row = nullptr,
-                                 .threads = threads};
+          const GroupedGemm<X, W, X> g{.E = E,
+                                       .N = N,
+                                       .K = K,
+                                       .offsets = at<int32_t>(offsets),
+                                       .x = {at<X>(x), ldx},
+                                       .w = at<W>(w),
+                                       .w_expert = w_expert,
+                                       .w_row = w_row,
+                                       .y = {at<X>(y), N},
+                                       .scale = nullptr,
+                                       .slot_of_row = nullptr,
+                                       .threads = threads};
           is_transposed ? grouped_gemm_nt(g) : grouped_gemm_nn(g);
         },
         no_gil());
@@ -65,67 +66,103 @@ void bind_gemms(py::module_& m, const std::string& suffix) {
   m.def(("grouped_outer" + suffix).c_str(),
         [](int64_t E, int64_t A, int64_t B, Address offsets, Address a, int64_t lda, Address b, int64_t ldb,
            Address out, bool adds, int threads) {
-          grouped_outer(GroupedOuter<W>{.E = E,
-                                        .A = A,
-                                        .B = B,
-                                        .offsets = at<int32_t>(offsets),
-                                        .a = {at<float>(a), lda},
-                                        .b = {at<float>(b), ldb},
-                                        .out = at<W>(out),
-                                        .out_expert = A * B,
-                                        .out_row = B,
-                                        .adds = adds,
-                                        .threads = threads});
+          grouped_outer(GroupedOuter<X, W>{.E = E,
+                                           .A = A,
+                                           .B = B,
+                                           .offsets = at<int32_t>(offsets),
+                                           .a = {at<X>(a), lda},
+                                           .b = {at<X>(b), ldb},
+                                           .out = at<W>(out),
+                                           .out_expert = A * B,
+                                           .out_row = B,
+                                           .adds = adds,
+                                           .threads = threads});
         },
         no_gil());
 
-  py::class_<Experts<W>>(m, ("Experts" + suffix).c_str(),
-                         "The shared arguments of experts_forward and experts_backward.")
+  py::class_<Experts<X, W>>(m, ("Experts" + suffix).c_str(),
+                            "The shared arguments of experts_forward and experts_backward.")
       .def(py::init([](int64_t T, int64_t H, int64_t I, int64_t E, int k, Address x, int64_t ldx,
                        Address offsets, Address row_map, Address weights, Address gate_up_proj,
                        int64_t gate_up_expert, int64_t gate_up_row, Address down_proj, int64_t down_expert,
                        int64_t down_row, Address gate_up, int threads) {
-        return Experts<W>{.T = T,
-                          .H = H,
-                          .I = I,
-                          .E = E,
-                          .k = k,
-                          .x = at<float>(x),
-                          .ldx = ldx,
-                          .offsets = at<int32_t>(offsets),
-                          .row_map = at<int32_t>(row_map),
-                          .weights = at<float>(weights),
-                          .gate_up_proj = at<W>(gate_up_proj),
-                          .gate_up_expert = gate_up_expert,
-                          .gate_up_row = gate_up_row,
-                          .down_proj = at<W>(down_proj),
-                          .down_expert = down_expert,
-                          .down_row = down_row,
-                          .gate_up = at<float>(gate_up),
-                          .threads = threads};
+        return Experts<X, W>{.T = T,
+                             .H = H,
+                             .I = I,
+                             .E = E,
+                             .k = k,
+                             .x = at<X>(x),
+                             .ldx = ldx,
+                             .offsets = at<int32_t>(offsets),
+                             .row_map = at<int32_t>(row_map),
+                             .weights = at<float>(weights),
+                             .gate_up_proj = at<W>(gate_up_proj),
+                             .gate_up_expert = gate_up_expert,
+                             .gate_up_row = gate_up_row,
+                             .down_proj = at<W>(down_proj),
+                             .down_expert = down_expert,
+                             .down_row = down_row,
+                             .gate_up = at<float>(gate_up),
+                             .threads = threads};
       }));
 
   m.def(("experts_forward" + suffix).c_str(),
-        [](const Experts<W>& e, Address hidden, Address by_slot, Address out) {
-          experts_forward(
-              e, {.hidden = at<float>(hidden), .by_slot = at<float>(by_slot), .out = at<float>(out)});
+        [](const Experts<X, W>& e, Address hidden, Address by_slot, Address out) {
+          experts_forward(e, ExpertsForward<X>{
+                                 .hidden = at<X>(hidden), .by_slot = at<float>(by_slot), .out = at<X>(out)});
         },
         no_gil());
 
   m.def(("experts_backward" + suffix).c_str(),
-        [](const Experts<W>& e, Address grad_out, int64_t ld_grad, Address grad_gate_up, Address hidden,
+        [](const Experts<X, W>& e, Address grad_out, int64_t ld_grad, Address grad_gate_up, Address hidden,
            Address by_slot, Address grad_weights, Address grad_x, Address grad_gate_up_proj,
            Address grad_down_proj, bool adds) {
-          experts_backward(e, ExpertsBackward<W>{.grad_out = at<float>(grad_out),
-                                                 .ld_grad = ld_grad,
-                                                 .grad_gate_up = at<float>(grad_gate_up),
-                                                 .hidden = at<float>(hidden),
-                                                 .by_slot = at<float>(by_slot),
-                                                 .grad_weights = at<float>(grad_weights),
-                                                 .grad_x = at<float>(grad_x),
-                                                 .grad_gate_up_proj = at<W>(grad_gate_up_proj),
-                                                 .grad_down_proj = at<W>(grad_down_proj),
-                                                 .adds = adds});
+          experts_backward(e, ExpertsBackward<X, W>{.grad_out = at<X>(grad_out),
+                                                    .ld_grad = ld_grad,
+                                                    .grad_gate_up = at<X>(grad_gate_up),
+                                                    .hidden = at<X>(hidden),
+                                                    .by_slot = at<float>(by_slot),
+                                                    .grad_weights = at<float>(grad_weights),
+                                                    .grad_x = at<X>(grad_x),
+                                                    .grad_gate_up_proj = at<W>(grad_gate_up_proj),
+                                                    .grad_down_proj = at<W>(grad_down_proj),
+                                                    .adds = adds});
+        },
+        no_gil());
+}
+
+template <class Y>
+void bind_combine(py::module_& m, const std::string& suffix) {
+  m.def(("combine" + suffix).c_str(),
+        [](int64_t T, int64_t H, int k, Address y, int64_t ldy, Address row_of_slot, Address weights,
+           Address out, int threads) {
+          combine(Combine<Y, Y>{.T = T,
+                                .H = H,
+                                .k = k,
+                                .y = at<Y>(y),
+                                .ldy = ldy,
+                                .row_of_slot = at<int32_t>(row_of_slot),
+                                .weights = at<float>(weights),
+                                .out = at<Y>(out),
+                                .threads = threads});
+        },
+        no_gil());
+
+  m.def(("combine_backward" + suffix).c_str(),
+        [](int64_t R, int64_t H, int k, Address grad_out, int64_t ld_grad, Address y, int64_t ldy,
+           Address row_map, Address weights, Address grad_y, Address grad_weights, int threads) {
+          combine_backward(CombineBackward<Y>{.R = R,
+                                              .H = H,
+                                              .k = k,
+                                              .grad_out = at<Y>(grad_out),
+                                              .y = at<Y>(y),
+                                              .ld_grad = ld_grad,
+                                              .ldy = ldy,
+                                              .row_map = at<int32_t>(row_map),
+                                              .weights = at<float>(weights),
+                                              .grad_y = at<Y>(grad_y),
+                                              .grad_weights = at<float>(grad_weights),
+                                              .threads = threads});
         },
         no_gil());
 }
@@ -138,6 +175,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(sigma::cpu::kernels().name); });
   m.def("supported_isas", &supported_isas);
   m.def("lanes", [] { return sigma::cpu::kernels().lanes; });
+  m.def("multiplies_bf16", [] { return sigma::cpu::kernels().multiplies_bf16; });
 
   py::class_<Block>(m, "Block", py::buffer_protocol(), "Memory for one large tensor, kept when it is freed.")
       .def(py::init<int64_t>())
@@ -196,50 +234,16 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "permute",
-      [](int64_t R, int64_t H, int k, Address x, int64_t ldx, Address row_map, Address out, int threads) {
+      [](int64_t R, int64_t row_bytes, int k, Address x, int64_t ldx_bytes, Address row_map, Address out,
+         int threads) {
         permute({.R = R,
-                 .H = H,
+                 .row_bytes = row_bytes,
                  .k = k,
-                 .x = at<float>(x),
-                 .ldx = ldx,
+                 .x = at<char>(x),
+                 .ldx_bytes = ldx_bytes,
                  .row_map = at<int32_t>(row_map),
-                 .out = at<float>(out),
+                 .out = at<char>(out),
                  .threads = threads});
-      },
-      no_gil());
-
-  m.def(
-      "combine",
-      [](int64_t T, int64_t H, int k, Address y, int64_t ldy, Address row_of_slot, Address weights,
-         Address out, int threads) {
-        combine({.T = T,
-                 .H = H,
-                 .k = k,
-                 .y = at<float>(y),
-                 .ldy = ldy,
-                 .row_of_slot = at<int32_t>(row_of_slot),
-                 .weights = at<float>(weights),
-                 .out = at<float>(out),
-                 .threads = threads});
-      },
-      no_gil());
-
-  m.def(
-      "combine_backward",
-      [](int64_t R, int64_t H, int k, Address grad_out, int64_t ld_grad, Address y, int64_t ldy,
-         Address row_map, Address weights, Address grad_y, Address grad_weights, int threads) {
-        combine_backward({.R = R,
-                          .H = H,
-                          .k = k,
-                          .grad_out = at<float>(grad_out),
-                          .y = at<float>(y),
-                          .ld_grad = ld_grad,
-                          .ldy = ldy,
-                          .row_map = at<int32_t>(row_map),
-                          .weights = at<float>(weights),
-                          .grad_y = at<float>(grad_y),
-                          .grad_weights = at<float>(grad_weights),
-                          .threads = threads});
       },
       no_gil());
 
@@ -250,8 +254,11 @@ PYBIND11_MODULE(_C, m) {
       },
       no_gil());
 
-  bind_gemms<float>(m, "");
-  bind_gemms<Bf16>(m, "_bf16");
+  bind_gemms<float, float>(m, "");
+  bind_gemms<float, Bf16>(m, "_widened");
+  bind_gemms<Bf16, Bf16>(m, "_bf16");
+  bind_combine<float>(m, "");
+  bind_combine<Bf16>(m, "_bf16");
 
   m.def(
       "widen",

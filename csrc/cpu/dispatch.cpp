@@ -21,6 +21,8 @@ const std::vector<Isa>& isas() {
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                             __builtin_cpu_supports("avx512dq");
+    const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+    list.push_back({"avx512bf16", has_bf16, avx512bf16::kernels});
     list.push_back({"avx512", has_avx512, avx512::kernels});
     list.push_back({"avx2", has_avx2, avx2::kernels});
 #endif

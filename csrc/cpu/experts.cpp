@@ -3,60 +3,74 @@
 // Tokens are gathered as the GEMM reads its rows and scattered as it writes them, so no permuted copy exists.
 // For top-1 the routing weight is a factor in the last epilogue and there is no combine pass. Saved for
 // backward: gate_up [R, 2I].  The output before weighting is not: the gradient of a routing weight is
-// <grad_out, W_down h> = <W_down^T grad_out, h>, and W_down^T grad_out is needed anyway.
+// <grad_out, W_down h> = <W_down^T grad_out, h>, and W_down^T grad_out is needed anyway.  SwiGLU is taken
+// where a GEMM leaves its rows in cache: forward after gate and up, backward after W_down^T grad_out.
 #include "experts.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "dispatch.h"
 #include "grouped_gemm.h"
 #include "permute.h"
+#include "scratch.h"
 
 namespace sigma::cpu {
 namespace {
 
 constexpr int64_t kColumnBlock = 64;  // of gate and of up, whose SwiGLU is taken while both are in cache
 
-template <class W>
-Rows<const float> by_token(const Experts<W>& m, const float* base, int64_t ld) {
+template <class X, class W>
+Rows<const X> by_token(const Experts<X, W>& m, const X* base, int64_t ld) {
   return {base, ld, m.row_map, m.k};
 }
 
-// Output rows of a GEMM that ends a pass: straight to the token for k = 1, to the slot otherwise.
-template <class W>
-Rows<float> to_token_or_slot(const Experts<W>& m, float* out, float* by_slot) {
-  return m.k == 1 ? Rows<float>{out, m.H, m.row_map, 1} : Rows<float>{by_slot, m.H, m.row_map, 1};
+// A GEMM that ends a pass: rows go straight to their token for k = 1; else to their slot, and then are added
+// up.
+template <class X, class W, class Gemm>
+void to_tokens(const Experts<X, W>& m, GroupedGemm<X, W, X> g, float* by_slot, X* out, Gemm gemm) {
+  if (m.k == 1) {
+    g.y = {out, m.H, m.row_map};
+    return gemm(g);
+  }
+  gemm(GroupedGemm<X, W, float>{.E = g.E,
+                                .N = g.N,
+                                .K = g.K,
+                                .offsets = g.offsets,
+                                .x = g.x,
+                                .w = g.w,
+                                .w_expert = g.w_expert,
+                                .w_row = g.w_row,
+                                .y = {by_slot, m.H, m.row_map},
+                                .scale = g.scale,
+                                .slot_of_row = g.slot_of_row,
+                                .threads = g.threads});
+  combine(Combine<float, X>{.T = m.T,
+                            .H = m.H,
+                            .k = m.k,
+                            .y = by_slot,
+                            .ldy = m.H,
+                            .row_of_slot = nullptr,
+                            .weights = nullptr,
+                            .out = out,
+                            .threads = m.threads});
 }
 
-template <class W>
-void sum_slots(const Experts<W>& m, const float* by_slot, float* out) {
-  if (m.k > 1)
-    combine({.T = m.T,
-             .H = m.H,
-             .k = m.k,
-             .y = by_slot,
-             .ldy = m.H,
-             .row_of_slot = nullptr,
-             .weights = nullptr,
-             .out = out,
-             .threads = m.threads});
-}
-
-template <class W>
-void gate_up_and_swiglu(const Experts<W>& m, float* hidden) {
+template <class X, class W>
+void gate_up_and_swiglu(const Experts<X, W>& m, X* hidden) {
   const Kernels& isa = kernels();
-  const GroupedGemm<W> g{.E = m.E,
-                         .N = 2 * m.I,
-                         .K = m.H,
-                         .offsets = m.offsets,
-                         .x = by_token(m, m.x, m.ldx),
-                         .w = m.gate_up_proj,
-                         .w_expert = m.gate_up_expert,
-                         .w_row = m.gate_up_row,
-                         .y = {m.gate_up, 2 * m.I},
-                         .scale = nullptr,
-                         .slot_of_row = nullptr,
-                         .threads = m.threads};
+  const GroupedGemm<X, W, float> g{.E = m.E,
+                                   .N = 2 * m.I,
+                                   .K = m.H,
+                                   .offsets = m.offsets,
+                                   .x = by_token(m, m.x, m.ldx),
+                                   .w = m.gate_up_proj,
+                                   .w_expert = m.gate_up_expert,
+                                   .w_row = m.gate_up_row,
+                                   .y = {m.gate_up, 2 * m.I},
+                                   .scale = nullptr,
+                                   .slot_of_row = nullptr,
+                                   .threads = m.threads};
   const int64_t blocks = ceil_div(m.I, kColumnBlock);
 #pragma omp parallel for collapse(2) schedule(dynamic) \
     num_threads(m.threads) if (m.T * m.k * m.I * m.H > (1 << 15))
@@ -69,17 +83,74 @@ void gate_up_and_swiglu(const Experts<W>& m, float* hidden) {
       gemm_nt_columns(isa, g, e, r0, r1, m.I + i0, m.I + i1);
       for (int64_t r = r0; r < r1; ++r) {
         const float* gate = m.gate_up + r * 2 * m.I + i0;
-        isa.swiglu(gate, gate + m.I, hidden + r * m.I + i0, i1 - i0);
+        X* const out = hidden + r * m.I + i0;
+        if constexpr (std::is_same_v<X, float>) {
+          isa.swiglu(gate, gate + m.I, out, i1 - i0);
+        } else {
+          alignas(64) float row[kColumnBlock];
+          isa.swiglu(gate, gate + m.I, row, i1 - i0);
+          isa.narrow_row(row, out, i1 - i0);
+        }
+      }
+    }
+}
+
+// hidden = W_down^T grad_out, and from it, a row at a time: grad_gate_up, grad_weights, and in hidden's place
+// the weighted activation, which the gradient of W_down is made of.
+template <class X, class W>
+void down_and_swiglu_backward(const Experts<X, W>& m, const ExpertsBackward<X, W>& b) {
+  const Kernels& isa = kernels();
+  const GroupedGemm<X, W, float> g{.E = m.E,
+                                   .N = m.I,
+                                   .K = m.H,
+                                   .offsets = m.offsets,
+                                   .x = by_token(m, b.grad_out, b.ld_grad),
+                                   .w = m.down_proj,
+                                   .w_expert = m.down_expert,
+                                   .w_row = m.down_row,
+                                   .y = {},
+                                   .scale = nullptr,
+                                   .slot_of_row = nullptr,
+                                   .threads = m.threads};
+  int64_t most = 0;
+  for (int64_t e = 0; e < m.E; ++e) most = std::max<int64_t>(most, m.offsets[e + 1] - m.offsets[e]);
+  const int64_t chunks = ceil_div(most, kRowChunk);
+#pragma omp parallel for collapse(2) schedule(dynamic) \
+    num_threads(m.threads) if (m.T * m.k * m.I * m.H > (1 << 15))
+  for (int64_t e = 0; e < m.E; ++e)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t r0 = m.offsets[e] + chunk * kRowChunk;
+      const int64_t r1 = std::min<int64_t>(m.offsets[e + 1], r0 + kRowChunk);
+      if (r0 >= r1) continue;
+      // Sums of up to 128 rows, and for bf16 one row more of each result, which is rounded as it is stored.
+      float* const sums = scratch<float>((r1 - r0 + 3) * m.I);
+      const Rows<float> grad_hidden{.base = sums, .ld = m.I, .first = r0};
+      float* const row = sums + (r1 - r0) * m.I;
+      gemm_nn_columns(isa, g, e, r0, r1, 0, m.I, grad_hidden);
+      for (int64_t r = r0; r < r1; ++r) {
+        const int32_t s = m.row_map[r];
+        const float* gate = m.gate_up + r * 2 * m.I;
+        X *const grad_gate = b.grad_gate_up + r * 2 * m.I, *const hidden = b.hidden + r * m.I;
+        if constexpr (std::is_same_v<X, float>) {
+          b.grad_weights[s] = isa.swiglu_backward(grad_hidden(r), gate, gate + m.I, m.weights[s], grad_gate,
+                                                  grad_gate + m.I, hidden, m.I);
+        } else {
+          b.grad_weights[s] = isa.swiglu_backward(grad_hidden(r), gate, gate + m.I, m.weights[s], row,
+                                                  row + m.I, row + 2 * m.I, m.I);
+          isa.narrow_row(row, grad_gate, 2 * m.I);
+          isa.narrow_row(row + 2 * m.I, hidden, m.I);
+        }
       }
     }
 }
 
 }  // namespace
 
-template <class W>
-void experts_forward(const Experts<W>& m, const ExpertsForward& f) {
+template <class X, class W>
+void experts_forward(const Experts<X, W>& m, const ExpertsForward<X>& f) {
   gate_up_and_swiglu(m, f.hidden);
-  grouped_gemm_nt(GroupedGemm<W>{.E = m.E,
+  to_tokens(m,
+            GroupedGemm<X, W, X>{.E = m.E,
                                  .N = m.H,
                                  .K = m.I,
                                  .offsets = m.offsets,
@@ -87,39 +158,19 @@ void experts_forward(const Experts<W>& m, const ExpertsForward& f) {
                                  .w = m.down_proj,
                                  .w_expert = m.down_expert,
                                  .w_row = m.down_row,
-                                 .y = to_token_or_slot(m, f.out, f.by_slot),
+                                 .y = {},
                                  .scale = m.weights,
                                  .slot_of_row = m.row_map,
-                                 .threads = m.threads});
-  sum_slots(m, f.by_slot, f.out);
+                                 .threads = m.threads},
+            f.by_slot, f.out, [](const auto& g) { grouped_gemm_nt(g); });
 }
 
-template <class W>
-void experts_backward(const Experts<W>& m, const ExpertsBackward<W>& b) {
-  const Kernels& isa = kernels();
-  const int64_t R = m.T * m.k;
-  grouped_gemm_nn(GroupedGemm<W>{.E = m.E,
-                                 .N = m.I,
-                                 .K = m.H,
-                                 .offsets = m.offsets,
-                                 .x = by_token(m, b.grad_out, b.ld_grad),
-                                 .w = m.down_proj,
-                                 .w_expert = m.down_expert,
-                                 .w_row = m.down_row,
-                                 .y = {b.hidden, m.I},
-                                 .scale = nullptr,
-                                 .slot_of_row = nullptr,
-                                 .threads = m.threads});
-#pragma omp parallel for schedule(static) num_threads(m.threads) if (R * m.I > (1 << 12))
-  for (int64_t r = 0; r < R; ++r) {
-    const int32_t s = m.row_map[r];
-    const float* gate = m.gate_up + r * 2 * m.I;
-    float *grad_gate = b.grad_gate_up + r * 2 * m.I, *hidden = b.hidden + r * m.I;
-    b.grad_weights[s] =
-        isa.swiglu_backward(hidden, gate, gate + m.I, m.weights[s], grad_gate, grad_gate + m.I, hidden, m.I);
-  }
-  if (b.grad_x) {
-    grouped_gemm_nn(GroupedGemm<W>{.E = m.E,
+template <class X, class W>
+void experts_backward(const Experts<X, W>& m, const ExpertsBackward<X, W>& b) {
+  down_and_swiglu_backward(m, b);
+  if (b.grad_x)
+    to_tokens(m,
+              GroupedGemm<X, W, X>{.E = m.E,
                                    .N = m.H,
                                    .K = 2 * m.I,
                                    .offsets = m.offsets,
@@ -127,41 +178,43 @@ void experts_backward(const Experts<W>& m, const ExpertsBackward<W>& b) {
                                    .w = m.gate_up_proj,
                                    .w_expert = m.gate_up_expert,
                                    .w_row = m.gate_up_row,
-                                   .y = to_token_or_slot(m, b.grad_x, b.by_slot),
+                                   .y = {},
                                    .scale = nullptr,
                                    .slot_of_row = nullptr,
-                                   .threads = m.threads});
-    sum_slots(m, b.by_slot, b.grad_x);
-  }
+                                   .threads = m.threads},
+              b.by_slot, b.grad_x, [](const auto& g) { grouped_gemm_nn(g); });
   if (b.grad_gate_up_proj)
-    grouped_outer(GroupedOuter<W>{.E = m.E,
-                                  .A = 2 * m.I,
-                                  .B = m.H,
-                                  .offsets = m.offsets,
-                                  .a = {b.grad_gate_up, 2 * m.I},
-                                  .b = by_token(m, m.x, m.ldx),
-                                  .out = b.grad_gate_up_proj,
-                                  .out_expert = 2 * m.I * m.H,
-                                  .out_row = m.H,
-                                  .adds = b.adds,
-                                  .threads = m.threads});
+    grouped_outer(GroupedOuter<X, W>{.E = m.E,
+                                     .A = 2 * m.I,
+                                     .B = m.H,
+                                     .offsets = m.offsets,
+                                     .a = {b.grad_gate_up, 2 * m.I},
+                                     .b = by_token(m, m.x, m.ldx),
+                                     .out = b.grad_gate_up_proj,
+                                     .out_expert = 2 * m.I * m.H,
+                                     .out_row = m.H,
+                                     .adds = b.adds,
+                                     .threads = m.threads});
   if (b.grad_down_proj)
-    grouped_outer(GroupedOuter<W>{.E = m.E,
-                                  .A = m.H,
-                                  .B = m.I,
-                                  .offsets = m.offsets,
-                                  .a = by_token(m, b.grad_out, b.ld_grad),
-                                  .b = {b.hidden, m.I},
-                                  .out = b.grad_down_proj,
-                                  .out_expert = m.H * m.I,
-                                  .out_row = m.I,
-                                  .adds = b.adds,
-                                  .threads = m.threads});
+    grouped_outer(GroupedOuter<X, W>{.E = m.E,
+                                     .A = m.H,
+                                     .B = m.I,
+                                     .offsets = m.offsets,
+                                     .a = by_token(m, b.grad_out, b.ld_grad),
+                                     .b = {b.hidden, m.I},
+                                     .out = b.grad_down_proj,
+                                     .out_expert = m.H * m.I,
+                                     .out_row = m.I,
+                                     .adds = b.adds,
+                                     .threads = m.threads});
 }
 
-template void experts_forward(const Experts<float>&, const ExpertsForward&);
-template void experts_forward(const Experts<Bf16>&, const ExpertsForward&);
-template void experts_backward(const Experts<float>&, const ExpertsBackward<float>&);
-template void experts_backward(const Experts<Bf16>&, const ExpertsBackward<Bf16>&);
+#define SK_INSTANTIATE(X, W)                                                     \
+  template void experts_forward(const Experts<X, W>&, const ExpertsForward<X>&); \
+  template void experts_backward(const Experts<X, W>&, const ExpertsBackward<X, W>&);
+SK_INSTANTIATE(float, float)
+SK_INSTANTIATE(float, Bf16)
+SK_INSTANTIATE(Bf16, Bf16)
+#undef SK_INSTANTIATE
 
 }  // namespace sigma::cpu

@@ -8,12 +8,13 @@
 namespace sigma::cpu {
 
 // What forward and backward share.  Rows r are in expert order, row_map[r] is the slot t*k + j of row r.
-// W: how the experts' weights and their gradients are stored, float or Bf16; all else is float.
-template <class W = float>
+// X: how activations are stored, which decides the arithmetic; W: the experts' weights and their gradients.
+// There are <float, float>, <float, Bf16> and <Bf16, Bf16> (isa/kernels.h).
+template <class X = float, class W = X>
 struct Experts {
   int64_t T, H, I, E;
   int k;
-  const float* x;  // [T, H], ldx apart
+  const X* x;  // [T, H], ldx apart
   int64_t ldx;
   const int32_t *offsets, *row_map;
   const float* weights;   // [T, k] contiguous
@@ -25,28 +26,29 @@ struct Experts {
   int threads;
 };
 
+template <class X>
 struct ExpertsForward {
-  float* hidden;   // [R, I] scratch
+  X* hidden;       // [R, I] scratch
   float* by_slot;  // [R, H] scratch, only for k > 1
-  float* out;      // [T, H]
+  X* out;          // [T, H]
 };
-template <class W>
-void experts_forward(const Experts<W>& m, const ExpertsForward& f);
+template <class X, class W>
+void experts_forward(const Experts<X, W>& m, const ExpertsForward<X>& f);
 
-template <class W = float>
+template <class X = float, class W = X>
 struct ExpertsBackward {
-  const float* grad_out;  // [T, H], ld_grad apart
+  const X* grad_out;  // [T, H], ld_grad apart
   int64_t ld_grad;
-  float* grad_gate_up;   // [R, 2I] scratch
-  float* hidden;         // [R, I] scratch
+  X* grad_gate_up;       // [R, 2I] scratch
+  X* hidden;             // [R, I] scratch
   float* by_slot;        // [R, H] scratch, only for k > 1
   float* grad_weights;   // [T, k]
-  float* grad_x;         // [T, H], or null
+  X* grad_x;             // [T, H], or null
   W* grad_gate_up_proj;  // contiguous, or null
   W* grad_down_proj;     // contiguous, or null
   bool adds;             // to the two weight gradients
 };
-template <class W>
-void experts_backward(const Experts<W>& m, const ExpertsBackward<W>& b);
+template <class X, class W>
+void experts_backward(const Experts<X, W>& m, const ExpertsBackward<X, W>& b);
 
 }  // namespace sigma::cpu

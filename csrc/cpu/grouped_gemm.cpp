@@ -14,16 +14,15 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "scratch.h"
 
 namespace sigma::cpu {
 namespace {
 
-constexpr int64_t kColumnBlock =
-    64;  // of a forward task: its weights, 64 * K floats, stay in L2 across row chunks
+constexpr int64_t kColumnBlock = 64;  // of a forward task: 64 * K weights stay in L2 across row chunks
 constexpr int64_t kWindow =
     8;  // rows of W fetched ahead together: 1.2x over one at a time (E=96, T=2048, AVX-512)
-constexpr int64_t kWidth = 1024;    // columns of a task of grouped_gemm_nn
-constexpr int64_t kRowChunk = 128;  // rows of x that stay in L2 while the columns pass
+constexpr int64_t kWidth = 1024;  // columns of a task of grouped_gemm_nn
 constexpr int64_t kDepth =
     32;  // rows of W per panel: 2.3x over 128 (same shape); the prefetcher follows 32 pages
 constexpr int64_t kOuterRows = 256;   // contraction of the weight gradient per pass
@@ -36,9 +35,11 @@ bool is_serial(int threads, double flops) { return threads == 1 || flops < kSeri
 
 }  // namespace
 
-template <class W>
-void gemm_nt_columns(const Kernels& isa, const GroupedGemm<W>& g, int64_t e, int64_t r0, int64_t r1,
+template <class X, class W, class Y>
+void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t e, int64_t r0, int64_t r1,
                      int64_t n0, int64_t n1) {
+  constexpr bool kIsDirect = std::is_same_v<Y, float>;
+  alignas(64) float tile[kIsDirect ? 1 : kRowChunk * kColumnBlock];  // sums, before they are rounded
   const W* w = g.w + e * g.w_expert;
   for (int64_t chunk = r0; chunk < r1; chunk += kRowChunk) {
     const int64_t rows = std::min(kRowChunk, r1 - chunk), blocks = ceil_div(rows, isa.dot_rows);
@@ -47,19 +48,23 @@ void gemm_nt_columns(const Kernels& isa, const GroupedGemm<W>& g, int64_t e, int
       // While the groups of one window are computed, each call asks for its share of the next window's lines.
       const int64_t group = (n - n0) / isa.dot_cols, groups = kWindow / isa.dot_cols;
       const int64_t window = n0 + (group / groups + 1) * kWindow, calls = groups * blocks;
+      const int64_t lines_a_step = ceil_div(kWindow * isa.lanes * kStep<X>, kLine<W> * calls);
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t first = piece(rows, blocks, i), count = piece(rows, blocks, i + 1) - first;
-        const float* a[kMaxBlockRows];
+        const X* a[kMaxBlockRows];
         float* c[kMaxBlockRows];
         float scale[kMaxBlockRows];
         for (int64_t m = 0; m < count; ++m) {
           const int64_t r = chunk + first + m;
           a[m] = g.x(r);
-          c[m] = g.y(r) + n;
+          if constexpr (kIsDirect)
+            c[m] = g.y(r) + n;
+          else
+            c[m] = tile + (first + m) * kColumnBlock + n - n0;
           if (g.scale) scale[m] = g.scale[g.slot_of_row ? g.slot_of_row[r] : r];
         }
         const int64_t call = group % groups * blocks + i;
-        const DotBlock<W> block{
+        const DotBlock<X, W> block{
             .a = a,
             .b = w + n * g.w_row,
             .ldb = g.w_row,
@@ -69,15 +74,18 @@ void gemm_nt_columns(const Kernels& isa, const GroupedGemm<W>& g, int64_t e, int
             .mode = Store::kWrite,
             .prefetch = w + window * g.w_row + piece(g.K / kLine<W>, calls, call) * kLine<W>,
             .prefetch_rows = window + kWindow <= n1 ? static_cast<int>(kWindow) : 0,
-            .prefetch_lines = static_cast<int>(ceil_div(kWindow, calls))};
-        gemms<W>(isa).dot[count][cols](block);
+            .prefetch_lines = static_cast<int>(lines_a_step)};
+        gemms<X, W>(isa).dot[count][cols](block);
       }
     }
+    if constexpr (!kIsDirect)
+      for (int64_t r = 0; r < rows; ++r)
+        isa.narrow_row(tile + r * kColumnBlock, g.y(chunk + r) + n0, n1 - n0);
   }
 }
 
-template <class W>
-void grouped_gemm_nt(const GroupedGemm<W>& g) {
+template <class X, class W, class Y>
+void grouped_gemm_nt(const GroupedGemm<X, W, Y>& g) {
   const Kernels& isa = kernels();
   const int64_t blocks = ceil_div(g.N, kColumnBlock);
 #pragma omp parallel for collapse(2) schedule(dynamic) \
@@ -89,58 +97,56 @@ void grouped_gemm_nt(const GroupedGemm<W>& g) {
                         std::min(g.N, (i + 1) * kColumnBlock));
 }
 
-namespace {
-
-template <class W>
-void gemm_nn_columns(const Kernels& isa, const GroupedGemm<W>& g, int64_t e, int64_t r0, int64_t r1,
-                     int64_t n0, int64_t n1) {
-  alignas(64) float copy[kDepth * 64];
+template <class X, class W, class Y>
+void gemm_nn_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t e, int64_t r0, int64_t r1,
+                     int64_t n0, int64_t n1, Rows<float> y) {
+  constexpr int64_t kPanelRows = kDepth * kStep<X>;
+  alignas(64) Packed<X> copy[kDepth * 64];
   const W* w = g.w + e * g.w_expert;
   const int64_t rows = r1 - r0, blocks = ceil_div(rows, isa.axpy_rows);
   if (g.K == 0)
-    for (int64_t r = r0; r < r1; ++r) std::fill(g.y(r) + n0, g.y(r) + n1, 0.0f);
-  for (int64_t k = 0; k < g.K; k += kDepth) {
-    const int64_t depth = std::min(kDepth, g.K - k);
+    for (int64_t r = r0; r < r1; ++r) std::fill(y(r), y(r) + n1 - n0, 0.0f);
+  for (int64_t k = 0; k < g.K; k += kPanelRows) {
+    const int64_t depth = std::min(kPanelRows, g.K - k);
     for (int64_t n = n0; n < n1; n += isa.panel) {
       const int64_t cols = std::min<int64_t>(isa.panel, n1 - n);
       const int64_t next_lines = ceil_div(std::min<int64_t>(isa.panel, n1 - n - cols), kLine<W>);
       const W* panel = w + k * g.w_row + n;
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t first = piece(rows, blocks, i), count = piece(rows, blocks, i + 1) - first;
-        const float* a[kMaxBlockRows];
+        const X* a[kMaxBlockRows];
         float* c[kMaxBlockRows];
         for (int64_t m = 0; m < count; ++m) {
           a[m] = g.x(r0 + first + m) + k;
-          c[m] = g.y(r0 + first + m) + n;
+          c[m] = y(r0 + first + m) + n - n0;
         }
-        // The first block of rows reads the weights and keeps them as packed floats for the others.
+        // The first block of rows reads the weights and keeps them packed for the others.
         const int64_t line = piece(next_lines, blocks, i);
-        const auto block = [&]<class P>(const P* source, int64_t ld, float* keep) {
-          return AxpyBlock<P, W>{.a = a,
-                                 .b = source,
-                                 .ldb = ld,
-                                 .copy = keep,
-                                 .c = c,
-                                 .K = depth,
-                                 .columns = cols,
-                                 .mode = k > 0 ? Store::kAdd : Store::kWrite,
-                                 .prefetch = panel + cols + line * kLine<W>,
-                                 .prefetch_ld = g.w_row,
-                                 .prefetch_lines = static_cast<int>(piece(next_lines, blocks, i + 1) - line)};
+        const auto block = [&]<class P>(const P* source, int64_t ld, Packed<X>* keep) {
+          return AxpyBlock<X, P, W>{
+              .a = a,
+              .b = source,
+              .ldb = ld,
+              .copy = keep,
+              .c = c,
+              .K = depth,
+              .columns = cols,
+              .mode = k > 0 ? Store::kAdd : Store::kWrite,
+              .prefetch = panel + cols + line * kLine<W>,
+              .prefetch_ld = g.w_row,
+              .prefetch_lines = static_cast<int>(piece(next_lines, blocks, i + 1) - line)};
         };
         if (i == 0)
-          gemms<W>(isa).axpy[count](block(panel, g.w_row, blocks > 1 ? copy : nullptr));
+          gemms<X, W>(isa).axpy[count](block(panel, g.w_row, blocks > 1 ? copy : nullptr));
         else
-          gemms<W>(isa).axpy_packed[count](block(static_cast<const float*>(copy), isa.panel, nullptr));
+          gemms<X, W>(isa).axpy_packed[count](block(static_cast<const Packed<X>*>(copy), isa.panel, nullptr));
       }
     }
   }
 }
 
-}  // namespace
-
-template <class W>
-void grouped_gemm_nn(const GroupedGemm<W>& g) {
+template <class X, class W, class Y>
+void grouped_gemm_nn(const GroupedGemm<X, W, Y>& g) {
   const Kernels& isa = kernels();
   int64_t most = 0;
   for (int64_t e = 0; e < g.E; ++e) most = std::max<int64_t>(most, g.offsets[e + 1] - g.offsets[e]);
@@ -152,37 +158,69 @@ void grouped_gemm_nn(const GroupedGemm<W>& g) {
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t r0 = g.offsets[e] + chunk * kRowChunk;
         const int64_t r1 = std::min<int64_t>(g.offsets[e + 1], r0 + kRowChunk);
-        if (r0 < r1) gemm_nn_columns(isa, g, e, r0, r1, i * kWidth, std::min(g.N, (i + 1) * kWidth));
+        const int64_t n0 = i * kWidth, n1 = std::min(g.N, n0 + kWidth);
+        if (r0 >= r1) continue;
+        if constexpr (std::is_same_v<Y, float>) {
+          Rows<float> y = g.y;
+          y.base += n0;
+          gemm_nn_columns(isa, g, e, r0, r1, n0, n1, y);
+        } else {
+          const Rows<float> sums{.base = scratch<float>((r1 - r0) * (n1 - n0)), .ld = n1 - n0, .first = r0};
+          gemm_nn_columns(isa, g, e, r0, r1, n0, n1, sums);
+          for (int64_t r = r0; r < r1; ++r) isa.narrow_row(sums(r), g.y(r) + n0, n1 - n0);
+        }
       }
 }
 
 namespace {
 
+// The rows of one operand that a task contracts over, at most kOuterRows: where they lie, or packed in pairs.
+template <class X>
+struct Contraction {
+  const Packed<X>* row[kOuterRows];
+
+  // Columns c0..c1 of rows r0..r0+rows; `pairs` has room for them where they are packed.
+  Contraction(const Kernels& isa, const Rows<const X>& x, int64_t r0, int64_t rows, int64_t c0, int64_t c1,
+              [[maybe_unused]] Packed<X>* pairs) {
+    for (int64_t i = 0; i * kStep<X> < rows; ++i) {
+      const int64_t r = r0 + i * kStep<X>;
+      if constexpr (kStep<X> == 1) {
+        row[i] = x(r) + c0;
+      } else {
+        Pair* const packed = pairs + i * (c1 - c0);
+        isa.pair_rows(x(r) + c0, r + 1 < r0 + rows ? x(r + 1) + c0 : nullptr, packed, c1 - c0);
+        row[i] = packed;
+      }
+    }
+  }
+};
+
 // Rows m0..m1 of one expert's gradient, written to or added to c [m1 - m0, ldc].
-template <class W>
-void outer_rows(const Kernels& isa, const GroupedOuter<W>& g, int64_t e, int64_t m0, int64_t m1, W* c,
-                int64_t ldc, bool adds, bool streams) {
+template <class X, class W, class C>
+void outer_rows(const Kernels& isa, const GroupedOuter<X, W>& g, int64_t e, int64_t m0, int64_t m1, C* c,
+                int64_t ldc, bool adds, bool streams, Packed<X>* pairs) {
   const int64_t r0 = g.offsets[e], r1 = g.offsets[e + 1];
   int64_t chunk = r0;
   do {  // once even without rows: the gradient of an idle expert is zero, not unwritten
-    const int64_t rows = std::min(kOuterRows, r1 - chunk);
+    const int64_t rows = std::min(kOuterRows, r1 - chunk), steps = ceil_div(rows, kStep<X>);
     const Store mode = adds || chunk > r0                 ? Store::kAdd
                        : streams && r1 - r0 <= kOuterRows ? Store::kStream
                                                           : Store::kWrite;
-    const float *a_rows[kOuterRows], *b_rows[kOuterRows], *a[kOuterRows], *b[kOuterRows];
-    for (int64_t r = 0; r < rows; ++r) a_rows[r] = g.a(chunk + r), b_rows[r] = g.b(chunk + r);
+    const Contraction<X> a_rows(isa, g.a, chunk, rows, m0, m1, pairs);
+    const Contraction<X> b_rows(isa, g.b, chunk, rows, 0, g.B, pairs + steps * (m1 - m0));
+    const Packed<X>*a[kOuterRows], *b[kOuterRows];
     for (int64_t m = m0; m < m1; m += isa.axpy_rows) {
       const int64_t count = std::min<int64_t>(isa.axpy_rows, m1 - m);
-      for (int64_t r = 0; r < rows; ++r) a[r] = a_rows[r] + m;
+      for (int64_t i = 0; i < steps; ++i) a[i] = a_rows.row[i] + (m - m0);
       for (int64_t n = 0; n < g.B; n += isa.panel) {
-        for (int64_t r = 0; r < rows; ++r) b[r] = b_rows[r] + n;
-        gemms<W>(isa).outer[count]({.a = a,
-                                    .b = b,
-                                    .c = c + (m - m0) * ldc + n,
-                                    .ldc = ldc,
-                                    .R = rows,
-                                    .columns = std::min<int64_t>(isa.panel, g.B - n),
-                                    .mode = mode});
+        for (int64_t i = 0; i < steps; ++i) b[i] = b_rows.row[i] + n;
+        outers<X, C>(isa)[count]({.a = a,
+                                  .b = b,
+                                  .c = c + (m - m0) * ldc + n,
+                                  .ldc = ldc,
+                                  .R = steps,
+                                  .columns = std::min<int64_t>(isa.panel, g.B - n),
+                                  .mode = mode});
       }
     }
     chunk += kOuterRows;
@@ -190,34 +228,23 @@ void outer_rows(const Kernels& isa, const GroupedOuter<W>& g, int64_t e, int64_t
 }
 
 // A bf16 gradient of an expert with many rows is summed in f32 and rounded once, as one with few rows is.
-void outer_rows_rounded_once(const Kernels& isa, const GroupedOuter<Bf16>& g, int64_t e, int64_t m0,
-                             int64_t m1) {
-  thread_local std::vector<float> sum;
-  sum.resize((m1 - m0) * g.B);
+template <class X>
+void outer_rows_rounded_once(const Kernels& isa, const GroupedOuter<X, Bf16>& g, int64_t e, int64_t m0,
+                             int64_t m1, Packed<X>* pairs) {
+  float* const sum = scratch<float>((m1 - m0) * g.B);
   Bf16* const out = g.out + e * g.out_expert;
-  for (int64_t m = m0; g.adds && m < m1; ++m)
-    isa.widen_row(out + m * g.out_row, sum.data() + (m - m0) * g.B, g.B);
-  const GroupedOuter<float> wide{.E = g.E,
-                                 .A = g.A,
-                                 .B = g.B,
-                                 .offsets = g.offsets,
-                                 .a = g.a,
-                                 .b = g.b,
-                                 .out = nullptr,
-                                 .out_expert = 0,
-                                 .out_row = 0,
-                                 .adds = g.adds,
-                                 .threads = 1};
-  outer_rows(isa, wide, e, m0, m1, sum.data(), g.B, g.adds, false);
-  for (int64_t m = m0; m < m1; ++m) isa.narrow_row(sum.data() + (m - m0) * g.B, out + m * g.out_row, g.B);
+  for (int64_t m = m0; g.adds && m < m1; ++m) isa.widen_row(out + m * g.out_row, sum + (m - m0) * g.B, g.B);
+  outer_rows(isa, g, e, m0, m1, sum, g.B, g.adds, false, pairs);
+  for (int64_t m = m0; m < m1; ++m) isa.narrow_row(sum + (m - m0) * g.B, out + m * g.out_row, g.B);
 }
 
 }  // namespace
 
-template <class W>
-void grouped_outer(const GroupedOuter<W>& g) {
+template <class X, class W>
+void grouped_outer(const GroupedOuter<X, W>& g) {
   const Kernels& isa = kernels();
-  const int64_t height = 8 * isa.axpy_rows, blocks = ceil_div(g.A, height);
+  // Packing b in pairs costs a task what it saves only if it is used for many rows of the result.
+  const int64_t height = (kStep<X> == 1 ? 8 : 40) * isa.axpy_rows, blocks = ceil_div(g.A, height);
   const int64_t misaligned = reinterpret_cast<uintptr_t>(g.out) % 64 + g.out_row % kLine<W> +
                              g.out_expert % kLine<W> + g.B % kLine<W>;
   const bool streams = misaligned == 0;
@@ -230,27 +257,36 @@ void grouped_outer(const GroupedOuter<W>& g) {
         const int64_t rows = g.offsets[e + 1] - g.offsets[e];
         const int64_t m0 = i * height, m1 = std::min(g.A, m0 + height);
         if (g.adds && rows == 0) continue;
+        Packed<X>* pairs = nullptr;
+        if constexpr (kStep<X> == 2)
+          pairs = scratch<Pair>(ceil_div(std::min(rows, kOuterRows), 2) * (m1 - m0 + g.B));
         if constexpr (std::is_same_v<W, Bf16>) {
           if (rows > kOuterRows) {
-            outer_rows_rounded_once(isa, g, e, m0, m1);
+            outer_rows_rounded_once(isa, g, e, m0, m1, pairs);
             continue;
           }
         }
-        outer_rows(isa, g, e, m0, m1, g.out + e * g.out_expert + m0 * g.out_row, g.out_row, g.adds, streams);
+        outer_rows(isa, g, e, m0, m1, g.out + e * g.out_expert + m0 * g.out_row, g.out_row, g.adds, streams,
+                   pairs);
       }
     std::atomic_thread_fence(std::memory_order_seq_cst);  // streaming stores are weakly ordered
   }
 }
 
-template void gemm_nt_columns(const Kernels&, const GroupedGemm<float>&, int64_t, int64_t, int64_t, int64_t,
-                              int64_t);
-template void gemm_nt_columns(const Kernels&, const GroupedGemm<Bf16>&, int64_t, int64_t, int64_t, int64_t,
-                              int64_t);
-template void grouped_gemm_nt(const GroupedGemm<float>&);
-template void grouped_gemm_nt(const GroupedGemm<Bf16>&);
-template void grouped_gemm_nn(const GroupedGemm<float>&);
-template void grouped_gemm_nn(const GroupedGemm<Bf16>&);
-template void grouped_outer(const GroupedOuter<float>&);
-template void grouped_outer(const GroupedOuter<Bf16>&);
+#define SK_INSTANTIATE(X, W, Y)                                                                         \
+  template void gemm_nt_columns(const Kernels&, const GroupedGemm<X, W, Y>&, int64_t, int64_t, int64_t, \
+                                int64_t, int64_t);                                                      \
+  template void gemm_nn_columns(const Kernels&, const GroupedGemm<X, W, Y>&, int64_t, int64_t, int64_t, \
+                                int64_t, int64_t, Rows<float>);                                         \
+  template void grouped_gemm_nt(const GroupedGemm<X, W, Y>&);                                           \
+  template void grouped_gemm_nn(const GroupedGemm<X, W, Y>&);
+SK_INSTANTIATE(float, float, float)
+SK_INSTANTIATE(float, Bf16, float)
+SK_INSTANTIATE(Bf16, Bf16, Bf16)
+SK_INSTANTIATE(Bf16, Bf16, float)
+#undef SK_INSTANTIATE
+template void grouped_outer(const GroupedOuter<float, float>&);
+template void grouped_outer(const GroupedOuter<float, Bf16>&);
+template void grouped_outer(const GroupedOuter<Bf16, Bf16>&);
 
 }  // namespace sigma::cpu

@@ -6,47 +6,57 @@
 
 namespace sigma::cpu {
 
-// y[r] = scale[r] * x[r] * W[e] for the rows r of each expert e.  M = rows of e.  W: float or Bf16.
-template <class W = float>
+// y[r] = scale[r] * x[r] * W[e] for the rows r of each expert e.  M = rows of e.
+// X, W, Y: how x, the weights and y are stored; the arithmetic is that of X (isa/kernels.h).  There are
+// <float, float, float>, <float, Bf16, float>, <Bf16, Bf16, Bf16> and <Bf16, Bf16, float>.
+template <class X = float, class W = X, class Y = X>
 struct GroupedGemm {
   int64_t E, N, K;
   const int32_t* offsets;   // [E+1]
-  Rows<const float> x;      // [R, K]
+  Rows<const X> x;          // [R, K]
   const W* w;               // [E, N, K], or [E, K, N] for grouped_gemm_nn
   int64_t w_expert, w_row;  // strides; the last dimension is contiguous
-  Rows<float> y;            // [R, N]
+  Rows<Y> y;                // [R, N]
   const float* scale;       // by slot, through slot_of_row, or null
   const int32_t* slot_of_row;
   int threads;
 };
 
 // w [E, N, K]: forward.
-template <class W>
-void grouped_gemm_nt(const GroupedGemm<W>& g);
+template <class X, class W, class Y>
+void grouped_gemm_nt(const GroupedGemm<X, W, Y>& g);
 // w [E, K, N]: gradient of x, and weights that lie transposed; no scale.
-template <class W>
-void grouped_gemm_nn(const GroupedGemm<W>& g);
+template <class X, class W, class Y>
+void grouped_gemm_nn(const GroupedGemm<X, W, Y>& g);
 
 // out[e] (+)= a[rows of e]^T * b[rows of e], zero for an expert without rows unless it adds.
-template <class W = float>
+// <float, float>, <float, Bf16> and <Bf16, Bf16>.
+template <class X = float, class W = X>
 struct GroupedOuter {
   int64_t E, A, B;
   const int32_t* offsets;
-  Rows<const float> a;  // [R, A]
-  Rows<const float> b;  // [R, B]
-  W* out;               // [E, A, B]
+  Rows<const X> a;  // [R, A]
+  Rows<const X> b;  // [R, B]
+  W* out;           // [E, A, B]
   int64_t out_expert, out_row;
   bool adds;
   int threads;
 };
 
-template <class W>
-void grouped_outer(const GroupedOuter<W>& g);
+template <class X, class W>
+void grouped_outer(const GroupedOuter<X, W>& g);
 
-// Columns n0..n1 of one expert's rows r0..r1: what grouped_gemm_nt makes of a task, for schedules that fuse
-// more.
-template <class W>
-void gemm_nt_columns(const Kernels& isa, const GroupedGemm<W>& g, int64_t e, int64_t r0, int64_t r1,
+// Pieces of these, for schedules that fuse more.
+constexpr int64_t kRowChunk = 128;  // rows of x that stay in L2 while the columns pass
+
+// Columns n0..n1, 64 at most, of one expert's rows r0..r1: what grouped_gemm_nt makes of a task.
+template <class X, class W, class Y>
+void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t e, int64_t r0, int64_t r1,
                      int64_t n0, int64_t n1);
+// Columns n0..n1 of one expert's rows r0..r1, at most kRowChunk of them, for grouped_gemm_nn; y begins at
+// column n0.
+template <class X, class W, class Y>
+void gemm_nn_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t e, int64_t r0, int64_t r1,
+                     int64_t n0, int64_t n1, Rows<float> y);
 
 }  // namespace sigma::cpu

@@ -1,4 +1,4 @@
-// A matrix whose rows are taken in a given order: row r lies at index[r] / divisor.
+// A matrix whose rows are taken in a given order: row r lies at index[r] / divisor, or at r - first.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,9 @@ struct Rows {
   int64_t ld = 0;
   const int32_t* index = nullptr;  // null: rows as they lie
   int32_t divisor = 1;             // k, where the index is a slot and the row a token
+  int64_t first = 0;               // the row at base, where rows lie in order
 
-  T* operator()(int64_t r) const { return base + (index ? index[r] / divisor : r) * ld; }
+  T* operator()(int64_t r) const { return base + (index ? index[r] / divisor : r - first) * ld; }
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

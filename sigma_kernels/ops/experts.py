@@ -5,19 +5,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sigma_kernels import _C, reference
+from sigma_kernels import reference
 from sigma_kernels.backends import Backend, register_table, select
 from sigma_kernels.ops.library import (
     REFERENCE,
+    STORED,
     check_float,
     check_index,
     check_shape,
     define,
     empty,
+    gemm_kernel,
     matrices,
-    narrowed,
     once,
-    rows,
+    operand,
+    rounded,
     saturated,
     widened,
 )
@@ -130,12 +132,6 @@ class _Experts(torch.autograd.Function):
         )
 
 
-_BY_DTYPE = {
-    torch.float32: (_C.Experts, _C.experts_forward, _C.experts_backward),
-    torch.bfloat16: (_C.Experts_bf16, _C.experts_forward_bf16, _C.experts_backward_bf16),
-}
-
-
 def _native_experts(
     x: Tensor,
     weights: Tensor,
@@ -146,7 +142,7 @@ def _native_experts(
     gate_up: Tensor,
 ) -> Any:
     (T, H), (E, _, I) = x.shape, down_proj.shape
-    return _BY_DTYPE[down_proj.dtype][0](
+    return gemm_kernel("Experts", x, down_proj)(
         T, H, I, E, weights.shape[1], x.data_ptr(), x.stride(0), offsets.data_ptr(), row_map.data_ptr(),
         weights.data_ptr(), gate_up_proj.data_ptr(), gate_up_proj.stride(0), gate_up_proj.stride(1),
         down_proj.data_ptr(), down_proj.stride(0), down_proj.stride(1), gate_up.data_ptr(), torch.get_num_threads(),
@@ -157,14 +153,16 @@ def _forward_cpu(
     x: Tensor, weights: Tensor, offsets: Tensor, row_map: Tensor, gate_up_proj: Tensor, down_proj: Tensor
 ) -> tuple[Tensor, Tensor]:
     dtype = x.dtype
-    x, weights = widened(rows(x)), widened(weights.contiguous())
+    x, weights = operand(x), widened(weights.contiguous())
     gate_up_proj, down_proj = matrices(gate_up_proj), matrices(down_proj)
-    (T, H), R, I = x.shape, row_map.shape[0], down_proj.shape[2]
-    out, gate_up, hidden = empty(x, T, H), empty(x, R, 2 * I), empty(x, R, I)
-    by_slot = empty(x, R, H) if R > T else out
+    (T, H), R, I, f32 = x.shape, row_map.shape[0], down_proj.shape[2], torch.float32
+    out, gate_up, hidden = empty(x, T, H), empty(x, R, 2 * I, dtype=f32), empty(x, R, I)
+    by_slot = empty(x, R, H, dtype=f32) if R > T else out
     native = _native_experts(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up)
-    _BY_DTYPE[dtype][1](native, hidden.data_ptr(), by_slot.data_ptr(), out.data_ptr())
-    return narrowed(out, dtype), gate_up
+    gemm_kernel("experts_forward", x, down_proj)(
+        native, hidden.data_ptr(), by_slot.data_ptr(), out.data_ptr()
+    )
+    return rounded(out, dtype), gate_up
 
 
 def _backward_cpu(
@@ -179,7 +177,7 @@ def _backward_cpu(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = x.dtype
-    grad_out, x, weights = widened(rows(grad_out)), widened(rows(x)), widened(weights.contiguous())
+    grad_out, x, weights = operand(grad_out), operand(x), widened(weights.contiguous())
     gate_up_proj, down_proj = matrices(gate_up_proj), matrices(down_proj)
     (T, H), R, I = x.shape, row_map.shape[0], down_proj.shape[2]
     grad_weights = torch.empty_like(weights)
@@ -187,15 +185,15 @@ def _backward_cpu(
     grad_gate_up_proj = empty(gate_up_proj, *gate_up_proj.shape) if needed[1] else gate_up_proj.new_empty(0)
     grad_down_proj = empty(down_proj, *down_proj.shape) if needed[2] else down_proj.new_empty(0)
     grad_gate_up, hidden = empty(x, R, 2 * I), empty(x, R, I)
-    by_slot = empty(x, R, H) if R > T else grad_x
+    by_slot = empty(x, R, H, dtype=torch.float32) if R > T else grad_x
     native = _native_experts(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up)
-    _BY_DTYPE[dtype][2](
+    gemm_kernel("experts_backward", x, down_proj)(
         native, grad_out.data_ptr(), grad_out.stride(0), grad_gate_up.data_ptr(), hidden.data_ptr(),
         by_slot.data_ptr(), grad_weights.data_ptr(), grad_x.data_ptr() if needed[0] else 0,
         grad_gate_up_proj.data_ptr() if needed[1] else 0, grad_down_proj.data_ptr() if needed[2] else 0, False,
     )  # fmt: skip
-    grad_x = narrowed(grad_x, dtype) if needed[0] else grad_x.to(dtype)
-    return grad_x, narrowed(grad_weights, dtype), grad_gate_up_proj, grad_down_proj
+    grad_x = rounded(grad_x, dtype) if needed[0] else grad_x.to(dtype)
+    return grad_x, rounded(grad_weights, dtype), grad_gate_up_proj, grad_down_proj
 
 
 def _reference_from_rows(
@@ -221,11 +219,11 @@ def _backward_reference(grad_out: Tensor, *saved: Any) -> tuple[Tensor, Tensor, 
 
 
 register_table("moe_experts", [
-    Backend("cpu", _forward_cpu, tuple(_BY_DTYPE), "cpu"),
+    Backend("cpu", _forward_cpu, STORED, "cpu"),
     Backend("reference", _reference_from_rows, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("moe_experts_backward", [
-    Backend("cpu", _backward_cpu, tuple(_BY_DTYPE), "cpu"),
+    Backend("cpu", _backward_cpu, STORED, "cpu"),
     Backend("reference", _backward_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 

@@ -5,19 +5,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sigma_kernels import _C, reference
+from sigma_kernels import reference
 from sigma_kernels.backends import Backend, register_table, select
 from sigma_kernels.ops.library import (
-    NATIVE,
     REFERENCE,
+    STORED,
     check_float,
     check_offsets,
     check_shape,
     define,
     differentiable,
     empty,
+    gemm_kernel,
     matrices,
-    rows,
+    operand,
+    rounded,
 )
 
 
@@ -27,7 +29,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, transpose_weight
     y[r] = x[r] @ weight[e].T for offsets[e] <= r < offsets[e+1], or x[r] @ weight[e] without `transpose_weight`.
 
     Args:
-        x: [R, K], rows in expert order.
+        x: [R, K], rows in expert order; f32 or bf16, as weight is.  Sums are f32, rounded once.
         weight: [E, N, K], or [E, K, N] without `transpose_weight`.
         offsets: [E+1] int32 or int64, rising from 0 to R.
     Returns: [R, N].  Each element is summed in a fixed order: same bits at any thread count.
@@ -68,14 +70,14 @@ def grouped_outer_(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, *, accumu
 def _grouped_gemm_cpu(x: Tensor, weight: Tensor, offsets: Tensor, transpose_weight: bool) -> Tensor:
     if weight.stride(-1) != 1 and weight.stride(-2) == 1:  # the same numbers, lying the other way
         weight, transpose_weight = weight.transpose(1, 2), not transpose_weight
-    x, weight = rows(x), matrices(weight)
+    dtype, x, weight = x.dtype, operand(x), matrices(weight)
     E, N, K = weight.shape if transpose_weight else (weight.shape[0], weight.shape[2], weight.shape[1])
     y = empty(x, x.shape[0], N)
-    _C.grouped_gemm(
+    gemm_kernel("grouped_gemm", x, weight)(
         E, N, K, offsets.data_ptr(), x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
         weight.stride(1), y.data_ptr(), transpose_weight, torch.get_num_threads(),
     )  # fmt: skip
-    return y
+    return rounded(y, dtype)
 
 
 def _grouped_gemm_reference(x: Tensor, weight: Tensor, offsets: Tensor, transpose_weight: bool) -> Tensor:
@@ -83,8 +85,8 @@ def _grouped_gemm_reference(x: Tensor, weight: Tensor, offsets: Tensor, transpos
 
 
 def _grouped_outer_cpu(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, accumulate: bool) -> None:
-    a, b = rows(a), rows(b)
-    _C.grouped_outer(
+    a, b = operand(a), operand(b)
+    gemm_kernel("grouped_outer", a, out)(
         *out.shape, offsets.data_ptr(), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), out.data_ptr(),
         accumulate, torch.get_num_threads(),
     )  # fmt: skip
@@ -102,11 +104,11 @@ def _grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 
 register_table("grouped_gemm", [
-    Backend("cpu", _grouped_gemm_cpu, NATIVE, "cpu"),
+    Backend("cpu", _grouped_gemm_cpu, STORED, "cpu"),
     Backend("reference", _grouped_gemm_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("grouped_outer", [
-    Backend("cpu", _grouped_outer_cpu, NATIVE, "cpu"),
+    Backend("cpu", _grouped_outer_cpu, STORED, "cpu"),
     Backend("reference", _grouped_outer_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 

@@ -12,6 +12,7 @@ from sigma_kernels import _C
 
 LIB = torch.library.Library("sigma", "FRAGMENT")
 NATIVE = (torch.float32,)
+STORED = (torch.float32, torch.bfloat16)  # what the kernels take as it is stored; sums are f32
 REFERENCE = (torch.float32, torch.float64)
 
 _LARGE = (
@@ -100,6 +101,23 @@ def empty_cache() -> None:
     _C.release_free_blocks()
 
 
+def native(name: str, dtype: torch.dtype) -> Any:
+    """The function or class of _C that computes `name` on tensors of this dtype as they lie."""
+    return getattr(_C, name if dtype == torch.float32 else f"{name}_bf16")
+
+
+def operand(x: Tensor) -> Tensor:
+    """x [rows, columns] as a GEMM's kernel takes it: f32; bf16 where the processor multiplies it, else its f32 copy."""
+    x = rows(x)
+    return x if x.dtype == torch.float32 or _C.multiplies_bf16() else widened(x)
+
+
+def gemm_kernel(name: str, operand: Tensor, weight: Tensor) -> Any:
+    """The function or class of _C for these dtypes of the left operand and of the weights."""
+    is_widened = operand.dtype != weight.dtype
+    return getattr(_C, f"{name}_widened") if is_widened else native(name, weight.dtype)
+
+
 def widened(x: Tensor) -> Tensor:
     """bf16 [rows, columns] as contiguous f32; any other x itself."""
     if x.dtype != torch.bfloat16:
@@ -110,9 +128,9 @@ def widened(x: Tensor) -> Tensor:
     return out
 
 
-def narrowed(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous f32 [rows, columns] rounded to bf16 where that is wanted."""
-    if dtype != torch.bfloat16:
+def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """y [rows, columns] itself if it has that dtype, else rounded from contiguous f32 to bf16."""
+    if y.dtype == dtype:
         return y
     out = empty(y, *y.shape, dtype=dtype)
     _C.narrow(*y.shape, y.data_ptr(), out.data_ptr(), torch.get_num_threads())

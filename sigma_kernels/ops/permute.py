@@ -7,7 +7,18 @@ from torch import Tensor
 
 from sigma_kernels import _C, reference
 from sigma_kernels.backends import Backend, register_table, select
-from sigma_kernels.ops.library import NATIVE, REFERENCE, check_shape, define, differentiable, empty, rows
+from sigma_kernels.ops.library import (
+    REFERENCE,
+    STORED,
+    check_shape,
+    define,
+    differentiable,
+    empty,
+    native,
+    rounded,
+    rows,
+    widened,
+)
 from sigma_kernels.routing import Routing
 
 
@@ -43,27 +54,23 @@ def unpermute(y: Tensor, routing: Routing) -> Tensor:
 
 def _permute_cpu(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
     x = rows(x)
-    out = empty(x, row_map.shape[0], x.shape[1])
+    R, H = row_map.shape[0], x.shape[1]
+    out = empty(x, R, H)
     _C.permute(
-        *out.shape,
-        top_k,
-        x.data_ptr(),
-        x.stride(0),
-        row_map.data_ptr(),
-        out.data_ptr(),
+        R, H * x.itemsize, top_k, x.data_ptr(), x.stride(0) * x.itemsize, row_map.data_ptr(), out.data_ptr(),
         torch.get_num_threads(),
-    )
+    )  # fmt: skip
     return out
 
 
 def _unpermute_cpu(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
     y = rows(y)
-    weights = None if weights is None else weights.contiguous()
+    weights = None if weights is None else widened(weights.contiguous())
     R, H = y.shape
     row_of_slot = torch.empty_like(row_map)
     _C.invert(row_map.data_ptr(), R, row_of_slot.data_ptr())
     out = empty(y, R // top_k, H)
-    _C.combine(
+    native("combine", y.dtype)(
         R // top_k, H, top_k, y.data_ptr(), y.stride(0), row_of_slot.data_ptr(),
         0 if weights is None else weights.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -73,13 +80,14 @@ def _unpermute_cpu(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: in
 def _unpermute_backward_cpu(
     grad_out: Tensor, y: Tensor, row_map: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    grad_out, y, weights = rows(grad_out), rows(y), weights.contiguous()
+    dtype = weights.dtype
+    grad_out, y, weights = rows(grad_out), rows(y), widened(weights.contiguous())
     grad_y, grad_weights = empty(y, *y.shape), torch.empty_like(weights)
-    _C.combine_backward(
+    native("combine_backward", y.dtype)(
         *y.shape, weights.shape[1], grad_out.data_ptr(), grad_out.stride(0), y.data_ptr(), y.stride(0),
         row_map.data_ptr(), weights.data_ptr(), grad_y.data_ptr(), grad_weights.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return grad_y, grad_weights
+    return grad_y, rounded(grad_weights, dtype)
 
 
 def _unpermute_backward_reference(
@@ -94,15 +102,15 @@ def _unpermute_backward_reference(
 
 
 register_table("permute", [
-    Backend("cpu", _permute_cpu, NATIVE, "cpu"),
+    Backend("cpu", _permute_cpu, STORED, "cpu"),
     Backend("reference", reference.permute, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("unpermute", [
-    Backend("cpu", _unpermute_cpu, NATIVE, "cpu"),
+    Backend("cpu", _unpermute_cpu, STORED, "cpu"),
     Backend("reference", reference.unpermute, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("unpermute_backward", [
-    Backend("cpu", _unpermute_backward_cpu, NATIVE, "cpu"),
+    Backend("cpu", _unpermute_backward_cpu, STORED, "cpu"),
     Backend("reference", _unpermute_backward_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 

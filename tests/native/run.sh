@@ -13,7 +13,7 @@ for sanitizers in address,undefined thread; do
 done
 "$build/thread/test_kernels" blocks
 ran=0
-for isa in base avx2 avx512; do
+for isa in base avx2 avx512 avx512bf16; do
   if output=$(SIGMA_ISA=$isa "$build/address,undefined/test_kernels" 2>&1); then
     echo "$output"
     ran=$((ran + 1))

@@ -53,12 +53,16 @@ std::vector<W> stored(Floats& x) {
   return out;
 }
 
+// `noise`: what operands that were rounded on the way add to a result's error, beside its own rounding.
 template <class W>
-void check(const char* what, const std::vector<W>& got, const std::vector<double>& want) {
+void check(const char* what, const std::vector<W>& got, const std::vector<double>& want, double noise = 0) {
   const double rounding = std::is_same_v<W, Bf16> ? 1.0 / 256 : 0;  // half a unit of 8 bits of mantissa
+  double size = 0;
+  for (const double w : want) size = std::max(size, std::abs(w));
   bool is_close = got.size() == want.size();
   for (size_t i = 0; is_close && i < want.size(); ++i)
-    is_close = std::abs(to_float(got[i]) - want[i]) <= 1e-4 + (1e-4 + rounding) * std::abs(want[i]);
+    is_close =
+        std::abs(to_float(got[i]) - want[i]) <= 1e-4 + noise * size + (1e-4 + rounding) * std::abs(want[i]);
   is_close ? ++passed : ++failed;
   if (!is_close) std::printf("wrong: %s\n", what);
 }
@@ -76,14 +80,13 @@ std::vector<int32_t> random_indices(const Case& c) {
   return indices;
 }
 
-template <class W>
+template <class X, class W>
 void test_gemms(const Case& c, const std::vector<int32_t>& offsets, int64_t R) {
   const int64_t N = c.I, K = c.H;
-  const Floats x = random_floats(R * K);
-  Floats w = random_floats(c.E * N * K);
+  Floats x = random_floats(R * K), b = random_floats(R * N), w = random_floats(c.E * N * K);
+  const std::vector<X> stored_x = stored<X>(x), stored_b = stored<X>(b);
   const std::vector<W> stored_w = stored<W>(w);
   std::vector<double> nt(R * N), nn(R * N), outer(c.E * N * K);
-  const Floats b = random_floats(R * N);
   for (int64_t e = 0; e < c.E; ++e)
     for (int64_t r = offsets[e]; r < offsets[e + 1]; ++r)
       for (int64_t n = 0; n < N; ++n)
@@ -92,35 +95,36 @@ void test_gemms(const Case& c, const std::vector<int32_t>& offsets, int64_t R) {
           nn[r * N + n] += double(x[r * K + k]) * w[(e * K + k) * N + n];
           outer[(e * N + n) * K + k] += double(b[r * N + n]) * x[r * K + k];
         }
-  Floats y(R * N, NAN), z(R * N, NAN), nan(c.E * N * K, NAN);
+  Floats nan(c.E * N * K, NAN), rows_of_nan(R * N, NAN);
+  std::vector<X> y = stored<X>(rows_of_nan), z = y;
   std::vector<W> out = stored<W>(nan);
-  GroupedGemm<W> g{.E = c.E,
-                   .N = N,
-                   .K = K,
-                   .offsets = offsets.data(),
-                   .x = {x.data(), K},
-                   .w = stored_w.data(),
-                   .w_expert = N * K,
-                   .w_row = K,
-                   .y = {y.data(), N},
-                   .scale = nullptr,
-                   .slot_of_row = nullptr,
-                   .threads = 2};
+  GroupedGemm<X, W, X> g{.E = c.E,
+                         .N = N,
+                         .K = K,
+                         .offsets = offsets.data(),
+                         .x = {stored_x.data(), K},
+                         .w = stored_w.data(),
+                         .w_expert = N * K,
+                         .w_row = K,
+                         .y = {y.data(), N},
+                         .scale = nullptr,
+                         .slot_of_row = nullptr,
+                         .threads = 2};
   grouped_gemm_nt(g);
   g.w_row = N;
   g.y = {z.data(), N};
   grouped_gemm_nn(g);
-  GroupedOuter<W> o{.E = c.E,
-                    .A = N,
-                    .B = K,
-                    .offsets = offsets.data(),
-                    .a = {b.data(), N},
-                    .b = {x.data(), K},
-                    .out = out.data(),
-                    .out_expert = N * K,
-                    .out_row = K,
-                    .adds = false,
-                    .threads = 2};
+  GroupedOuter<X, W> o{.E = c.E,
+                       .A = N,
+                       .B = K,
+                       .offsets = offsets.data(),
+                       .a = {stored_b.data(), N},
+                       .b = {stored_x.data(), K},
+                       .out = out.data(),
+                       .out_expert = N * K,
+                       .out_row = K,
+                       .adds = false,
+                       .threads = 2};
   grouped_outer(o);
   check("grouped_gemm_nt", y, nt);
   check("grouped_gemm_nn", z, nn);
@@ -131,32 +135,42 @@ void test_gemms(const Case& c, const std::vector<int32_t>& offsets, int64_t R) {
   check("grouped_outer, adding", out, outer);
 }
 
-template <class W>
+template <class X, class W>
 void test_experts(const Case& c, const std::vector<int32_t>& offsets, const std::vector<int32_t>& row_map) {
   const int64_t T = c.T, H = c.H, I = c.I, E = c.E, k = c.k, R = T * k;
-  const Floats x = random_floats(T * H), w = random_floats(T * k), grad = random_floats(T * H);
-  Floats w1 = random_floats(E * 2 * I * H), w2 = random_floats(E * H * I);
+  const double noise =
+      std::is_same_v<X, Bf16> ? 1.0 / 128 : 0;  // of the activation, rounded between two GEMMs
+  const Floats w = random_floats(T * k);
+  Floats x = random_floats(T * H), grad = random_floats(T * H), w1 = random_floats(E * 2 * I * H),
+         w2 = random_floats(E * H * I);
+  const std::vector<X> stored_x = stored<X>(x), stored_grad = stored<X>(grad);
   const std::vector<W> stored_w1 = stored<W>(w1), stored_w2 = stored<W>(w2);
-  Floats gate_up(R * 2 * I, NAN), hidden(R * I, NAN), by_slot(R * H, NAN), out(T * H, NAN);
-  const Experts<W> m{.T = T,
-                     .H = H,
-                     .I = I,
-                     .E = E,
-                     .k = c.k,
-                     .x = x.data(),
-                     .ldx = H,
-                     .offsets = offsets.data(),
-                     .row_map = row_map.data(),
-                     .weights = w.data(),
-                     .gate_up_proj = stored_w1.data(),
-                     .gate_up_expert = 2 * I * H,
-                     .gate_up_row = H,
-                     .down_proj = stored_w2.data(),
-                     .down_expert = H * I,
-                     .down_row = I,
-                     .gate_up = gate_up.data(),
-                     .threads = 2};
-  experts_forward(m, {.hidden = hidden.data(), .by_slot = by_slot.data(), .out = out.data()});
+  const auto unwritten = []<class S>(int64_t n, S) {
+    Floats nan(n, NAN);
+    return stored<S>(nan);
+  };
+  Floats gate_up(R * 2 * I, NAN), by_slot(R * H, NAN);
+  std::vector<X> hidden = unwritten(R * I, X{}), out = unwritten(T * H, X{});
+  const Experts<X, W> m{.T = T,
+                        .H = H,
+                        .I = I,
+                        .E = E,
+                        .k = c.k,
+                        .x = stored_x.data(),
+                        .ldx = H,
+                        .offsets = offsets.data(),
+                        .row_map = row_map.data(),
+                        .weights = w.data(),
+                        .gate_up_proj = stored_w1.data(),
+                        .gate_up_expert = 2 * I * H,
+                        .gate_up_row = H,
+                        .down_proj = stored_w2.data(),
+                        .down_expert = H * I,
+                        .down_row = I,
+                        .gate_up = gate_up.data(),
+                        .threads = 2};
+  experts_forward(m,
+                  ExpertsForward<X>{.hidden = hidden.data(), .by_slot = by_slot.data(), .out = out.data()});
 
   std::vector<double> want(T * H), dx(T * H), dw(R), dw1(w1.size()), dw2(w2.size());
   for (int64_t e = 0; e < E; ++e)
@@ -182,67 +196,76 @@ void test_experts(const Case& c, const std::vector<int32_t>& offsets, const std:
         }
       }
     }
-  check("experts_forward", out, want);
-  Floats grad_gate_up(R * 2 * I, NAN), grad_w(R, NAN), grad_x(T * H, NAN), nan1(w1.size(), NAN),
-      nan2(w2.size(), NAN);
-  std::vector<W> grad_w1 = stored<W>(nan1), grad_w2 = stored<W>(nan2);
-  experts_backward(m, ExpertsBackward<W>{.grad_out = grad.data(),
-                                         .ld_grad = H,
-                                         .grad_gate_up = grad_gate_up.data(),
-                                         .hidden = hidden.data(),
-                                         .by_slot = by_slot.data(),
-                                         .grad_weights = grad_w.data(),
-                                         .grad_x = grad_x.data(),
-                                         .grad_gate_up_proj = grad_w1.data(),
-                                         .grad_down_proj = grad_w2.data(),
-                                         .adds = false});
-  check("grad_x", grad_x, dx);
-  check("grad_weights", grad_w, dw);
-  check("grad_gate_up_proj", grad_w1, dw1);
-  check("grad_down_proj", grad_w2, dw2);
+  check("experts_forward", out, want, noise);
+  Floats grad_w(R, NAN);
+  std::vector<X> grad_gate_up = unwritten(R * 2 * I, X{}), grad_x = unwritten(T * H, X{});
+  std::vector<W> grad_w1 = unwritten(w1.size(), W{}), grad_w2 = unwritten(w2.size(), W{});
+  experts_backward(m, ExpertsBackward<X, W>{.grad_out = stored_grad.data(),
+                                            .ld_grad = H,
+                                            .grad_gate_up = grad_gate_up.data(),
+                                            .hidden = hidden.data(),
+                                            .by_slot = by_slot.data(),
+                                            .grad_weights = grad_w.data(),
+                                            .grad_x = grad_x.data(),
+                                            .grad_gate_up_proj = grad_w1.data(),
+                                            .grad_down_proj = grad_w2.data(),
+                                            .adds = false});
+  check("grad_x", grad_x, dx, noise);
+  check("grad_weights", grad_w, dw, noise);
+  check("grad_gate_up_proj", grad_w1, dw1, noise);
+  check("grad_down_proj", grad_w2, dw2, noise);
 }
 
+template <class X>
 void test_permute(const Case& c, const std::vector<int32_t>& row_map) {
   const int64_t T = c.T, H = c.H, k = c.k, R = T * k;
-  const Floats x = random_floats(T * H), w = random_floats(R), grad = random_floats(T * H);
-  Floats rows(R * H, NAN), out(T * H, NAN), grad_y(R * H, NAN), grad_w(R, NAN);
+  const Floats w = random_floats(R);
+  Floats x = random_floats(T * H), grad = random_floats(T * H), nan_rows(R * H, NAN), nan_tokens(T * H, NAN);
+  const std::vector<X> stored_x = stored<X>(x), stored_grad = stored<X>(grad);
+  std::vector<X> rows = stored<X>(nan_rows), out = stored<X>(nan_tokens), grad_y = rows;
+  Floats grad_w(R, NAN);
   std::vector<int32_t> inverse(R);
+  constexpr int64_t kBytes = sizeof(X);
   permute({.R = R,
-           .H = H,
+           .row_bytes = H * kBytes,
            .k = c.k,
-           .x = x.data(),
-           .ldx = H,
+           .x = reinterpret_cast<const char*>(stored_x.data()),
+           .ldx_bytes = H * kBytes,
            .row_map = row_map.data(),
-           .out = rows.data(),
+           .out = reinterpret_cast<char*>(rows.data()),
            .threads = 2});
   invert(row_map.data(), R, inverse.data());
-  combine({.T = T,
-           .H = H,
-           .k = c.k,
-           .y = rows.data(),
-           .ldy = H,
-           .row_of_slot = inverse.data(),
-           .weights = w.data(),
-           .out = out.data(),
-           .threads = 2});
-  combine_backward({.R = R,
-                    .H = H,
-                    .k = c.k,
-                    .grad_out = grad.data(),
-                    .y = rows.data(),
-                    .ld_grad = H,
-                    .ldy = H,
-                    .row_map = row_map.data(),
-                    .weights = w.data(),
-                    .grad_y = grad_y.data(),
-                    .grad_weights = grad_w.data(),
-                    .threads = 2});
+  combine(Combine<X>{.T = T,
+                     .H = H,
+                     .k = c.k,
+                     .y = rows.data(),
+                     .ldy = H,
+                     .row_of_slot = inverse.data(),
+                     .weights = w.data(),
+                     .out = out.data(),
+                     .threads = 2});
+  combine_backward(CombineBackward<X>{.R = R,
+                                      .H = H,
+                                      .k = c.k,
+                                      .grad_out = stored_grad.data(),
+                                      .y = rows.data(),
+                                      .ld_grad = H,
+                                      .ldy = H,
+                                      .row_map = row_map.data(),
+                                      .weights = w.data(),
+                                      .grad_y = grad_y.data(),
+                                      .grad_weights = grad_w.data(),
+                                      .threads = 2});
   std::vector<double> want(T * H), want_w(R);
   for (int64_t s = 0; s < R; ++s)
     for (int64_t h = 0; h < H; ++h) {
       want[s / k * H + h] += double(w[s]) * x[s / k * H + h];
       want_w[s] += double(grad[s / k * H + h]) * x[s / k * H + h];
     }
+  std::vector<double> want_y(R * H);
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t h = 0; h < H; ++h) want_y[r * H + h] = double(w[row_map[r]]) * grad[row_map[r] / k * H + h];
+  check("combine_backward, rows", grad_y, want_y);
   check("permute and combine", out, want);
   check("combine_backward", grad_w, want_w);
 }
@@ -401,11 +424,14 @@ int main(int count, char**) {
     const int64_t wrong =
         group_by_expert(indices.data(), R, c.E, counts.data(), offsets.data(), row_map.data(), 2);
     wrong == -1 && offsets[c.E] == R ? ++passed : ++failed;
-    test_gemms<float>(c, offsets, R);
-    test_gemms<Bf16>(c, offsets, R);
-    test_experts<float>(c, offsets, row_map);
-    test_experts<Bf16>(c, offsets, row_map);
-    test_permute(c, row_map);
+    test_gemms<float, float>(c, offsets, R);
+    test_gemms<float, Bf16>(c, offsets, R);
+    test_gemms<Bf16, Bf16>(c, offsets, R);
+    test_experts<float, float>(c, offsets, row_map);
+    test_experts<float, Bf16>(c, offsets, row_map);
+    test_experts<Bf16, Bf16>(c, offsets, row_map);
+    test_permute<float>(c, row_map);
+    test_permute<Bf16>(c, row_map);
     test_route(c);
   }
   test_convert();

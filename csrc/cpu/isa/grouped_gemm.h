@@ -4,6 +4,8 @@
 //   axpy_block   c[m][n]  = sum_k a[m][k] * b[k][n]     input gradient: b contiguous along n
 //   outer_block  c[m][n] += sum_r a[r][m] * b[r][n]     weight gradient
 //
+// Each in two arithmetics (kernels.h): float operands, and bf16 operands two at a time along the contraction.
+//
 // Bound of each: 2 FLOPs per multiply-add at two vector FMAs a cycle.  A block of MR x NR vectors loads MR +
 // NR vectors for MR * NR FMAs, so it stays under the two loads a cycle that the core has.
 #pragma once
@@ -27,7 +29,7 @@ constexpr int kLine = 64 / sizeof(W);  // elements in a cache line
 template <class W>
 SK_INLINE void put(W* p, Vec v, Store mode) {
   if (mode == Store::kStream) return store_streaming(p, v);
-  store(p, mode == Store::kAdd ? load(p) + v : v);
+  store_sum(p, mode == Store::kAdd ? load(p) + v : v);
 }
 
 template <class W>
@@ -48,41 +50,95 @@ SK_INLINE void put_row(W* c, const Vec* sum, int64_t columns, Store mode) {
   }
 }
 
-template <int NV, class W>
-SK_INLINE void load_row(Vec* x, const W* b, int64_t columns, bool is_full) {
+// NV vectors of a row of a packed panel, or of float or Bf16 widened.
+template <int NV, class T, class P>
+SK_INLINE void load_row(T* x, const P* b, int64_t columns, bool is_full) {
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
     const int64_t left = columns - v * kLanes;
     x[v] = is_full || left >= kLanes ? load(b + v * kLanes)
            : left > 0                ? load_partial(b + v * kLanes, left)
-                                     : Vec{};
+                                     : T{};
   }
 }
 
-template <int MR, int NR, class W>
-void dot_block(const DotBlock<W>& d) {
+// The same of two rows of Bf16, column by column in pairs; without `odd` its place is zero.
+template <int NV>
+SK_INLINE void load_pair_row(PairVec* x, const Bf16* even, const Bf16* odd, int64_t columns, bool is_full) {
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    const int64_t left = columns - v * kLanes;
+    const auto bits = [&](const Bf16* p) SK_STEP {
+      return !p                          ? HalfVec{}
+             : is_full || left >= kLanes ? load_bits(p + v * kLanes)
+             : left > 0                  ? load_bits_partial(p + v * kLanes, left)
+                                         : HalfVec{};
+    };
+    x[v] = interleave(bits(even), bits(odd));
+  }
+}
+
+template <class A>
+struct VecOf;  // what a step of the contraction takes from A
+template <>
+struct VecOf<float> {
+  using type = Vec;
+};
+template <>
+struct VecOf<Bf16> {
+  using type = PairVec;
+};
+
+// A vector of the contraction from operands that lie along it.
+template <class A, class T>
+SK_INLINE auto load_step(const T* p) {
+  if constexpr (kStep<A> == 2)
+    return load_pairs(p);
+  else
+    return load(p);
+}
+template <class A, class T>
+SK_INLINE auto load_step_partial(const T* p, int64_t n) {
+  if constexpr (kStep<A> == 2)
+    return load_pairs_partial(p, n);
+  else
+    return load_partial(p, n);
+}
+
+// One step of the contraction from a row of A, in every lane; `n` of its elements are left.
+SK_INLINE Vec broadcast_step(const float* a, int64_t) { return broadcast(*a); }
+SK_INLINE PairVec broadcast_step(const Bf16* a, int64_t n) {
+  Pair p{a->bits};
+  if (n >= 2) memcpy(&p, a, sizeof(p));
+  return broadcast(p);
+}
+
+template <int MR, int NR, class A, class W>
+void dot_block(const DotBlock<A, W>& d) {
+  using V = typename VecOf<A>::type;
+  constexpr int64_t kElements = kLanes * kStep<A>;  // of the contraction, in one vector
   Vec sum[MR][NR] = {};
-  const float* a[MR];
+  const A* a[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) a[m] = d.a[m];
   const W* b = d.b;
   const int64_t ldb = d.ldb, K = d.K;
   const auto step = [&](int64_t k, auto load_at) SK_STEP {
-    Vec w[NR];
+    V w[NR];
 #pragma GCC unroll 4
     for (int n = 0; n < NR; ++n) w[n] = load_at(b + n * ldb + k);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
-      const Vec x = load_at(a[m] + k);
+      const V x = load_at(a[m] + k);
 #pragma GCC unroll 4
-      for (int n = 0; n < NR; ++n) sum[m][n] += x * w[n];
+      for (int n = 0; n < NR; ++n) sum[m][n] = multiply_add(x, w[n], sum[m][n]);
     }
   };
   const W* ahead = d.prefetch;
   const int lines = d.prefetch_rows ? d.prefetch_lines : 0;
   int row = d.prefetch_rows;
   int64_t k = 0;
-  for (; k + kLanes <= K; k += kLanes) {
+  for (; k + kElements <= K; k += kElements) {
     for (int l = 0; l < lines; ++l) {
       __builtin_prefetch(ahead, 0, 2);
       ahead += ldb;
@@ -91,9 +147,9 @@ void dot_block(const DotBlock<W>& d) {
         ahead += kLine<W> - row * ldb;
       }
     }
-    step(k, [](const auto* p) SK_STEP { return load(p); });
+    step(k, [](const auto* p) SK_STEP { return load_step<A>(p); });
   }
-  if (k < K) step(k, [n = K - k](const auto* p) SK_STEP { return load_partial(p, n); });
+  if (k < K) step(k, [n = K - k](const auto* p) SK_STEP { return load_step_partial<A>(p, n); });
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
     float* c = d.c[m];
@@ -109,64 +165,82 @@ void dot_block(const DotBlock<W>& d) {
   }
 }
 
-template <int MR, bool kIsFull, bool kHasCopy, class P, class W>
-SK_INLINE void axpy_body(const AxpyBlock<P, W>& d) {
+template <int MR, bool kIsFull, bool kHasCopy, class A, class P, class W>
+SK_INLINE void axpy_body(const AxpyBlock<A, P, W>& d) {
+  using V = typename VecOf<A>::type;
+  constexpr bool kPairsUp = kStep<A> == 2 && sizeof(P) == sizeof(A);  // rows of the panel become pairs here
   Vec sum[MR][kPanelVecs] = {};
-  const float* a[MR];
+  const A* a[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) a[m] = d.a[m];
   const P* b = d.b;
-  float* copy = d.copy;
+  Packed<A>* copy = d.copy;
   const W* prefetch = d.prefetch;
-  for (int64_t k = 0; k < d.K; ++k) {
-    Vec w[kPanelVecs];
-    load_row<kPanelVecs>(w, b, d.columns, kIsFull);
+  const auto step = [&](int64_t k, int64_t left) SK_STEP {
+    V w[kPanelVecs];
+    if constexpr (kPairsUp)
+      load_pair_row<kPanelVecs>(w, b, left >= 2 ? b + d.ldb : nullptr, d.columns, kIsFull);
+    else
+      load_row<kPanelVecs>(w, b, d.columns, kIsFull);
     if constexpr (kHasCopy) {
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVecs; ++v) store(copy + v * kLanes, w[v]);
       copy += kPanel;
     }
-    for (int l = 0; l < d.prefetch_lines; ++l) __builtin_prefetch(prefetch + kLine<W> * l, 0, 2);
-    prefetch += d.prefetch_ld;
-    b += d.ldb;
+    b += kPairsUp ? 2 * d.ldb : d.ldb;
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
-      const Vec x = broadcast(a[m][k]);
+      const V x = broadcast_step(a[m] + k, left);
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVecs; ++v) sum[m][v] += x * w[v];
+      for (int v = 0; v < kPanelVecs; ++v) sum[m][v] = multiply_add(x, w[v], sum[m][v]);
     }
+  };
+  int64_t k = 0;
+  for (; k + kStep<A> <= d.K; k += kStep<A>) {
+#pragma GCC unroll 2
+    for (int row = 0; row < kStep<A>; ++row) {
+      for (int l = 0; l < d.prefetch_lines; ++l) __builtin_prefetch(prefetch + kLine<W> * l, 0, 2);
+      prefetch += d.prefetch_ld;
+    }
+    step(k, kStep<A>);
   }
+  if (k < d.K) step(k, 1);
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) put_row<kPanelVecs>(d.c[m], sum[m], d.columns, d.mode);
 }
 
-template <int MR, class P, class W>
-void axpy_block(const AxpyBlock<P, W>& d) {
+template <int MR, class A, class P, class W>
+void axpy_block(const AxpyBlock<A, P, W>& d) {
   const bool is_full = d.columns == kPanel;
-  if (d.copy) return is_full ? axpy_body<MR, true, true>(d) : axpy_body<MR, false, true>(d);
-  return is_full ? axpy_body<MR, true, false>(d) : axpy_body<MR, false, false>(d);
+  if constexpr (sizeof(P) == sizeof(Packed<A>) && sizeof(P) != sizeof(W)) {  // packed already
+    return is_full ? axpy_body<MR, true, false>(d) : axpy_body<MR, false, false>(d);
+  } else {
+    if (d.copy) return is_full ? axpy_body<MR, true, true>(d) : axpy_body<MR, false, true>(d);
+    return is_full ? axpy_body<MR, true, false>(d) : axpy_body<MR, false, false>(d);
+  }
 }
 
-template <int MR, bool kIsFull, class W>
-SK_INLINE void outer_body(const OuterBlock<W>& d) {
+template <int MR, bool kIsFull, class A, class W>
+SK_INLINE void outer_body(const OuterBlock<A, W>& d) {
+  using V = typename VecOf<A>::type;
   Vec sum[MR][kPanelVecs] = {};
   for (int64_t r = 0; r < d.R; ++r) {
-    Vec w[kPanelVecs];
+    V w[kPanelVecs];
     load_row<kPanelVecs>(w, d.b[r], d.columns, kIsFull);
-    const float* a = d.a[r];
+    const Packed<A>* a = d.a[r];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
-      const Vec x = broadcast(a[m]);
+      const V x = broadcast(a[m]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVecs; ++v) sum[m][v] += x * w[v];
+      for (int v = 0; v < kPanelVecs; ++v) sum[m][v] = multiply_add(x, w[v], sum[m][v]);
     }
   }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) put_row<kPanelVecs>(d.c + m * d.ldc, sum[m], d.columns, d.mode);
 }
 
-template <int MR, class W>
-void outer_block(const OuterBlock<W>& d) {
+template <int MR, class A, class W>
+void outer_block(const OuterBlock<A, W>& d) {
   return d.columns == kPanel ? outer_body<MR, true>(d) : outer_body<MR, false>(d);
 }
 

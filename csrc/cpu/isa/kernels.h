@@ -7,21 +7,43 @@ namespace sigma {
 
 constexpr int kMaxBlockRows = 8;
 
-// bfloat16 as it is stored: the upper half of a float.  Arithmetic is in f32.
+// bfloat16 as it is stored: the upper half of a float.
 struct Bf16 {
   uint16_t bits;
 };
 
+// Two bf16 that follow each other along a contraction, the earlier in the low half: what processors with bf16
+// products multiply and sum in one instruction.
+struct Pair {
+  uint32_t bits;
+};
+
+// The two arithmetics.  With float operands (A = float) weights, stored as W, are widened in registers.  With
+// bf16 operands (A = Bf16) both sides are bf16, taken two at a time along the contraction.  Sums are float in
+// both.
+template <class A>
+struct PackedAs;
+template <>
+struct PackedAs<float> {
+  using type = float;
+};
+template <>
+struct PackedAs<Bf16> {
+  using type = Pair;
+};
+template <class A>
+using Packed = typename PackedAs<A>::type;  // an element of a packed panel
+template <class A>
+constexpr int64_t kStep = sizeof(Packed<A>) / sizeof(A);  // of the contraction, by one packed element
+
 // How an output block reaches memory.
 enum class Store { kWrite, kAdd, kStream };
 
-// In all three products W is how weights and their gradients are stored, float or Bf16; all else is float.
-
 // A block of rows of A times rows of B, both contiguous along the contraction.
-template <class W>
+template <class A, class W>
 struct DotBlock {
-  const float* const* a;  // rows of A
-  const W* b;             // rows of B, ldb apart
+  const A* const* a;  // rows of A
+  const W* b;         // rows of B, ldb apart
   int64_t ldb;
   float* const* c;     // rows of C
   const float* scale;  // a factor for each row of C, or null
@@ -35,13 +57,13 @@ struct DotBlock {
 };
 
 // A block of rows of A times a panel of B that is contiguous along the output.
-// `P` is how the panel is stored: as W, or as float where it is a packed copy.
-template <class P, class W>
+// `P` is how the panel is stored: as W, ldb between its rows, or packed.
+template <class A, class P, class W>
 struct AxpyBlock {
-  const float* const* a;
+  const A* const* a;
   const P* b;  // [K rows, ldb apart], columns of the panel
   int64_t ldb;
-  float* copy;  // where to keep the panel, packed to its width, or null
+  Packed<A>* copy;  // where to keep the panel, packed to its width, or null
   float* const* c;
   int64_t K;
   int64_t columns;  // of the panel, 1 .. its width
@@ -51,11 +73,11 @@ struct AxpyBlock {
   int prefetch_lines;
 };
 
-// A block of A^T B: the sum over rows of outer products.
-template <class W>
+// A block of A^T B: the sum over rows of outer products.  For bf16 operands a row is a packed pair of rows.
+template <class A, class W>
 struct OuterBlock {
-  const float* const* a;  // R rows, already at the block's first column
-  const float* const* b;
+  const Packed<A>* const* a;  // R rows, already at the block's first column
+  const Packed<A>* const* b;
   W* c;
   int64_t ldc;
   int64_t R;
@@ -87,12 +109,21 @@ struct RouteRowBackward {
 };
 
 // By rows of the block, and for dot also by its columns.
-template <class W>
+template <class A, class W>
 struct GemmKernels {
-  void (*dot[kMaxBlockRows + 1][5])(const DotBlock<W>&);
-  void (*axpy[kMaxBlockRows + 1])(const AxpyBlock<W, W>&);
-  void (*axpy_packed[kMaxBlockRows + 1])(const AxpyBlock<float, W>&);
-  void (*outer[kMaxBlockRows + 1])(const OuterBlock<W>&);
+  void (*dot[kMaxBlockRows + 1][5])(const DotBlock<A, W>&);
+  void (*axpy[kMaxBlockRows + 1])(const AxpyBlock<A, W, W>&);
+  void (*axpy_packed[kMaxBlockRows + 1])(const AxpyBlock<A, Packed<A>, W>&);
+};
+template <class A, class W>
+using OuterKernels = void (*[kMaxBlockRows + 1])(const OuterBlock<A, W>&);
+
+// Whole rows, stored as T, summed as floats.
+template <class T>
+struct RowKernels {
+  void (*scale)(const T* x, float factor, float* y, int64_t n);       // y = factor * x
+  void (*add_scaled)(const T* x, float factor, float* y, int64_t n);  // y += factor * x
+  float (*dot)(const T* x, const T* y, int64_t n);
 };
 
 struct Kernels {
@@ -100,31 +131,70 @@ struct Kernels {
   int lanes;
   int dot_rows, dot_cols;  // largest block of dot
   int axpy_rows, panel;    // largest block in rows of axpy and outer, panel width in elements
-  GemmKernels<float> f32;
-  GemmKernels<Bf16> bf16;
+  bool multiplies_bf16;    // in hardware: bf16 operands are faster than widened ones
+  GemmKernels<float, float> f32;
+  GemmKernels<float, Bf16> widened;
+  GemmKernels<Bf16, Bf16> pairs;
+  OuterKernels<float, float> outer_f32;
+  OuterKernels<float, Bf16> outer_narrowed;
+  OuterKernels<Bf16, Bf16> outer_pairs;
+  OuterKernels<Bf16, float> outer_pairs_f32;
   void (*widen_row)(const Bf16* x, float* y, int64_t n);
-  void (*narrow_row)(const float* x, Bf16* y, int64_t n);  // to the nearest, ties to even
+  void (*narrow_row)(const float* x, Bf16* y, int64_t n);                    // to the nearest, ties to even
+  void (*pair_rows)(const Bf16* even, const Bf16* odd, Pair* y, int64_t n);  // odd may be null: zeros
   void (*swiglu)(const float* gate, const float* up, float* out, int64_t n);
   // Also returns sum_i grad_out[i] * out[i], the gradient of a factor on the row, and writes factor * out.
   float (*swiglu_backward)(const float* grad_out, const float* gate, const float* up, float factor,
                            float* grad_gate, float* grad_up, float* scaled_out, int64_t n);
   void (*route_row)(const RouteRow&);
   void (*route_row_backward)(const RouteRowBackward&);
-  void (*copy_row)(const float* x, float* y, int64_t n);
-  void (*scale_row)(const float* x, float factor, float* y, int64_t n);
-  void (*add_scaled_row)(const float* x, float factor, float* y, int64_t n);
-  float (*dot_row)(const float* x, const float* y, int64_t n);
+  RowKernels<float> rows_f32;
+  RowKernels<Bf16> rows_bf16;
 };
 
-template <class W>
-const GemmKernels<W>& gemms(const Kernels& isa);
+template <class T>
+const RowKernels<T>& row_kernels(const Kernels& isa);
 template <>
-inline const GemmKernels<float>& gemms<float>(const Kernels& isa) {
+inline const RowKernels<float>& row_kernels(const Kernels& isa) {
+  return isa.rows_f32;
+}
+template <>
+inline const RowKernels<Bf16>& row_kernels(const Kernels& isa) {
+  return isa.rows_bf16;
+}
+
+template <class A, class W>
+const GemmKernels<A, W>& gemms(const Kernels& isa);
+template <>
+inline const GemmKernels<float, float>& gemms(const Kernels& isa) {
   return isa.f32;
 }
 template <>
-inline const GemmKernels<Bf16>& gemms<Bf16>(const Kernels& isa) {
-  return isa.bf16;
+inline const GemmKernels<float, Bf16>& gemms(const Kernels& isa) {
+  return isa.widened;
+}
+template <>
+inline const GemmKernels<Bf16, Bf16>& gemms(const Kernels& isa) {
+  return isa.pairs;
+}
+
+template <class A, class W>
+const OuterKernels<A, W>& outers(const Kernels& isa);
+template <>
+inline const OuterKernels<float, float>& outers(const Kernels& isa) {
+  return isa.outer_f32;
+}
+template <>
+inline const OuterKernels<float, Bf16>& outers(const Kernels& isa) {
+  return isa.outer_narrowed;
+}
+template <>
+inline const OuterKernels<Bf16, Bf16>& outers(const Kernels& isa) {
+  return isa.outer_pairs;
+}
+template <>
+inline const OuterKernels<Bf16, float>& outers(const Kernels& isa) {
+  return isa.outer_pairs_f32;
 }
 
 namespace base {
@@ -134,6 +204,9 @@ namespace avx2 {
 const Kernels& kernels();
 }
 namespace avx512 {
+const Kernels& kernels();
+}
+namespace avx512bf16 {
 const Kernels& kernels();
 }
 

@@ -146,8 +146,9 @@ inline void route_row(const RouteRow& r) {
     for (int j = 0; j < r.k; ++j) r.weights[j] /= total;
 }
 
-// softmax: dl_i = p_i (g_i - sum_j g_j p_j), g zero off the chosen; normalised: the same over the chosen alone.
-// sigmoid: dl_j = g_j s_j (1 - s_j); normalised, w_j = s_j / S: dl_j = (g_j - sum_l g_l w_l) w_j (1 - s_j).
+// softmax: dl_i = p_i (g_i - sum_j g_j p_j), g zero off the chosen; normalised: the same over the chosen
+// alone. sigmoid: dl_j = g_j s_j (1 - s_j); normalised, w_j = s_j / S: dl_j = (g_j - sum_l g_l w_l) w_j (1 -
+// s_j).
 inline void route_row_backward(const RouteRowBackward& r) {
   if (r.is_softmax && !r.is_normalized) {
     const float max = row_max(r.logits, r.E), inverse_sum = 1.0f / sum_exp(r.logits, max, r.E);

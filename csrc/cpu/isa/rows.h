@@ -1,13 +1,9 @@
-// Whole rows: copied, scaled, added, multiplied.  Bound: bytes.
+// Whole rows: scaled, added, multiplied.  Bound: bytes.
 #pragma once
 
 #include "vec.h"
 
 namespace sigma::SK_NS {
-
-inline void copy_row(const float* x, float* y, int64_t n) {
-  memcpy(y, x, static_cast<size_t>(n) * sizeof(float));
-}
 
 inline void widen_row(const Bf16* x, float* y, int64_t n) {
   int64_t i = 0;
@@ -21,19 +17,33 @@ inline void narrow_row(const float* x, Bf16* y, int64_t n) {
   if (i < n) store_partial(y + i, load_partial(x + i, n - i), n - i);
 }
 
-inline void scale_row(const float* x, float factor, float* y, int64_t n) {
+inline void pair_rows(const Bf16* even, const Bf16* odd, Pair* y, int64_t n) {
+  const auto pair = [&](int64_t i, auto bits)
+                        SK_STEP { return interleave(bits(even + i), odd ? bits(odd + i) : HalfVec{}); };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    store(y + i, pair(i, [](const Bf16* p) SK_STEP { return load_bits(p); }));
+  if (i < n)
+    store_partial(y + i, pair(i, [l = n - i](const Bf16* p) SK_STEP { return load_bits_partial(p, l); }),
+                  n - i);
+}
+
+template <class T>
+void scale_row(const T* x, float factor, float* y, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i) * factor);
   if (i < n) store_partial(y + i, load_partial(x + i, n - i) * factor, n - i);
 }
 
-inline void add_scaled_row(const float* x, float factor, float* y, int64_t n) {
+template <class T>
+void add_scaled_row(const T* x, float factor, float* y, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(y + i, load(y + i) + load(x + i) * factor);
   if (i < n) store_partial(y + i, load_partial(y + i, n - i) + load_partial(x + i, n - i) * factor, n - i);
 }
 
-inline float dot_row(const float* x, const float* y, int64_t n) {
+template <class T>
+float dot_row(const T* x, const T* y, int64_t n) {
   Vec sum{};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) sum += load(x + i) * load(y + i);

@@ -74,26 +74,96 @@ SK_INLINE HalfVec narrow(Vec v) {
   return __builtin_convertvector(v == v ? rounded : UVec{} + 0x7FC0, HalfVec);
 }
 
-SK_INLINE Vec load(const Bf16* p) {
+// The same in one instruction where there is one, which takes denormals for zero, as bf16 products do.
+SK_INLINE HalfVec narrow_sum(Vec v) {
+#if defined(__AVX512BF16__) && SK_LANES == 16
+  const __m256bh rounded = _mm512_cvtneps_pbh(v);
+  HalfVec h;
+  memcpy(&h, &rounded, sizeof(h));
+  return h;
+#else
+  return narrow(v);
+#endif
+}
+
+// Pairs of bf16, in vectors of their own type.
+struct PairVec {
+  UVec bits;
+};
+
+SK_INLINE PairVec load_pairs(const void* p) {
+  PairVec v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+// The first n of 2 kLanes bf16, the rest zero.
+SK_INLINE PairVec load_pairs_partial(const Bf16* p, int64_t n) {
+  PairVec v{};
+  memcpy(&v, p, static_cast<size_t>(n) * sizeof(Bf16));
+  return v;
+}
+SK_INLINE PairVec load(const Pair* p) { return load_pairs(p); }
+SK_INLINE PairVec load_partial(const Pair* p, int64_t n) {
+  PairVec v{};
+  memcpy(&v, p, static_cast<size_t>(n) * sizeof(Pair));
+  return v;
+}
+SK_INLINE void store(Pair* p, PairVec v) { memcpy(p, &v, sizeof(v)); }
+SK_INLINE void store_partial(Pair* p, PairVec v, int64_t n) {
+  memcpy(p, &v, static_cast<size_t>(n) * sizeof(Pair));
+}
+SK_INLINE PairVec broadcast(Pair p) { return {UVec{} + p.bits}; }
+
+// The i-th bf16 of each as one pair.
+SK_INLINE PairVec interleave(HalfVec even, HalfVec odd) {
+  return {__builtin_convertvector(even, UVec) | (__builtin_convertvector(odd, UVec) << 16)};
+}
+
+SK_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
+SK_INLINE Vec multiply_add(PairVec a, PairVec b, Vec sum) {
+#if defined(__AVX512BF16__) && SK_LANES == 16
+  __m512bh x, y;
+  memcpy(&x, &a, sizeof(x));
+  memcpy(&y, &b, sizeof(y));
+  return _mm512_dpbf16_ps(sum, x, y);
+#else
+  const auto as_float = [](UVec bits) SK_STEP {
+    Vec v;
+    memcpy(&v, &bits, sizeof(v));
+    return v;
+  };
+  sum += as_float(a.bits << 16) * as_float(b.bits << 16);
+  return sum + as_float(a.bits & 0xFFFF0000u) * as_float(b.bits & 0xFFFF0000u);
+#endif
+}
+
+SK_INLINE HalfVec load_bits(const Bf16* p) {
   HalfVec h;
   memcpy(&h, p, sizeof(h));
-  return widen(h);
+  return h;
 }
+SK_INLINE HalfVec load_bits_partial(const Bf16* p, int64_t n) {
+  HalfVec h{};
+  memcpy(&h, p, static_cast<size_t>(n) * sizeof(Bf16));
+  return h;
+}
+SK_INLINE Vec load(const Bf16* p) { return widen(load_bits(p)); }
 SK_INLINE void store(Bf16* p, Vec v) {
   const HalfVec h = narrow(v);
   memcpy(p, &h, sizeof(h));
 }
-SK_INLINE Vec load_partial(const Bf16* p, int64_t n) {
-  HalfVec h{};
-  memcpy(&h, p, static_cast<size_t>(n) * sizeof(Bf16));
-  return widen(h);
-}
+SK_INLINE Vec load_partial(const Bf16* p, int64_t n) { return widen(load_bits_partial(p, n)); }
 SK_INLINE void store_partial(Bf16* p, Vec v, int64_t n) {
   const HalfVec h = narrow(v);
   memcpy(p, &h, static_cast<size_t>(n) * sizeof(Bf16));
 }
+SK_INLINE void store_sum(float* p, Vec v) { store(p, v); }
+SK_INLINE void store_sum(Bf16* p, Vec v) {
+  const HalfVec h = narrow_sum(v);
+  memcpy(p, &h, sizeof(h));
+}
 SK_INLINE void store_streaming(Bf16* p, Vec v) {
-  const HalfVec h = narrow(v);
+  const HalfVec h = narrow_sum(v);
 #if defined(__AVX512F__) && SK_LANES == 16
   __m256i bits;
   memcpy(&bits, &h, sizeof(bits));
