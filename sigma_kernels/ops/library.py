@@ -82,12 +82,19 @@ def saturated(indices: Tensor) -> Tensor:
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory with undefined contents; from the kept blocks of csrc/cpu/memory.h where it is large and on a CPU."""
+    """Memory with undefined contents; from the kept blocks of csrc/cpu/memory.h where it is large and on a CPU.
+
+    As torch's own it is NaN under deterministic algorithms with torch.utils.deterministic.fill_uninitialized_memory.
+    """
     dtype = dtype or like.dtype
     count = math.prod(shape)
     if like.device.type != "cpu" or count * dtype.itemsize < _LARGE:
         return like.new_empty(shape, dtype=dtype)
-    return torch.frombuffer(_C.Block(count * dtype.itemsize), dtype=dtype).view(shape)
+    out = torch.frombuffer(_C.Block(count * dtype.itemsize), dtype=dtype).view(shape)
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if fill and torch.are_deterministic_algorithms_enabled():
+        out.fill_(math.nan)
+    return out
 
 
 def empty_cache() -> None:
