@@ -114,11 +114,12 @@ class _Experts(torch.autograd.Function):
         if grad_out is None:
             return (None,) * 6
         x_needed, _, _, _, gate_up_needed, down_needed = ctx.needs_input_grad
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them out one time
         with torch.no_grad():
             grad_x, grad_weights, grad_gate_up, grad_down = torch.ops.sigma.moe_experts_backward(
-                grad_out, *ctx.saved_tensors, [x_needed, gate_up_needed, down_needed]
+                grad_out, *saved, [x_needed, gate_up_needed, down_needed]
             )
-        x, weights, _, _, gate_up_proj, down_proj, _ = ctx.saved_tensors
+        x, weights, _, _, gate_up_proj, down_proj, _ = saved
         sources = (grad_out, x, weights, gate_up_proj, down_proj)
         return (
             once("moe_experts", grad_x, *sources) if x_needed else None,
