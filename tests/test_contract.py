@@ -261,6 +261,12 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_an_empty_variable_is_unset():
+    """Defends: SIGMA_BACKEND= refused where SIGMA_ISA= is not."""
+    result = run_python("import sigma_kernels as sk; print(sk._C.isa())", SIGMA_BACKEND="", SIGMA_ISA="")
+    assert result.stdout.strip() == sk._C.supported_isas()[0], result.stderr
+
+
 ISA_CHECK = """
 import torch, sigma_kernels as sk
 from sigma_kernels import reference
