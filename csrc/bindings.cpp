@@ -233,6 +233,12 @@ PYBIND11_MODULE(_C, m) {
       no_gil());
 
   m.def(
+      "rises", [](Address offsets, int64_t E, int64_t R) { return rises(at<int32_t>(offsets), E, R); },
+      no_gil());
+
+  m.def("wrong_row", [](Address row_map, int64_t R) { return wrong_row(at<int32_t>(row_map), R); }, no_gil());
+
+  m.def(
       "permute",
       [](int64_t R, int64_t row_bytes, int k, Address x, int64_t ldx_bytes, Address row_map, Address out,
          int threads) {

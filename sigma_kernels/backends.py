@@ -58,14 +58,24 @@ def select(op: str, data: Tensor) -> Callable[..., Any]:
 
     Raises: RuntimeError naming every row's obstacle if none can.
     """
-    rows, device = _tables[op], data.device.type
-    candidates = rows if _forced is None else [row for row in rows if row.name == _forced]
-    for row in candidates:
-        if row.obstacle(data.dtype, device) is None:
+    for row in _candidates(op):
+        if row.obstacle(data.dtype, data.device.type) is None:
             return row.run
-    reasons = "; ".join(f"'{row.name}': {row.obstacle(data.dtype, device)}" for row in candidates)
+    raise RuntimeError(refusal(op, data))
+
+
+def refusal(op: str, data: Tensor) -> str | None:
+    """Why no backend runs `op` on tensors of this dtype and device, or None if one does."""
+    reasons = {row.name: row.obstacle(data.dtype, data.device.type) for row in _candidates(op)}
+    if None in reasons.values():
+        return None
     wanted = f"backend '{_forced}' cannot run {op} here" if _forced else f"no backend can run {op} here"
-    raise RuntimeError(f"{wanted}: {reasons or 'it has no such kernel'} (sigma doctor shows the table)")
+    text = "; ".join(f"'{name}': {reason}" for name, reason in reasons.items())
+    return f"{wanted}: {text or 'it has no such kernel'} (sigma doctor shows the table)"
+
+
+def _candidates(op: str) -> Sequence[Backend]:
+    return [row for row in _tables[op] if _forced in (None, row.name)]
 
 
 def _check_name(name: str, source: str) -> str:
@@ -74,7 +84,7 @@ def _check_name(name: str, source: str) -> str:
     return name
 
 
-if "SIGMA_BACKEND" in os.environ:
+if os.environ.get("SIGMA_BACKEND"):  # set to nothing is not set, as for SIGMA_ISA
     _forced = _check_name(os.environ["SIGMA_BACKEND"], "SIGMA_BACKEND")
 
 

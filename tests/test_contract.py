@@ -207,6 +207,38 @@ WRONG = [
         ValueError,
         "TopKRouter: top_k must lie in 1..3, found 5",
     ),
+    (
+        lambda: sk.nn.Experts(4, 0, 3),
+        ValueError,
+        "Experts: intermediate_size must be at least 1, found 0",
+    ),
+    (lambda: sk.nn.MoE(0, 4, 3), ValueError, "TopKRouter: hidden_size must be at least 1, found 0"),
+    (lambda: sk.nn.MoE(4, 4, 0), ValueError, "TopKRouter: num_experts must be at least 1, found 0"),
+    (
+        lambda: sk.nn.load_balancing_loss(LOGITS, torch.ones(6), score="softmaxx"),
+        ValueError,
+        "load_balancing_loss: score must be 'softmax' or 'sigmoid', found 'softmaxx'",
+    ),
+    (
+        lambda: sk.nn.load_balancing_loss(LOGITS, torch.ones(1)),
+        ValueError,
+        "load_balancing_loss: counts must be [6], found [1]",
+    ),
+    (
+        lambda: sk.nn.load_balancing_loss(LOGITS, torch.ones(6, 1)),
+        ValueError,
+        "load_balancing_loss: counts must be [6], found [6, 1]",
+    ),
+    (
+        lambda: sk.nn.load_balancing_loss(LOGITS[None], torch.ones(4)),
+        ValueError,
+        "load_balancing_loss: logits must be [T, E], found [1, 4, 6]",
+    ),
+    (
+        lambda: sk.nn.update_expert_bias(sk.nn.TopKRouter(4, 3, use_bias=True), torch.ones(1)),
+        ValueError,
+        "update_expert_bias: counts must be [3], found [1]",
+    ),
 ]
 
 
@@ -227,6 +259,12 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **env},
         check=False,
     )
+
+
+def test_an_empty_variable_is_unset():
+    """Defends: SIGMA_BACKEND= refused where SIGMA_ISA= is not."""
+    result = run_python("import sigma_kernels as sk; print(sk._C.isa())", SIGMA_BACKEND="", SIGMA_ISA="")
+    assert result.stdout.strip() == sk._C.supported_isas()[0], result.stderr
 
 
 ISA_CHECK = """

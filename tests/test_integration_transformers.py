@@ -282,6 +282,34 @@ def test_generates_the_tokens_of_eager():
     assert torch.equal(tokens["sigma"], tokens["eager"])
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers' own, of many kinds
+@pytest.mark.parametrize("name", ["Qwen3MoeExperts", "GptOssExperts"])
+def test_gradient_checkpointing(name):
+    """Defends: backward passes that read twice what a checkpoint gives out once."""
+    sk_hf.register()
+    grads = []
+    for checkpoints in (False, True):
+        model = tiny_model(name, 2).train()
+        model.set_experts_implementation("sigma")
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+        model(input_ids=TOKENS).logits.square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("name", ["Qwen3MoeExperts", "GptOssExperts"])
+def test_autocast_computes_in_the_dtype_of_the_parameters(name):
+    experts, (x, index, weights) = tiny_experts(name)
+    x = x.bfloat16()
+    want = sk_hf.experts_forward(experts, x.float(), index, weights).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = sk_hf.experts_forward(experts, x, index, weights.bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert_close(got, want, 4 * tolerance(torch.bfloat16, 32))
+
+
 def test_a_fused_class_runs_in_bfloat16():
     experts, (x, index, weights) = tiny_experts()
     experts, x, weights = experts.bfloat16(), x.bfloat16(), weights.bfloat16()
@@ -334,7 +362,8 @@ def test_what_the_operations_refuse(name):
         sk_hf.experts_forward(experts, x, index.index_fill(1, torch.tensor([1]), E), weights)
     with pytest.raises(TypeError, match="must have the dtype of"):
         sk_hf.experts_forward(experts, x.double(), index, weights)
-    with pytest.raises(RuntimeError, match=r"no backend can run \w+ here: .* not float16"):
+    message = rf"cannot run {name}: no backend can run \w+ here: .* not float16"
+    with pytest.raises(RuntimeError, match=message):
         sk_hf.experts_forward(experts.half(), x.half(), index, weights)
 
 

@@ -55,6 +55,17 @@ def test_small_and_reference_tensors_are_torchs_own():
     assert _C.free_block_bytes() == 0
 
 
+def test_large_memory_starts_as_torchs_own_does():
+    """Defends the tests: a zero that a fresh page holds looks like a zero that a kernel wrote."""
+    like = torch.empty(0)
+    assert empty(like, 10 * MiB).isnan().all()
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    assert not empty(like, 11 * MiB).isnan().any()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(False)
+    assert not empty(like, 12 * MiB).isnan().any()
+
+
 def test_more_than_there_is_raises():
     with pytest.raises(MemoryError):
         empty(torch.empty(0), 1 << 56)

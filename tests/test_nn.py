@@ -56,6 +56,21 @@ def test_load_balancing_loss_by_hand():
     assert nn.load_balancing_loss(flat, torch.ones(8), score="sigmoid").item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("shift", [-200.0, 0.0, 50.0])
+def test_load_balancing_loss_of_sigmoids_of_any_size(shift):
+    """Defends: 0 / 0 where every sigmoid underflows."""
+    logits = (torch.randn(20, 6) + shift).requires_grad_()
+    wide = logits.detach().double().requires_grad_()
+    counts = torch.tensor([9, 1, 4, 0, 3, 3])
+    loss = nn.load_balancing_loss(logits, counts, score="sigmoid")
+    p = wide.sigmoid() / wide.sigmoid().sum(-1, keepdim=True)
+    want = 6 * (counts / 20 * p.mean(0)).sum()
+    torch.testing.assert_close(loss.double(), want)
+    loss.backward()
+    want.backward()
+    torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_z_loss_by_hand():
     assert nn.router_z_loss(torch.tensor([[2.0, 1.0, 0.0, -1.0]])).item() == pytest.approx(5.9545257650)
 
@@ -66,6 +81,34 @@ def test_bias_moves_against_the_load():
     assert router.expert_bias.tolist() == [-0.5, 0.5, 0.5]
     with pytest.raises(ValueError, match="make it with use_bias=True"):
         nn.update_expert_bias(nn.TopKRouter(4, 3), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "cast", [nn.MoE.bfloat16, nn.MoE.half, nn.MoE.double, lambda m: m.to(torch.bfloat16)]
+)
+def test_the_bias_stays_f32(cast):
+    """Defends: steps of 1e-3 that stop at 0.5, where bf16 has no number in between; a bias rounded on its way."""
+    moe, plain = nn.MoE(8, 8, 2, use_bias=True), nn.MoE(8, 8, 2, use_bias=True)
+    counts = torch.tensor([1, 3])
+    for step in range(2000):
+        if step == 1:
+            assert cast(moe).router.weight.dtype != torch.float32
+        for layer in (moe, plain):
+            nn.update_expert_bias(layer.router, counts)
+    assert torch.equal(moe.router.expert_bias, plain.router.expert_bias)
+    assert plain.router.expert_bias[0] == pytest.approx(2.0, rel=1e-4)
+    twin = cast(nn.MoE(8, 8, 2, use_bias=True))
+    twin.load_state_dict(moe.state_dict())
+    assert torch.equal(twin.router.expert_bias, moe.router.expert_bias)
+    assert twin.to("meta").router.expert_bias.device.type == "meta"
+
+
+def test_a_layer_on_meta_has_shapes():
+    """Defends: autocast, which meta does not know."""
+    moe = nn.MoE(24, 20, 6, top_k=2, use_bias=True, device="meta")
+    x = torch.empty(3, 5, 24, device="meta")
+    assert moe(x).shape == x.shape
+    assert nn.MoE(24, 20, 6).to("meta")(x).device.type == "meta"
 
 
 def test_global_batch_loss_of_two_ranks_is_that_of_the_whole(tmp_path):
@@ -91,6 +134,34 @@ def test_autocast_leaves_the_layer_in_its_own_dtype(dtype):
     assert got.dtype == dtype
     assert torch.equal(got, want)
     assert torch.equal(got_of_experts, want_of_experts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_operations_under_autocast_compute_in_the_dtype_of_the_weights(dtype):
+    """Defends: mixed dtypes, which autocast makes and nobody chose, refused."""
+    experts = nn.Experts(24, 20, 6)
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    x, weights = torch.randn(7, 24).to(dtype).requires_grad_(), torch.rand(7, 2)
+    routing = sk.group_by_expert(torch.randint(0, 6, (7, 2)), 6, weights)
+    offsets = torch.tensor([0, 1, 1, 3, 4, 5, 7])
+    calls = [
+        lambda x: sk.moe_experts(x, routing.indices, weights, gate_up, down),
+        lambda x: experts.forward_routed(x, routing),
+        lambda x: sk.grouped_gemm(x, gate_up, offsets),
+    ]
+    for call in calls:
+        with torch.autocast("cpu", torch.bfloat16):
+            got = call(x)
+            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+        assert got.dtype == dtype
+        assert torch.equal(got, call(x.float()).to(dtype))
+        assert torch.equal(got, compiled)
+        got.sum().backward()
+        assert x.grad.dtype == dtype
+        with pytest.raises(TypeError, match="must have the dtype of"):
+            call(x)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="must have the dtype of"):
+            call(x.double())  # autocast leaves f64 alone
 
 
 def test_a_layer_that_has_run_is_copied_and_pickled():

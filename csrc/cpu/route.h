@@ -39,4 +39,11 @@ void route_backward(const RouteBackward& r);
 int64_t group_by_expert(const int32_t* indices, int64_t R, int64_t E, int32_t* counts, int32_t* offsets,
                         int32_t* row_map, int threads);
 
+// Whether offsets [E+1] rise from 0 to R.
+bool rises(const int32_t* offsets, int64_t E, int64_t R);
+
+// The first row of row_map [R] whose slot is not in 0..R-1 or has a row already, or -1: then each slot has
+// one.
+int64_t wrong_row(const int32_t* row_map, int64_t R);
+
 }  // namespace sigma::cpu

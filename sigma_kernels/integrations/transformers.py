@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from sigma_kernels.backends import refusal
 from sigma_kernels.ops.experts import moe_experts
 from sigma_kernels.ops.grouped_gemm import grouped_gemm
+from sigma_kernels.ops.library import as_weights
 from sigma_kernels.ops.permute import permute, unpermute
 from sigma_kernels.ops.route import group_by_expert
 from sigma_kernels.routing import Routing
@@ -64,16 +66,23 @@ def experts_forward(
 
     Bias-free SwiGLU in the common layout runs fused; biases, transposed weights and other gates run as two grouped
     GEMMs around the module's own activation.
+    Under torch.autocast they are computed on in the dtype of the parameters, and the result has that of hidden_states.
     Raises: NotImplementedError naming what is missing: expert parallelism, whose sentinel indices name no expert, or a
-        flag of a release that is newer than this code.
+        flag of a release that is newer than this code; RuntimeError naming the module if no backend takes its dtype.
     """
-    _check(self)
-    weights = top_k_weights.to(hidden_states.dtype)
+    x = as_weights(hidden_states, self.down_proj)
+    _check(self, x)
+    weights = top_k_weights.to(x.dtype)
     if _is_plain_swiglu(self):
-        return moe_experts(hidden_states, top_k_index, weights, self.gate_up_proj, self.down_proj)
-    routing = group_by_expert(top_k_index, self.down_proj.shape[0], weights)
+        out = moe_experts(x, top_k_index, weights, self.gate_up_proj, self.down_proj)
+    else:
+        out = _in_steps(self, x, group_by_expert(top_k_index, self.down_proj.shape[0], weights))
+    return out.to(hidden_states.dtype)
+
+
+def _in_steps(self: ExpertsModule, x: Tensor, routing: Routing) -> Tensor:
     has_gate = _flag(self, "has_gate")
-    h = _linear(self, "gate_up_proj" if has_gate else "up_proj", permute(hidden_states, routing), routing)
+    h = _linear(self, "gate_up_proj" if has_gate else "up_proj", permute(x, routing), routing)
     h = self._apply_gate(h) if has_gate else self.act_fn(h)
     y = _linear(self, "down_proj", h, routing)
     if _flag(self, "has_post_expert_norm"):
@@ -85,8 +94,8 @@ def _flag(module: ExpertsModule, name: str) -> bool:
     return getattr(module, name, FLAGS[name])
 
 
-def _check(module: ExpertsModule) -> None:
-    """Refuse what would give other numbers than eager."""
+def _check(module: ExpertsModule, x: Tensor) -> None:
+    """Refuse what would give other numbers than eager, and what no backend runs."""
     who = f"experts_implementation='sigma' cannot run {type(module).__name__}"
     if _flag(module, "_is_expert_parallel"):
         raise NotImplementedError(
@@ -99,6 +108,9 @@ def _check(module: ExpertsModule) -> None:
         raise NotImplementedError(
             f"{who}: interleaved gate and up rows need an _apply_gate of the class's own"
         )
+    for op in ("moe_experts",) if _is_plain_swiglu(module) else ("permute", "grouped_gemm", "unpermute"):
+        if reason := refusal(op, x):
+            raise RuntimeError(f"{who}: {reason}")
 
 
 def _is_plain_swiglu(module: ExpertsModule) -> bool:

@@ -6,10 +6,12 @@ With T tokens, E experts and k chosen for each: f_i = counts_i / (T k), the shar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from sigma_kernels.nn.router import TopKRouter
-from sigma_kernels.ops.route import Score
+from sigma_kernels.ops.library import check_shape
+from sigma_kernels.ops.route import Score, check_score
 
 
 def load_balancing_loss(logits: Tensor, counts: Tensor, *, score: Score = "softmax") -> Tensor:
@@ -24,13 +26,15 @@ def load_balancing_loss(logits: Tensor, counts: Tensor, *, score: Score = "softm
         logits: [T, E].
         counts: [E], of these tokens or of the global batch.
         score: what p is made of; a sigmoid's scores are divided by their sum.
+    Raises: ValueError for a shape or a score.
     """
+    op = "load_balancing_loss"
+    check_score(op, score)
+    check_shape(op, "logits", logits, ("T", "E"))
+    check_shape(op, "counts", counts, (logits.shape[1],))
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    if score == "softmax":
-        p = wide.softmax(-1)
-    else:
-        p = wide.sigmoid()
-        p = p / p.sum(-1, keepdim=True)
+    # Sigmoids over their sum, in logarithms: where all underflow their ratios do not.
+    p = (wide if score == "softmax" else F.logsigmoid(wide)).softmax(-1)
     # An empty batch has no imbalance; its mean would be NaN.
     f = counts.to(p.dtype) / counts.sum().clamp(min=1)
     return logits.shape[1] * (f * (p.sum(0) / max(1, p.shape[0]))).sum()
@@ -57,9 +61,10 @@ def update_expert_bias(router: TopKRouter, counts: Tensor, rate: float = 1e-3) -
 
     Balances the choice without a gradient of its own; at one active expert of many it is known to run away.
 
-    Raises: ValueError if the router was made without use_bias.
+    Raises: ValueError if the router was made without use_bias or counts are not [E].
     """
     if router.expert_bias is None:
         raise ValueError("update_expert_bias: the router has no expert_bias; make it with use_bias=True")
+    check_shape("update_expert_bias", "counts", counts, tuple(router.expert_bias.shape))
     load = counts.to(router.expert_bias.dtype)
     router.expert_bias += rate * (load.mean() - load).sign()

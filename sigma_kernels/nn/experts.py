@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sigma_kernels.ops.experts import experts_of_routing, moe_experts
+from sigma_kernels.ops.library import check_size
 from sigma_kernels.routing import Routing
 
 
@@ -18,6 +19,9 @@ class Experts(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, **factory: Any) -> None:
         super().__init__()
+        check_size("Experts", "hidden_size", hidden_size)
+        check_size("Experts", "intermediate_size", intermediate_size)
+        check_size("Experts", "num_experts", num_experts)
         self.gate_up_proj = nn.Parameter(
             torch.empty(num_experts, 2 * intermediate_size, hidden_size, **factory)
         )
@@ -35,18 +39,11 @@ class Experts(nn.Module):
         Under torch.autocast inputs are computed on in the dtype of the parameters, and the result has that of
         hidden_states.
         """
-        x, weights = self._in_own_dtype(hidden_states), self._in_own_dtype(top_k_weights)
-        out = moe_experts(x, top_k_index, weights, self.gate_up_proj, self.down_proj)
-        return out.to(hidden_states.dtype)
+        return moe_experts(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
 
     def forward_routed(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """The same from a Routing, whose order of rows need not be found again."""
-        routing = routing._replace(weights=self._in_own_dtype(routing.weights))
-        x = self._in_own_dtype(hidden_states)
-        return experts_of_routing(x, routing, self.gate_up_proj, self.down_proj).to(hidden_states.dtype)
-
-    def _in_own_dtype(self, x: Tensor) -> Tensor:
-        return x.to(self.down_proj.dtype) if torch.is_autocast_enabled(x.device.type) else x
+        return experts_of_routing(hidden_states, routing, self.gate_up_proj, self.down_proj)
 
     def extra_repr(self) -> str:
         E, H, I = self.down_proj.shape

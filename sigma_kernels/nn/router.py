@@ -2,13 +2,16 @@
 
 import math
 import warnings
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sigma_kernels.ops.route import Score, route
+from sigma_kernels.ops.library import check_size, in_autocast
+from sigma_kernels.ops.route import Score, check_score, route
 from sigma_kernels.routing import Routing
 
 
@@ -19,7 +22,8 @@ class TopKRouter(nn.Module):
     is always 1, so the task's gradient never reaches the router: this warns.  Without it a softmax over E experts
     starts near 1/E, so that the layer's output almost vanishes: scale it (MoE's `output_scale`) or use "sigmoid".
 
-    With `use_bias` a buffer `expert_bias` [E] is added for the choice only; `update_expert_bias` moves it.
+    With `use_bias` a buffer `expert_bias` [E] is added for the choice only; `update_expert_bias` moves it.  It is f32
+    and stays so when the module is cast: in bf16 steps of 1e-3 end at 0.5.
     """
 
     expert_bias: Tensor | None
@@ -36,10 +40,11 @@ class TopKRouter(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
+        check_size("TopKRouter", "hidden_size", hidden_size)
+        check_size("TopKRouter", "num_experts", num_experts)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"TopKRouter: top_k must lie in 1..{num_experts}, found {top_k}")
-        if score not in ("softmax", "sigmoid"):
-            raise ValueError(f"TopKRouter: score must be 'softmax' or 'sigmoid', found {score!r}")
+        check_score("TopKRouter", score)
         if normalize and top_k == 1:
             warnings.warn(
                 "TopKRouter: normalize=True with top_k=1 makes every weight 1, so the router gets no gradient from "
@@ -49,7 +54,8 @@ class TopKRouter(nn.Module):
         self.top_k, self.score, self.normalize = top_k, score, normalize
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, **factory))
         self.register_buffer(
-            "expert_bias", torch.zeros(num_experts, device=self.weight.device) if use_bias else None
+            "expert_bias",
+            torch.zeros(num_experts, dtype=torch.float32, device=self.weight.device) if use_bias else None,
         )
         self.reset_parameters()
 
@@ -57,10 +63,18 @@ class TopKRouter(nn.Module):
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.expert_bias is not None and self.expert_bias.dtype != bias.dtype:
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
+
     def forward(self, hidden_states: Tensor, top_k: int | None = None) -> tuple[Routing, Tensor]:
         """The Routing of hidden_states [T, H] and the logits [T, E], both f32 (f64 if the input is)."""
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        with torch.autocast(hidden_states.device.type, enabled=False):  # a choice is worth all its bits
+        device = hidden_states.device.type  # a choice is worth all its bits
+        with torch.autocast(device, enabled=False) if in_autocast(hidden_states) else nullcontext():
             logits = F.linear(hidden_states.to(wide), self.weight.to(wide))
         k = self.top_k if top_k is None else top_k
         routing = route(logits, k, score=self.score, normalize=self.normalize, bias=self.expert_bias)

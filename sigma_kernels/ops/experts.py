@@ -10,8 +10,12 @@ from sigma_kernels.backends import Backend, register_table, select
 from sigma_kernels.ops.library import (
     REFERENCE,
     STORED,
+    as_weights,
+    check_device,
     check_float,
     check_index,
+    check_offsets,
+    check_routing,
     check_shape,
     define,
     empty,
@@ -19,8 +23,11 @@ from sigma_kernels.ops.library import (
     matrices,
     once,
     operand,
+    risen,
     rounded,
+    rows,
     saturated,
+    slots,
     widened,
 )
 from sigma_kernels.routing import Routing
@@ -47,10 +54,12 @@ def moe_experts(
         gate_up_proj: [E, 2I, H], gate rows first, then up.
         down_proj: [E, H, I].
         activation: "silu".
-    Returns: [T, H].  Gradients for all four float inputs, once differentiable; same bits at any thread count.
+    Returns: [T, H].  Gradients for all four float inputs, once differentiable; same bits at any thread count.  Under
+        torch.autocast inputs are computed on in the dtype of the weights, and the result has that of hidden_states.
     Raises: TypeError for a dtype, ValueError for a shape, an activation or, on a CPU, an index out of range.
     """
-    op = "moe_experts"
+    op, dtype = "moe_experts", hidden_states.dtype
+    hidden_states, top_k_weights = as_weights(hidden_states, down_proj), as_weights(top_k_weights, down_proj)
     check_float(
         op,
         hidden_states=hidden_states,
@@ -59,6 +68,7 @@ def moe_experts(
         down_proj=down_proj,
     )
     check_index(op, "top_k_index", top_k_index)
+    check_device(op, "top_k_index", top_k_index, "hidden_states", hidden_states)
     check_shape(op, "hidden_states", hidden_states, ("T", "H"))
     T, H = hidden_states.shape
     check_shape(op, "top_k_index", top_k_index, (T, "k"))
@@ -74,30 +84,33 @@ def moe_experts(
         )
     _, offsets, row_map = torch.ops.sigma.group_by_expert(saturated(top_k_index), E)
     out, _ = _Experts.apply(hidden_states, top_k_weights, offsets, row_map, gate_up_proj, down_proj)
-    return out
+    return out.to(dtype)
 
 
 def experts_of_routing(
     hidden_states: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
-    """moe_experts for a Routing that `route` or `group_by_expert` made; only shapes and dtypes are looked at."""
-    op = "moe_experts"
+    """moe_experts for a Routing, whose order of rows need not be found again."""
+    op, dtype = "moe_experts", hidden_states.dtype
+    hidden_states, weights = as_weights(hidden_states, down_proj), as_weights(routing.weights, down_proj)
     check_float(
         op,
-        hidden_states=hidden_states,
-        weights=routing.weights,
-        gate_up_proj=gate_up_proj,
-        down_proj=down_proj,
+        **{
+            "hidden_states": hidden_states,
+            "routing.weights": weights,
+            "gate_up_proj": gate_up_proj,
+            "down_proj": down_proj,
+        },
     )
-    T = routing.indices.shape[0]
-    check_shape(op, "down_proj", down_proj, (routing.num_experts, "H", "I"))
+    T, k = check_routing(op, routing, "hidden_states", hidden_states)
+    check_shape(op, "routing.weights", weights, (T, k))
+    check_shape(op, "down_proj", down_proj, ("E", "H", "I"))
     E, H, I = down_proj.shape
+    check_offsets(op, "routing.offsets", routing.offsets, E, "hidden_states", hidden_states)
     check_shape(op, "hidden_states", hidden_states, (T, H))
     check_shape(op, "gate_up_proj", gate_up_proj, (E, 2 * I, H))
-    out, _ = _Experts.apply(
-        hidden_states, routing.weights, routing.offsets, routing.row_map, gate_up_proj, down_proj
-    )
-    return out
+    out, _ = _Experts.apply(hidden_states, weights, routing.offsets, routing.row_map, gate_up_proj, down_proj)
+    return out.to(dtype)
 
 
 class _Experts(torch.autograd.Function):
@@ -116,11 +129,12 @@ class _Experts(torch.autograd.Function):
         if grad_out is None:
             return (None,) * 6
         x_needed, _, _, _, gate_up_needed, down_needed = ctx.needs_input_grad
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them out one time
         with torch.no_grad():
             grad_x, grad_weights, grad_gate_up, grad_down = torch.ops.sigma.moe_experts_backward(
-                grad_out, *ctx.saved_tensors, [x_needed, gate_up_needed, down_needed]
+                grad_out, *saved, [x_needed, gate_up_needed, down_needed]
             )
-        x, weights, _, _, gate_up_proj, down_proj, _ = ctx.saved_tensors
+        x, weights, _, _, gate_up_proj, down_proj, _ = saved
         sources = (grad_out, x, weights, gate_up_proj, down_proj)
         return (
             once("moe_experts", grad_x, *sources) if x_needed else None,
@@ -227,10 +241,18 @@ register_table("moe_experts_backward", [
     Backend("reference", _backward_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 
+
+def _order(offsets: Tensor, row_map: Tensor) -> tuple[Tensor, Tensor]:
+    op = "moe_experts"
+    return risen(op, "routing.offsets", offsets, "routing.row_map", row_map), slots(op, row_map)
+
+
 _INPUTS = "Tensor x, Tensor weights, Tensor offsets, Tensor row_map, Tensor gate_up_proj, Tensor down_proj"
 define(
     f"moe_experts({_INPUTS}) -> (Tensor, Tensor)",
-    lambda x, *rest: select("moe_experts", x)(x, *rest),
+    lambda x, weights, offsets, row_map, *proj: select("moe_experts", x)(
+        x, weights, *_order(offsets, row_map), *proj
+    ),
     lambda x, weights, offsets, row_map, gate_up, down: (
         x.new_empty(x.shape),
         x.new_empty(
@@ -243,7 +265,9 @@ define(
 define(
     f"moe_experts_backward(Tensor grad_out, {_INPUTS}, Tensor gate_up, bool[] needed)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda grad_out, x, *rest: select("moe_experts_backward", x)(grad_out, x, *rest),
+    lambda grad_out, x, weights, offsets, row_map, *rest: select("moe_experts_backward", x)(
+        grad_out, x, weights, *_order(offsets, row_map), *rest
+    ),
     lambda grad_out, x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up, needed: (
         x.new_empty(x.shape if needed[0] else 0),
         weights.new_empty(weights.shape),

@@ -10,6 +10,7 @@ from sigma_kernels.backends import Backend, register_table, select
 from sigma_kernels.ops.library import (
     REFERENCE,
     STORED,
+    as_weights,
     check_float,
     check_offsets,
     check_shape,
@@ -19,7 +20,9 @@ from sigma_kernels.ops.library import (
     gemm_kernel,
     matrices,
     operand,
+    risen,
     rounded,
+    rows,
 )
 
 
@@ -32,10 +35,11 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, transpose_weight
         x: [R, K], rows in expert order; f32 or bf16, as weight is.  Sums are f32, rounded once.
         weight: [E, N, K], or [E, K, N] without `transpose_weight`.
         offsets: [E+1] int32 or int64, rising from 0 to R.
-    Returns: [R, N].  Each element is summed in a fixed order: same bits at any thread count.
+    Returns: [R, N].  Each element is summed in a fixed order: same bits at any thread count.  Under torch.autocast x
+        is computed on in the dtype of the weights, and the result has the dtype of x.
     Raises: TypeError for a dtype, ValueError for a shape or, on a CPU, offsets that do not rise from 0 to R.
     """
-    op = "grouped_gemm"
+    op, dtype, x = "grouped_gemm", x.dtype, as_weights(x, weight)
     check_float(op, x=x, weight=weight)
     if weight.dim() != 3 or x.dim() != 2:
         raise ValueError(
@@ -43,8 +47,8 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, transpose_weight
         )
     E, K = weight.shape[0], weight.shape[2 if transpose_weight else 1]
     check_shape(op, "x", x, ("R", K))
-    check_offsets(op, offsets, E, x.shape[0])
-    return _grouped_gemm(x, weight, offsets.int(), transpose_weight)
+    check_offsets(op, "offsets", offsets, E, "x", x)
+    return _grouped_gemm(x, weight, offsets, transpose_weight).to(dtype)
 
 
 def grouped_outer_(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, *, accumulate: bool = False) -> Tensor:
@@ -60,10 +64,10 @@ def grouped_outer_(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, *, accumu
     check_shape(op, "a", a, ("R", "A"))
     check_shape(op, "b", b, (a.shape[0], "B"))
     check_shape(op, "out", out, ("E", a.shape[1], b.shape[1]))
-    check_offsets(op, offsets, out.shape[0], a.shape[0])
+    check_offsets(op, "offsets", offsets, out.shape[0], "out", out)
     if not out.is_contiguous():
         raise ValueError(f"{op}: out must be contiguous, found strides {list(out.stride())}")
-    torch.ops.sigma.grouped_outer_(out, a, b, offsets.int(), accumulate)
+    torch.ops.sigma.grouped_outer_(out, a, b, offsets, accumulate)
     return out
 
 
@@ -97,9 +101,14 @@ def _grouped_outer_reference(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor,
     out.add_(value) if accumulate else out.copy_(value)
 
 
+def _grouped_outer_(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, accumulate: bool) -> None:
+    offsets = risen("grouped_outer_", "offsets", offsets, "a", a)
+    select("grouped_outer", a)(out, a, b, offsets, accumulate)
+
+
 def _grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     out = empty(a, offsets.shape[0] - 1, a.shape[1], b.shape[1])
-    select("grouped_outer", a)(out, a, b, offsets, False)
+    _grouped_outer_(out, a, b, offsets, False)
     return out
 
 
@@ -114,7 +123,9 @@ register_table("grouped_outer", [
 
 define(
     "grouped_gemm(Tensor x, Tensor weight, Tensor offsets, bool transpose_weight) -> Tensor",
-    lambda x, *rest: select("grouped_gemm", x)(x, *rest),
+    lambda x, weight, offsets, transpose: select("grouped_gemm", x)(
+        x, weight, risen("grouped_gemm", "offsets", offsets, "x", x), transpose
+    ),
     lambda x, weight, offsets, transpose: x.new_empty(x.shape[0], weight.shape[1 if transpose else 2]),
 )
 define(
@@ -124,7 +135,7 @@ define(
 )
 define(
     "grouped_outer_(Tensor(a!) out, Tensor a, Tensor b, Tensor offsets, bool accumulate) -> ()",
-    lambda out, a, *rest: select("grouped_outer", a)(out, a, *rest),
+    _grouped_outer_,
     lambda *_: None,
 )
 

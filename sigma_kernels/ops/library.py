@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sigma_kernels import _C
+from sigma_kernels.routing import Routing
 
 LIB = torch.library.Library("sigma", "FRAGMENT")
 NATIVE = (torch.float32,)
@@ -18,6 +18,7 @@ REFERENCE = (torch.float32, torch.float64)
 _LARGE = (
     32 << 20
 )  # bytes: what malloc takes from the system anew each time, at most (mallopt(3), M_MMAP_THRESHOLD)
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -75,7 +76,7 @@ def once(op: str, grad: Tensor | None, *sources: Tensor) -> Tensor | None:
 
 
 def saturated(indices: Tensor) -> Tensor:
-    """int64 as int32; what does not fit becomes the nearest int32, which no number of experts allows."""
+    """int64 as int32; what does not fit becomes the nearest int32, which no number of experts or rows allows."""
     if indices.dtype == torch.int32:
         return indices
     limit = torch.iinfo(torch.int32)
@@ -83,12 +84,19 @@ def saturated(indices: Tensor) -> Tensor:
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory with undefined contents; from the kept blocks of csrc/cpu/memory.h where it is large and on a CPU."""
+    """Memory with undefined contents; from the kept blocks of csrc/cpu/memory.h where it is large and on a CPU.
+
+    As torch's own it is NaN under deterministic algorithms with torch.utils.deterministic.fill_uninitialized_memory.
+    """
     dtype = dtype or like.dtype
     count = math.prod(shape)
     if like.device.type != "cpu" or count * dtype.itemsize < _LARGE:
         return like.new_empty(shape, dtype=dtype)
-    return torch.frombuffer(_C.Block(count * dtype.itemsize), dtype=dtype).view(shape)
+    out = torch.frombuffer(_C.Block(count * dtype.itemsize), dtype=dtype).view(shape)
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if fill and torch.are_deterministic_algorithms_enabled():
+        out.fill_(math.nan)
+    return out
 
 
 def empty_cache() -> None:
@@ -147,6 +155,19 @@ def matrices(w: Tensor) -> Tensor:
     return w if w.stride(-1) == 1 else w.contiguous()
 
 
+def in_autocast(x: Tensor) -> bool:
+    """Whether torch.autocast is on where x lies; some devices, such as meta, know no autocast."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def as_weights(x: Tensor, weight: Tensor) -> Tensor:
+    """x in the dtype of the weights under torch.autocast, which casts floats but no f64; else x itself."""
+    if x.dtype == weight.dtype or x.dtype not in _AUTOCAST or not in_autocast(x):
+        return x
+    return x.to(weight.dtype)
+
+
 def check_float(op: str, **tensors: Tensor) -> None:
     """All of one floating dtype and one device."""
     (first, want), *others = tensors.items()
@@ -157,10 +178,18 @@ def check_float(op: str, **tensors: Tensor) -> None:
             raise TypeError(
                 f"{op}: {name} must have the dtype of {first}, {want.dtype}, found {tensor.dtype}"
             )
-        if tensor.device != want.device:
-            raise ValueError(
-                f"{op}: {name} must lie where {first} does, on {want.device}, found {tensor.device}"
-            )
+        check_device(op, name, tensor, first, want)
+
+
+def check_device(op: str, name: str, tensor: Tensor, first: str, want: Tensor) -> None:
+    """tensor lies where the tensor `want`, named `first`, does."""
+    if tensor.device != want.device:
+        raise ValueError(f"{op}: {name} must lie where {first} does, on {want.device}, found {tensor.device}")
+
+
+def check_size(op: str, name: str, size: int) -> None:
+    if size < 1:
+        raise ValueError(f"{op}: {name} must be at least 1, found {size}")
 
 
 def check_shape(op: str, name: str, tensor: Tensor, wanted: tuple[int | str, ...]) -> None:
@@ -178,14 +207,51 @@ def check_index(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be int32 or int64, found {tensor.dtype}")
 
 
-def check_offsets(op: str, offsets: Tensor, experts: int, rows: int) -> None:
-    """offsets [E+1] rises from 0 to the number of rows; its values are looked at on a CPU only."""
-    check_shape(op, "offsets", offsets, (experts + 1,))
-    check_index(op, "offsets", offsets)
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and type(offsets) is Tensor:
-        ends = offsets.tolist()
-        if ends[0] != 0 or ends[-1] != rows or any(b < a for a, b in pairwise(ends)):
-            raise ValueError(f"{op}: offsets must rise from 0 to {rows}, the rows of x, found {_brief(ends)}")
+def check_offsets(op: str, name: str, offsets: Tensor, experts: int, first: str, data: Tensor) -> None:
+    """offsets [E+1]; `risen` looks at their values."""
+    check_shape(op, name, offsets, (experts + 1,))
+    check_index(op, name, offsets)
+    check_device(op, name, offsets, first, data)
+
+
+def check_routing(op: str, routing: Routing, first: str, data: Tensor) -> tuple[int, int]:
+    """T and k of a routing whose map fits them; `slots` looks at its values."""
+    indices, row_map = routing.indices, routing.row_map
+    if indices.dim() != 2 or indices.shape[1] == 0:
+        raise ValueError(f"{op}: routing.indices must be [T, k] with k > 0, found {list(indices.shape)}")
+    T, k = indices.shape
+    check_shape(op, "routing.row_map", row_map, (T * k,))
+    if row_map.dtype != torch.int32:
+        raise TypeError(f"{op}: routing.row_map must be int32, found {row_map.dtype}")
+    check_device(op, "routing.row_map", row_map, first, data)
+    return T, k
+
+
+def risen(op: str, name: str, offsets: Tensor, of: str, data: Tensor) -> Tensor:
+    """offsets as the kernels take them: int32, contiguous and, on a CPU, seen to rise from 0 to the rows of `data`.
+
+    Operations call it themselves, since values are not there yet where torch.compile traces what calls them.
+    """
+    narrow, R = saturated(offsets).contiguous(), data.shape[0]
+    if narrow.is_cpu and not _C.rises(narrow.data_ptr(), narrow.shape[0] - 1, R):
+        found = _brief(offsets.tolist())
+        raise ValueError(f"{op}: {name} must rise from 0 to {R}, the rows of {of}, found {found}")
+    return narrow
+
+
+def slots(op: str, row_map: Tensor) -> Tensor:
+    """row_map as the kernels take it: contiguous and, on a CPU, seen to name each slot once.
+
+    Looking costs 0.2 us at 16 rows and 1.5 us at 2,048 (2 cores, AVX-512), so that no routing need be trusted.
+    """
+    row_map = row_map.contiguous()
+    R = row_map.shape[0]
+    if row_map.is_cpu and (wrong := _C.wrong_row(row_map.data_ptr(), R)) >= 0:
+        raise ValueError(
+            f"{op}: routing.row_map must name each slot of 0..{R - 1} once, "
+            f"found {int(row_map[wrong])} at row {wrong}"
+        )
+    return row_map
 
 
 def _brief(values: list[int]) -> str:

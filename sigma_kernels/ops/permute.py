@@ -10,6 +10,8 @@ from sigma_kernels.backends import Backend, register_table, select
 from sigma_kernels.ops.library import (
     REFERENCE,
     STORED,
+    check_float,
+    check_routing,
     check_shape,
     define,
     differentiable,
@@ -17,6 +19,7 @@ from sigma_kernels.ops.library import (
     native,
     rounded,
     rows,
+    slots,
     widened,
 )
 from sigma_kernels.routing import Routing
@@ -29,10 +32,13 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
 
     Args:    x [T, H]; routing of these T tokens.
     Returns: [R, H], R = T*k.
-    Raises:  ValueError if x is not [T, H].
+    Raises:  ValueError if x is not [T, H] or, on a CPU, if row_map does not name each slot once; TypeError if
+             row_map is not int32.
     """
-    check_shape("permute", "x", x, (routing.indices.shape[0], "H"))
-    return _permute(x, routing.row_map, routing.top_k)
+    op = "permute"
+    T, top_k = check_routing(op, routing, "x", x)
+    check_shape(op, "x", x, (T, "H"))
+    return _permute(x, routing.row_map, top_k)
 
 
 def unpermute(y: Tensor, routing: Routing) -> Tensor:
@@ -42,14 +48,14 @@ def unpermute(y: Tensor, routing: Routing) -> Tensor:
 
     Args:    y [R, H]; routing, whose weights are differentiated as y is.
     Returns: [T, H].
-    Raises:  ValueError if y is not [R, H]; TypeError if the weights are of another dtype.
+    Raises:  as permute, for y; TypeError if the weights are of another dtype, ValueError if they are not [T, k].
     """
-    check_shape("unpermute", "y", y, (routing.row_map.shape[0], "H"))
-    if routing.weights.dtype != y.dtype:
-        raise TypeError(
-            f"unpermute: routing.weights must have the dtype of y, {y.dtype}, found {routing.weights.dtype}"
-        )
-    return _unpermute(y, routing.row_map, routing.weights, routing.top_k)
+    op = "unpermute"
+    check_float(op, **{"y": y, "routing.weights": routing.weights})
+    T, top_k = check_routing(op, routing, "y", y)
+    check_shape(op, "y", y, (T * top_k, "H"))
+    check_shape(op, "routing.weights", routing.weights, (T, top_k))
+    return _unpermute(y, routing.row_map, routing.weights, top_k)
 
 
 def _permute_cpu(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
@@ -116,17 +122,19 @@ register_table("unpermute_backward", [
 
 define(
     "permute(Tensor x, Tensor row_map, int top_k) -> Tensor",
-    lambda x, *rest: select("permute", x)(x, *rest),
+    lambda x, row_map, top_k: select("permute", x)(x, slots("permute", row_map), top_k),
     lambda x, row_map, top_k: x.new_empty(row_map.shape[0], x.shape[1]),
 )
 define(
     "unpermute(Tensor y, Tensor row_map, Tensor? weights, int top_k) -> Tensor",
-    lambda y, *rest: select("unpermute", y)(y, *rest),
+    lambda y, row_map, *rest: select("unpermute", y)(y, slots("unpermute", row_map), *rest),
     lambda y, row_map, weights, top_k: y.new_empty(y.shape[0] // top_k, y.shape[1]),
 )
 define(
     "unpermute_backward(Tensor grad_out, Tensor y, Tensor row_map, Tensor weights) -> (Tensor, Tensor)",
-    lambda grad_out, y, *rest: select("unpermute_backward", y)(grad_out, y, *rest),
+    lambda grad_out, y, row_map, weights: select("unpermute_backward", y)(
+        grad_out, y, slots("unpermute", row_map), weights
+    ),
     lambda grad_out, y, row_map, weights: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
 )
 

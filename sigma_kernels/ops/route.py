@@ -11,7 +11,11 @@ from sigma_kernels.backends import Backend, register_table, select
 from sigma_kernels.ops.library import (
     NATIVE,
     REFERENCE,
+    check_device,
+    check_float,
     check_index,
+    check_shape,
+    check_size,
     define,
     differentiable,
     once,
@@ -54,15 +58,19 @@ def route(
     E = logits.shape[1]
     if not 1 <= top_k <= E:
         raise ValueError(f"route: top_k must lie in 1..{E} (E={E}), found {top_k}")
-    if score not in ("softmax", "sigmoid"):
-        raise ValueError(f"route: score must be 'softmax' or 'sigmoid', found {score!r}")
+    check_score("route", score)
     if bias is not None:
-        if tuple(bias.shape) != (E,):
-            raise ValueError(f"route: bias must be [{E}], found {list(bias.shape)}")
+        check_shape("route", "bias", bias, (E,))
+        check_device("route", "bias", bias, "logits", logits)
         bias = bias.detach().to(logits.dtype)
     # The operation answers with the weights first: opcheck adds all outputs onto the first, which must be a float.
     weights, indices, *order = _route(logits, top_k, score == "softmax", normalize, bias)
     return Routing(indices, weights, *order)
+
+
+def check_score(op: str, score: str) -> None:
+    if score not in ("softmax", "sigmoid"):
+        raise ValueError(f"{op}: score must be 'softmax' or 'sigmoid', found {score!r}")
 
 
 def group_by_expert(indices: Tensor, num_experts: int, weights: Tensor | None = None) -> Routing:
@@ -71,19 +79,19 @@ def group_by_expert(indices: Tensor, num_experts: int, weights: Tensor | None = 
     Args:
         indices: [T, k] int32 or int64, values in 0..num_experts-1.
         weights: [T, k] floating point; all one, f32, where not given.
-    Raises: TypeError for a dtype, ValueError for a shape or, on a CPU, an index out of range.
+    Raises: TypeError for a dtype, ValueError for a shape, a device or, on a CPU, an index out of range.
     """
-    check_index("group_by_expert", "indices", indices)
+    op = "group_by_expert"
+    check_index(op, "indices", indices)
     if indices.dim() != 2 or indices.shape[1] == 0:
-        raise ValueError(f"group_by_expert: indices must be [T, k] with k > 0, found {list(indices.shape)}")
-    if num_experts < 1:
-        raise ValueError(f"group_by_expert: num_experts must be at least 1, found {num_experts}")
+        raise ValueError(f"{op}: indices must be [T, k] with k > 0, found {list(indices.shape)}")
+    check_size(op, "num_experts", num_experts)
     if weights is None:
         weights = indices.new_ones(indices.shape, dtype=torch.float32)
-    elif weights.shape != indices.shape:
-        raise ValueError(
-            f"group_by_expert: weights must be {list(indices.shape)}, found {list(weights.shape)}"
-        )
+    else:
+        check_float(op, weights=weights)
+        check_shape(op, "weights", weights, tuple(indices.shape))
+        check_device(op, "weights", weights, "indices", indices)
     narrow = saturated(indices)
     return Routing(narrow, weights, *torch.ops.sigma.group_by_expert(narrow, num_experts))
 

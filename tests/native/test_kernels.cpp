@@ -423,7 +423,7 @@ int main(int count, char**) {
     std::vector<int32_t> counts(c.E), offsets(c.E + 1), row_map(R);
     const int64_t wrong =
         group_by_expert(indices.data(), R, c.E, counts.data(), offsets.data(), row_map.data(), 2);
-    wrong == -1 && offsets[c.E] == R ? ++passed : ++failed;
+    wrong == -1 && rises(offsets.data(), c.E, R) && wrong_row(row_map.data(), R) == -1 ? ++passed : ++failed;
     test_gemms<float, float>(c, offsets, R);
     test_gemms<float, Bf16>(c, offsets, R);
     test_gemms<Bf16, Bf16>(c, offsets, R);
@@ -438,6 +438,9 @@ int main(int count, char**) {
   const int32_t bad[] = {0, 1, 5};
   int32_t counts[3], offsets[4], row_map[3];
   group_by_expert(bad, 3, 3, counts, offsets, row_map, 1) == 2 ? ++passed : ++failed;
+  const int32_t twice[] = {1, 0, 1}, below[] = {0, -1, 2}, falls[] = {0, 2, 1, 3};
+  wrong_row(bad, 3) == 2 && wrong_row(twice, 3) == 2 && wrong_row(below, 3) == 1 ? ++passed : ++failed;
+  !rises(falls, 3, 3) && !rises(bad, 2, 4) && rises(bad, 2, 5) ? ++passed : ++failed;
   std::printf("%s: %d passed, %d failed\n", kernels().name, passed, failed);
   return failed != 0;
 }
