@@ -1,5 +1,6 @@
 """Fixtures: every backend this machine has, and fresh memory that starts as NaN."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -28,3 +29,9 @@ def fresh_memory_is_nan() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with sk.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment whose cache of tokens all programs of the session share."""
+    return {**os.environ, "SIGMA_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "2"}

@@ -1,5 +1,7 @@
 """What the tests share: values, gradients and the error that a dtype explains."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -47,3 +49,16 @@ def balance_rank(rank: int, path: str, logits: torch.Tensor, want: list[float]) 
     got = mine.grad / 2  # data parallelism averages
     torch.testing.assert_close(got, torch.tensor(want)[4 * rank : 4 * rank + 4])
     dist.destroy_process_group()
+
+
+SIGMA = [sys.executable, "-P", "-c", "import sigma_cli; sigma_cli.main()"]
+
+
+def sigma(*args: str, env: dict[str, str], **kwargs) -> subprocess.CompletedProcess[str]:
+    """Run the program `sigma`."""
+    return subprocess.run([*SIGMA, *args], env=env, capture_output=True, text=True, check=False, **kwargs)
+
+
+def assert_one_sentence(result: subprocess.CompletedProcess[str], code: int, message: str) -> None:
+    """stderr is `error: message` and nothing else."""
+    assert (result.returncode, result.stderr) == (code, f"error: {message}\n")

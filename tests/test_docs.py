@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from sigma_cli import app
+from sigma_cli.commands import app
 from sigma_train.config import Config, _fields, _toml, _wanted, load_config
 
 ROOT = Path(__file__).parent.parent

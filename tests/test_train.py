@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import signal
 import subprocess
@@ -13,22 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from sigma_cli import app
+from sigma_cli.commands import app
 from sigma_train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from sigma_train.config import load_config, preset_names
 from sigma_train.metrics import read_metrics
 from sigma_train.model import LanguageModel
-from sigma_train.optim import learning_rate
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> dict[str, str]:
-    return {**os.environ, "SIGMA_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "2"}
-
-
-def sigma(*args: str, env: dict[str, str], **kwargs) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-c", "import sigma_cli; sigma_cli.main()", *args]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, **kwargs)
+from support import SIGMA, sigma
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -40,15 +29,7 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path):
     args = ["train", "--preset", "smoke", "--steps", "60"]
     whole = sigma(*args, "--out", str(tmp_path / "whole"), env=cache)
     assert whole.returncode == 0, whole.stderr
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        "import sigma_cli; sigma_cli.main()",
-        *args,
-        "--out",
-        str(tmp_path / "cut"),
-    ]
+    command = [*SIGMA, *args, "--out", str(tmp_path / "cut")]
     process = subprocess.Popen(command, env=cache, stdout=subprocess.DEVNULL)
     metrics = tmp_path / "cut" / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 27:
@@ -69,8 +50,8 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path):
 
 
 def test_sigterm_saves_and_exits_0(cache, tmp_path):
-    command = [sys.executable, "-P", "-c", "import sigma_cli; sigma_cli.main()", "train", "--preset", "smoke"]
-    process = subprocess.Popen([*command, "--steps", "5000", "--out", str(tmp_path / "run")], env=cache)
+    command = [*SIGMA, "train", "--preset", "smoke", "--steps", "5000", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, env=cache)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
         assert process.poll() is None
@@ -81,42 +62,15 @@ def test_sigterm_saves_and_exits_0(cache, tmp_path):
     assert load_checkpoint(latest).step == max(losses(tmp_path / "run"))
 
 
-def test_training_learns(cache, tmp_path):
-    """Defends: a gradient that is missing or of the wrong sign; 60 steps must beat the unigram of a fresh model."""
+def test_a_run_reports_loads_and_samples(cache, tmp_path):
     result = sigma(
-        "train", "--preset", "smoke", "--steps", "60", "--set", "train.sample_every=30",
+        "train", "--preset", "smoke", "--steps", "20", "--set", "train.sample_every=10",
         "--out", str(tmp_path / "run"), env=cache,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
-    bits = [row["val_bits_per_byte"] for row in rows if "val_bits_per_byte" in row]
-    assert bits[-1] < bits[0] - 0.2
+    assert [row["step"] for row in rows if "sample" in row] == [10, 20]
     assert all(sum(layer) == 8 * 64 for row in rows if "load" in row for layer in row["load"])
-
-
-WRONG = [
-    (["--preset", "smok"], "error: unknown preset 'smok'; did you mean 'smoke'?"),
-    (["--set", "optim.lrr=1"], "error: unknown key optim.lrr; did you mean optim.lr?"),
-    (["--set", "optim.lr=-1"], "error: optim.lr must be a number above 0, found -1"),
-    (
-        ["--set", "steps=1"],
-        "error: --set wants section.key=value, found 'steps=1'; did you mean train.steps?",
-    ),
-    (["--steps", "0"], "error: train.steps must be an integer of at least 1, found 0"),
-    (["--data", "/no/such/file"], "error: "),
-    (
-        ["--config", "/no/such.toml"],
-        "error: cannot read config file /no/such.toml: No such file or directory",
-    ),
-]
-
-
-@pytest.mark.parametrize("args, message", WRONG, ids=[" ".join(args) for args, _ in WRONG])
-def test_wrong_settings_are_named(cache, tmp_path, args, message):
-    result = sigma("train", "--out", str(tmp_path / "run"), *args, env=cache)
-    assert result.returncode == 2
-    assert result.stderr.startswith(message)
-    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_help_names_every_preset():
@@ -124,15 +78,8 @@ def test_help_names_every_preset():
     assert sorted(preset.help.split(": ")[1].split(", ")) == preset_names()
 
 
-def test_doctor_names_an_instruction_set_that_is_not_there(cache):
-    result = sigma("doctor", env={**cache, "SIGMA_ISA": "vax"})
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: SIGMA_ISA=vax can't run here; this processor supports ")
-    assert sigma("doctor", env={**cache, "SIGMA_ISA": ""}).returncode == 0
-
-
 def test_help_imports_no_torch():
-    code = "import sys, sigma_cli; assert 'torch' not in sys.modules; sigma_cli.main()"
+    code = "import sys, sigma_cli, sigma_cli.commands; assert 'torch' not in sys.modules; sigma_cli.main()"
     result = subprocess.run(
         [sys.executable, "-P", "-c", code, "--help"], capture_output=True, text=True, check=False
     )
@@ -227,21 +174,6 @@ def test_a_loss_that_is_no_number_stops_the_run(cache, tmp_path):
     assert result.stderr.startswith("error: step ")
     assert len(result.stderr.strip().splitlines()) == 1
     assert all(math.isfinite(loss) for loss in losses(run).values())
-
-
-def test_a_folder_that_cannot_be_written_is_named(cache, tmp_path):
-    (tmp_path / "file").write_text("")
-    result = sigma("train", "--preset", "smoke", "--out", str(tmp_path / "file" / "run"), env=cache)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: train.out: cannot write in ")
-
-
-def test_learning_rate_by_hand():
-    config = load_config("smoke", None, ["optim.lr=1.0", "optim.warmup_steps=10", "train.steps=110"])
-    assert learning_rate(0, config) == pytest.approx(0.1)
-    assert learning_rate(9, config) == pytest.approx(1.0)
-    assert learning_rate(60, config) == pytest.approx(0.55)
-    assert learning_rate(110, config) == pytest.approx(0.1)
 
 
 def test_logits_equal_transformers():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sigma_train.config import Config
 from sigma_train.corpus import CorpusError
 from sigma_train.dataset import CacheWarning, TokenDataset, prepare, sample_windows
+from sigma_train.errors import WrongInput
 from sigma_train.tokenizer import train_tokenizer
 
 
@@ -118,5 +119,5 @@ def test_wrong_data_is_named(tmp_path):
     blocked = config.model_copy(
         update={"data": config.data.model_copy(update={"cache_dir": str(tmp_path / "file" / "x")})}
     )
-    with pytest.raises(CorpusError, match=r"data.cache_dir: cannot create .*Not a directory"):
+    with pytest.raises(WrongInput, match=r"data.cache_dir, .*cannot write in .*Not a directory"):
         prepare(blocked)

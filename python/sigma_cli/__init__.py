@@ -1,42 +1,27 @@
-"""The command `sigma`.  Heavy imports wait until a command runs, so that --help answers at once."""
+"""The command `sigma`: whatever ends a command badly becomes one sentence and an exit code here, and only here."""
 
-from pathlib import Path
-from typing import Annotated
+import signal
+import sys
+from typing import Any
 
-import typer
-from sigma_train import cli as train_cli
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command()(train_cli.train)
-app.command()(train_cli.compare)
-app.command()(train_cli.generate)
-app.command()(train_cli.export)
-
-
-@app.command()
-def doctor() -> None:
-    """Show versions, processor, instruction set and the table of backends on this machine."""
-    from sigma_kernels.doctor import report
-
-    try:
-        typer.echo(report())
-    except RuntimeError as error:  # SIGMA_ISA names what this processor has not
-        raise train_cli.fail(error) from None
-
-
-@app.command()
-def bench(
-    group: Annotated[str, typer.Argument(help="races to run, a pytest -k expression; test: all")] = "test",
-    quick: Annotated[bool, typer.Option("--quick", help="shape A only")] = False,
-    rounds: Annotated[int, typer.Option(min=1)] = 7,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
-    output: Annotated[Path | None, typer.Option(help="markdown page to write")] = None,
-) -> None:
-    """Race the layer against its peers and its bounds on this machine."""
-    from sigma_cli.bench import run
-
-    raise typer.Exit(run(group, quick, rounds, threads, output))
+from sigma_train.errors import Stopped, verdict
 
 
 def main() -> None:
-    app()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a script's & leave it
+            signal.signal(number, _on_signal)
+    try:
+        from sigma_cli.commands import app  # here, so that a module that is missing is told like the rest
+
+        app()
+    except (Exception, Stopped) as error:
+        if (found := verdict(error)) is None:
+            raise
+        code, sentence = found
+        print(f"error: {sentence}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _on_signal(number: int, _: Any) -> None:
+    raise Stopped(number)

@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from sigma_train.errors import WrongInput
 from sigma_train.files import TEMPORARY, failed_writes_are_oserrors, sha256_file, sync, temporary_name
 
-VERSION = 1
+VERSION = 2
 FILES = ("model.safetensors", "optimizer.pt")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(WrongInput):
     """A checkpoint can't be used; one sentence."""
 
 
@@ -63,18 +64,18 @@ def save_checkpoint(
         with failed_writes_are_oserrors(final):
             save_file(_unshared(model_state), temporary / FILES[0])
             torch.save(dict(optim_state), temporary / FILES[1])
-        digests = {name: sha256_file(temporary / name) for name in FILES}
-        state = {"version": VERSION, "step": step, "sha256": digests, "extra": dict(extra)}
-        text = json.dumps(state)
-        seal = hashlib.sha256(text.encode()).hexdigest()
-        (temporary / "state.json").write_text(f"{seal}\n{text}\n")
-        for name in (*FILES, "state.json"):
-            sync(temporary / name)
-        sync(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync(folder)
+            digests = {name: sha256_file(temporary / name) for name in FILES}
+            state = {"version": VERSION, "step": step, "sha256": digests, "extra": dict(extra)}
+            text = json.dumps(state)
+            seal = hashlib.sha256(text.encode()).hexdigest()
+            (temporary / "state.json").write_text(f"{seal}\n{text}\n")
+            for name in (*FILES, "state.json"):
+                sync(temporary / name)
+            sync(temporary)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            sync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -142,3 +143,22 @@ def load_checkpoint(path: Path) -> Checkpoint:
     state = _read_state(path)
     optim_state = torch.load(path / FILES[1], weights_only=True)
     return Checkpoint(state["step"], load_file(path / FILES[0]), optim_state, state["extra"])
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, source: Path) -> None:
+    """Fill `model` with the weights of `checkpoint`, which came from `source`.
+
+    Raises: CheckpointError naming the first tensor that one of them lacks or has in another shape.
+    """
+    wanted, found = _unshared(model.state_dict()), checkpoint.model_state
+    misfits = [f"{name} is missing" for name in wanted if name not in found]
+    misfits += [f"{name} is unexpected" for name in found if name not in wanted]
+    misfits += [
+        f"{name} has shape {list(found[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if misfits:
+        more = f", and {len(misfits) - 1} more do not fit" if len(misfits) > 1 else ""
+        raise CheckpointError(f"{source} does not fit the model of the settings: {misfits[0]}{more}")
+    model.load_state_dict(found, strict=False)  # not strict: a tied tensor stands under its first name only

@@ -1,6 +1,4 @@
-"""`sigma train`, `compare`, `generate` and `export`.
-
-Exit codes: 0 done, or stopped by a signal and saved; 2 wrong input; 1 failure."""
+"""`sigma train`, `compare`, `generate` and `export`; what they raise becomes an exit code in `errors.verdict`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,11 +6,6 @@ from typing import Annotated
 import typer
 
 Out = Annotated[str | None, typer.Option(help="folder of the run")]
-
-
-def fail(error: Exception, code: int = 2) -> typer.Exit:
-    typer.echo(f"error: {error}", err=True)
-    return typer.Exit(code)
 
 
 def train(
@@ -34,47 +27,36 @@ def train(
     """Train a sparse mixture-of-experts language model on text."""
     from rich.console import Console
 
-    from sigma_train.checkpoint import CheckpointError
-    from sigma_train.config import ConfigError, load_config
-    from sigma_train.corpus import CorpusError
+    from sigma_train.config import load_config
 
-    settings = list(overrides or [])
-    settings += [] if steps is None else [f"train.steps={steps}"]
-    try:
-        cfg = load_config(preset, config, settings)
-        changes: dict[str, dict] = {}
-        if out is not None:
-            changes["train"] = {"out": out}
-        if data:
-            changes["data"] = {"paths": tuple(data)}
-        for section, values in changes.items():
-            cfg = cfg.model_copy(update={section: getattr(cfg, section).model_copy(update=values)})
+    options = {
+        "train": {key: value for key, value in (("out", out), ("steps", steps)) if value is not None},
+        "data": {"paths": data} if data else {},
+    }
+    cfg = load_config(
+        preset, config, list(overrides or []), options
+    )  # wrong settings need not wait for torch
 
-        from sigma_train.loop import Diverged, Trainer
-
-        console = Console()
-        trainer = Trainer(cfg, console, resume)
-    except (CheckpointError, ConfigError, CorpusError) as error:
-        raise fail(error) from None
-    model = trainer.model
-    total = sum(p.numel() for p in model.parameters())
-    console.print(
-        f"{total / 1e6:.1f} M parameters, {model.active_parameters() / 1e6:.1f} M active a token; "
-        f"{trainer.data.train.num_tokens / 1e6:.1f} M training tokens",
-        highlight=False,
-    )
-    try:
-        trainer.run()
-    except (Diverged, OSError) as error:
-        raise fail(error, 1) from None
-
+    from sigma_train.folder import claimed
     from sigma_train.generate import generate
+    from sigma_train.loop import Trainer
     from sigma_train.report import write_report
 
-    sample = generate(model, trainer.data.tokenizer, "def ")
-    console.print("\nsample:\n", style="bold")
-    typer.echo(sample)
-    console.print(f"\nreport: {write_report(trainer.out, sample)}", style="bold")
+    console = Console()
+    with claimed(Path(cfg.train.out)):
+        trainer = Trainer(cfg, console, resume)
+        model = trainer.model
+        total = sum(p.numel() for p in model.parameters())
+        console.print(
+            f"{total / 1e6:.1f} M parameters, {model.active_parameters() / 1e6:.1f} M active a token; "
+            f"{trainer.data.train.num_tokens / 1e6:.1f} M training tokens",
+            highlight=False,
+        )
+        trainer.run()
+        sample = generate(model, trainer.data.tokenizer, "def ")
+        console.print("\nsample:\n", style="bold")
+        typer.echo(sample)
+        console.print(f"\nreport: {write_report(trainer.out, sample)}", style="bold")
 
 
 def compare(
@@ -90,20 +72,11 @@ def compare(
     from rich.console import Console
     from rich.table import Table
 
-    from sigma_train.checkpoint import CheckpointError
     from sigma_train.compare import COLUMNS
     from sigma_train.compare import compare as run_all
-    from sigma_train.config import ConfigError
-    from sigma_train.corpus import CorpusError
-    from sigma_train.loop import Diverged
 
     console = Console()
-    try:
-        runs = run_all(presets, seeds, list(overrides or []), out, console, list(data or []))
-    except (CheckpointError, ConfigError, CorpusError) as error:
-        raise fail(error) from None
-    except (Diverged, OSError) as error:
-        raise fail(error, 1) from None
+    runs = run_all(presets, seeds, list(overrides or []), out, console, list(data or []))
     if runs is None:
         return
     table = Table(*COLUMNS)
@@ -122,14 +95,17 @@ def generate(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Continue a prompt with the newest checkpoint of a run."""
-    from sigma_train.checkpoint import CheckpointError
-    from sigma_train.config import ConfigError
+    from sigma_train.config import SEED_MAX
+    from sigma_train.errors import WrongInput
+
+    if not 0 <= seed <= SEED_MAX:
+        raise WrongInput(f"--seed must be an integer from 0 to {SEED_MAX}, found {seed}")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python keeps bytes that are none
+        raise WrongInput(f"--prompt must be UTF-8 text, found {prompt!r}")
+
     from sigma_train.generate import generate, load_run
 
-    try:
-        model, tokenizer = load_run(run)
-    except (CheckpointError, ConfigError, OSError) as error:
-        raise fail(error) from None
+    _, model, tokenizer = load_run(run)
     typer.echo(generate(model, tokenizer, prompt, max_tokens, temperature, top_k, seed))
 
 
@@ -139,14 +115,12 @@ def export(
     to: Annotated[str, typer.Option(help="format; transformers")] = "transformers",
 ) -> None:
     """Write the newest model of a run for Hugging Face transformers."""
-    from sigma_train.checkpoint import CheckpointError
-    from sigma_train.config import ConfigError
+    from sigma_train.errors import WrongInput
+
+    if to != "transformers":
+        raise WrongInput(f"--to must be transformers, found {to!r}")
+
     from sigma_train.export import export_to_transformers
 
-    try:
-        if to != "transformers":
-            raise ConfigError(f"--to must be transformers, found {to!r}")
-        export_to_transformers(run, out)
-    except (CheckpointError, ConfigError, OSError) as error:
-        raise fail(error) from None
+    export_to_transformers(run, out)
     typer.echo(f"wrote {out}")

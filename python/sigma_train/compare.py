@@ -1,6 +1,5 @@
 """`sigma compare`: the same tokens through several settings and seeds, as one picture and one table."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from sigma_train.config import ConfigError, load_config
 from sigma_train.files import atomic_file, write_text
+from sigma_train.folder import claimed
 from sigma_train.loop import Trainer
 from sigma_train.metrics import read_metrics
 from sigma_train.report import png
@@ -77,9 +77,8 @@ def compare(
     """
     if len(set(presets)) != len(presets):
         raise ConfigError(f"compare wants different presets, found {', '.join(presets)}")
-    if data:
-        overrides = [*overrides, f"data.paths={json.dumps(list(data))}"]
-    configs = {p: load_config(p, None, overrides) for p in presets}
+    options: dict[str, dict[str, Any]] = {"data": {"paths": list(data)}} if data else {}
+    configs = {p: load_config(p, None, overrides, options) for p in presets}
     same = {
         (c.train.steps * c.train.batch_size * c.train.seq_len * c.train.grad_accum, c.data)
         for c in configs.values()
@@ -92,11 +91,13 @@ def compare(
     for seed in range(seeds):
         for preset in presets:
             folder = out / f"{preset}-seed{seed}"
-            config = load_config(preset, None, [*overrides, f"train.seed={seed}"])
-            config = config.model_copy(update={"train": config.train.model_copy(update={"out": str(folder)})})
+            config = load_config(
+                preset, None, overrides, options | {"train": {"seed": seed, "out": str(folder)}}
+            )
             console.print(f"[bold]{preset}[/bold], seed {seed}, in {folder}")
-            trainer = Trainer(config, console, resume=True)
-            trainer.run()
+            with claimed(folder):
+                trainer = Trainer(config, console, resume=True)
+                trainer.run()
             if trainer.is_stopped:
                 return None
             former = done.get(preset)

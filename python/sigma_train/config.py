@@ -1,10 +1,10 @@
 """The settings of a run: typed, validated, frozen; defaults < preset < file < `--set section.key=value`."""
 
 import difflib
-import hashlib
 import json
 import tomllib
 import warnings
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from sigma_train.errors import WrongInput
 
-class ConfigError(ValueError):
+
+class ConfigError(WrongInput):
     """A wrong setting, in one sentence."""
 
 
@@ -27,31 +29,46 @@ class Wanted(str):
     __slots__ = ()
 
 
-def _number(kind: type, wanted: str, **bounds: float) -> Any:
-    """A strict number: no True for 1, no '3' for 3, no nan."""
-    limits = bounds if kind is int else bounds | {"allow_inf_nan": False}
-    return Annotated[kind, Field(strict=True, **limits), Wanted(wanted)]
+def _integer(low: int, high: int, kind: str = "an integer", remark: str = "", **more: int) -> Any:
+    """A strict integer in low..high: no True for 1, no '3' for 3."""
+    wanted = Wanted(f"{kind} from {low}{remark} to {high}")
+    return Annotated[int, Field(strict=True, ge=low, le=high, **more), wanted]
 
 
-Count = _number(int, "an integer of at least 1", ge=1)
-Whole = _number(int, "an integer of at least 0", ge=0)
-Positive = _number(float, "a number above 0", gt=0)
-NonNegative = _number(float, "a number of at least 0", ge=0)
-Share = _number(float, "a number from 0 to 1", ge=0, le=1)
-OpenShare = _number(float, "a number above 0 and below 1", gt=0, lt=1)
-Beta = _number(float, "a number of at least 0 and below 1", ge=0, lt=1)
-EvenCount = Annotated[int, Field(strict=True, ge=2, multiple_of=2), Wanted("an even integer of at least 2")]
-Vocabulary = Annotated[
-    int,
-    Field(strict=True, ge=257, le=1 << 32),
-    Wanted("an integer of at least 257, one token per byte and the end of text"),
-]
-OptionalCount = Annotated[Count | None, Wanted("an integer of at least 1, or none")]
-OptionalPositive = Annotated[Positive | None, Wanted("a number above 0, or none")]
-OptionalPath = Annotated[str | None, Wanted("a path, or none")]
+def _number(wanted: str, **bounds: float) -> Any:
+    """A strict number, and no nan."""
+    return Annotated[float, Field(strict=True, allow_inf_nan=False, **bounds), Wanted(wanted)]
+
+
+def _wanted_of(kind: Any) -> Wanted:
+    return next(note for note in kind.__metadata__ if isinstance(note, Wanted))
+
+
+def _or_none(kind: Any) -> Any:
+    return Annotated[kind | None, Wanted(f"{_wanted_of(kind)}, or none")]
+
+
+SEED_MAX = (1 << 63) - 1  # TOML's largest integer
+
+Count = _integer(1, 10**9)
+Whole = _integer(0, 10**9)
+Size = _integer(1, 1 << 20)  # of a dimension
+EvenSize = _integer(2, 1 << 20, "an even integer", multiple_of=2)
+Vocabulary = _integer(257, 1 << 24, remark=" (every byte and the end of text)")
+Threads = _integer(1, 1024)  # OpenMP dies of more than the system grants
+Seed = _integer(0, SEED_MAX)
+Bytes = _integer(1, 10**18)
+Positive = _number("a number above 0", gt=0)
+NonNegative = _number("a number of at least 0", ge=0)
+Share = _number("a number from 0 to 1", ge=0, le=1)
+OpenShare = _number("a number above 0 and below 1", gt=0, lt=1)
+Beta = _number("a number of at least 0 and below 1", ge=0, lt=1)
+Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), Wanted("the name of a folder")]
 TopK = Annotated[
-    Count | tuple[Count, ...], Wanted("an integer of at least 1, or a list of them, one for each layer")
+    Size | tuple[Size, ...], Wanted(f"{_wanted_of(Size)}, or a list of them, one for each layer")
 ]
+OptionalBytes, OptionalFolder = _or_none(Bytes), _or_none(Folder)
+OptionalPositive, OptionalThreads = _or_none(Positive), _or_none(Threads)
 Betas = Annotated[tuple[Beta, Beta], Wanted("two numbers of at least 0 and below 1")]
 Paths = Annotated[
     tuple[str, ...],
@@ -66,15 +83,15 @@ class _Section(BaseModel):
 
 class ModelConfig(_Section):
     vocab_size: Vocabulary = 4096
-    hidden_size: Count = 256
-    num_layers: Count = 4
-    num_heads: Count = 4
-    num_kv_heads: Count = 2
-    head_dim: EvenCount = 64  # even: rotary embeddings turn pairs
-    intermediate_size: Count = 256  # of one expert; a dense MLP is intermediate_size * top_k wide
-    num_experts: Count = 96  # 1 is a dense SwiGLU MLP without a router
+    hidden_size: Size = 256
+    num_layers: Size = 4
+    num_heads: Size = 4
+    num_kv_heads: Size = 2
+    head_dim: EvenSize = 64  # even: rotary embeddings turn pairs
+    intermediate_size: Size = 256  # of one expert; a dense MLP is intermediate_size * top_k wide
+    num_experts: Size = 96  # 1 is a dense SwiGLU MLP without a router
     top_k: TopK = 1
-    max_seq_len: Count = 256
+    max_seq_len: Size = 256
     rope_theta: Positive = 10000.0
     norm_eps: Positive = 1e-6
     tie_embeddings: bool = Field(True, strict=True)
@@ -120,8 +137,8 @@ class RouterConfig(_Section):
 class DataConfig(_Section):
     paths: Paths = ()  # empty: the Python standard library's source on this machine
     val_fraction: OpenShare = 0.02
-    cache_dir: OptionalPath = None  # none: $SIGMA_CACHE, else ~/.cache/sigma-kernels
-    max_bytes: OptionalCount = None
+    cache_dir: OptionalFolder = None  # none: $SIGMA_CACHE, else ~/.cache/sigma-kernels
+    max_bytes: OptionalBytes = None
 
 
 class OptimConfig(_Section):
@@ -140,10 +157,10 @@ class OptimConfig(_Section):
 
 class TrainConfig(_Section):
     steps: Count = 600
-    batch_size: Count = 8  # sequences of one rank and one micro-step
-    seq_len: Count = 256
+    batch_size: Size = 8  # sequences of one rank and one micro-step
+    seq_len: Size = 256
     grad_accum: Count = 1
-    seed: Whole = 0
+    seed: Seed = 0
     eval_every: Count = 50
     eval_batches: Count = 20
     log_every: Count = 10
@@ -151,8 +168,8 @@ class TrainConfig(_Section):
     keep: Count = 2
     sample_every: Whole = 0  # 0: never
     time_budget_s: OptionalPositive = None
-    out: str = "runs/default"
-    threads: OptionalCount = None
+    out: Folder = "runs/default"
+    threads: OptionalThreads = None
 
 
 class Config(_Section):
@@ -196,7 +213,7 @@ class Config(_Section):
 
 
 # These change what a run reports, keeps or costs, never the numbers that it computes.
-_NOT_DIGESTED = {
+_NOT_SHAPING = {
     "data": {"cache_dir"},
     "train": {
         *("eval_every", "eval_batches", "log_every", "save_every", "sample_every"),
@@ -205,10 +222,10 @@ _NOT_DIGESTED = {
 }
 
 
-def config_digest(cfg: Config) -> str:
-    """Sixteen hex digits of everything that shapes the trained weights; equal digests may resume each other."""
-    settings = json.dumps(cfg.model_dump(exclude=_NOT_DIGESTED), sort_keys=True)
-    return hashlib.sha256(settings.encode()).hexdigest()[:16]
+def shaping_settings(cfg: Config) -> dict[str, Any]:
+    """`section.key` of everything that shapes the trained weights, as JSON has it; equal ones may resume each other."""
+    sections = cfg.model_dump(mode="json", exclude=_NOT_SHAPING)
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
 
 
 def preset_names() -> list[str]:
@@ -218,10 +235,15 @@ def preset_names() -> list[str]:
     )
 
 
-def load_config(preset: str | None, config_file: Path | None, overrides: list[str]) -> Config:
-    """Defaults, then the preset, then the file, then each `section.key=value`, the later over the former.
+def load_config(
+    preset: str | None,
+    config_file: Path | None,
+    overrides: list[str],
+    options: Mapping[str, dict[str, Any]] | None = None,
+) -> Config:
+    """Defaults, preset, file, each `section.key=value`, then `options` by section; the later over the former.
 
-    A value is read as TOML, else taken as a plain string; `none` clears an optional setting.
+    A value is read as TOML, else taken as a plain string; `none` clears a setting that may be none.
     Raises: ConfigError, one sentence that names the key.
     """
     layers = []
@@ -229,14 +251,13 @@ def load_config(preset: str | None, config_file: Path | None, overrides: list[st
         layers.append(_read_preset(preset))
     if config_file is not None:
         layers.append(_read_file(Path(config_file)))
-    layers += [_parse_override(text) for text in overrides]
+    layers += [*map(_parse_override, overrides), options or {}]
     merged: dict[str, Any] = {}
     for layer in layers:
         for section, settings in layer.items():
-            if isinstance(settings, dict) and isinstance(merged.get(section, {}), dict):
-                merged[section] = merged.get(section, {}) | settings
-            else:
-                merged[section] = settings
+            former = merged.get(section, {})
+            if isinstance(former, dict):  # what is no table stays until Config names it
+                merged[section] = former | settings if isinstance(settings, dict) else settings
     return Config.from_dict(merged)
 
 
@@ -254,7 +275,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read config file {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of the syntax, of UTF-8, or of an integer of thousands of digits
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
 
 
@@ -265,15 +286,16 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise ConfigError(f"--set wants section.key=value, found {text!r}")
     if not dot:
         raise ConfigError(f"--set wants section.key=value, found {text!r}; {_nearest(name.strip())}")
+    field = _fields(section).get(key) if section in Config.model_fields else None
+    if value.strip().lower() == "none" and field and type(None) in get_args(field.annotation):
+        return {section: {key: None}}
     return {section: {key: _parse_value(value.strip())}}
 
 
 def _parse_value(text: str) -> Any:
-    if text.lower() == "none":
-        return None
     try:
         value = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         return text
     # A date or a second line is no setting of ours, but may be a name such as runs of that day.
     return (

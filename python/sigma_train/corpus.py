@@ -9,12 +9,14 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from sigma_train.errors import WrongInput
+
 MAX_DOCUMENT_BYTES = (
     1 << 16
 )  # a longer file is cut at line ends, so that one book still has two sides to split
 
 
-class CorpusError(ValueError):
+class CorpusError(WrongInput):
     """No usable text, in one sentence."""
 
 

@@ -5,6 +5,7 @@ Sample p of a run is window permutation_{seed, epoch}(p mod W) with epoch = p di
 W windows once, a restart repeats what it would have seen, and no state is kept.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -33,7 +34,7 @@ from sigma_train.corpus import (
     read_corpus,
     split,
 )
-from sigma_train.files import atomic_file, locked, sha256_file, sweep, write_text
+from sigma_train.files import atomic_file, locked, must_be_writable, sha256_file, sweep, write_text
 from sigma_train.tokenizer import DamagedFile, Tokenizer, train_tokenizer
 
 VERSION = 1  # of the files in the cache; part of every key
@@ -161,14 +162,19 @@ def cache_dir(config: DataConfig) -> Path:
 def prepare(config: Config) -> PreparedData:
     """Corpus, tokenizer and tokens, made once and found again at once the next time.
 
-    Raises: CorpusError if no file matches, nothing is text, or a split is shorter than one window.
+    Raises: CorpusError if no file matches, nothing is text, or a split is shorter than one window; WrongInput if
+    the cache can't be written.
     """
-    cache = Cache(cache_dir(config.data))
     files = find_files(config.data.paths)
     key = _key(
         *map(_fingerprint, files), config.data.max_bytes, config.data.val_fraction, config.model.vocab_size
     )
-    with locked(cache.folder / f"lock-{key}"):
+    folder = cache_dir(config.data)
+    with contextlib.ExitStack() as stack:
+        with must_be_writable("data.cache_dir, or SIGMA_CACHE", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / f"lock-{key}"))
+        cache = Cache(folder)
         prepared = cache.look_up(key) or cache.build(key, files, config)
     for dataset in (prepared.train, prepared.val):
         dataset.num_windows(config.train.seq_len)  # too short is an error now, not at the first evaluation
@@ -179,12 +185,6 @@ class Cache:
     """What `prepare` leaves behind: the record of a key names a tokenizer and a token file by their content."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CorpusError(
-                f"data.cache_dir: cannot create {folder}: {error.strerror}; name another or set SIGMA_CACHE"
-            ) from None
         sweep(folder, STALE_S)
         self.folder = folder
 

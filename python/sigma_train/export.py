@@ -8,8 +8,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sigma_train.config import Config, ConfigError, load_config
-from sigma_train.files import failed_writes_are_oserrors, temporary_name, write_text
+from sigma_train.config import Config, ConfigError
+from sigma_train.files import failed_writes_are_oserrors, must_be_writable, temporary_name, write_text
 from sigma_train.generate import load_run
 from sigma_train.model import LanguageModel
 from sigma_train.tokenizer import END_OF_TEXT
@@ -23,11 +23,11 @@ def export_to_transformers(run: Path, out: Path) -> None:
     """
     if out.exists():
         raise ConfigError(f"{out} exists; name a new folder")
-    model, tokenizer = load_run(run)
-    config = load_config(None, run / "config.toml", [])
+    config, model, tokenizer = load_run(run)
     settings = transformers_config(config, tokenizer.eos_id)
     temporary = temporary_name(out)
-    temporary.mkdir(parents=True)
+    with must_be_writable("export", out.parent):
+        temporary.mkdir(parents=True)
     try:
         weights = transformers_state(model, config)
         with failed_writes_are_oserrors(out):

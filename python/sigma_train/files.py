@@ -11,9 +11,11 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
+from sigma_train.errors import WrongInput
+
 try:
     import fcntl
-except ImportError:  # not a Unix: the lock below saves work, it is not needed for correctness
+except ImportError:  # not a Unix
     fcntl = None
 
 TEMPORARY = ".tmp-"  # how every unfinished file or folder of ours begins
@@ -29,11 +31,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that takes the place of `path` if the block ends well, and vanishes if not."""
     temporary = temporary_name(path)
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with failed_writes_are_oserrors(path):
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -47,11 +50,24 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def failed_writes_are_oserrors(path: Path) -> Iterator[None]:
-    """safetensors and torch.save report a full disk by errors of their own."""
+    """A full disk names no file, and safetensors and torch.save report it by errors of their own."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
         raise OSError(f"cannot write {path}, perhaps for want of space: {error}") from None
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def must_be_writable(setting: str, folder: Path) -> Iterator[None]:
+    """A folder that the user named and the system refuses is wrong input."""
+    try:
+        yield
+    except OSError as error:
+        raise WrongInput(
+            f"{setting}: cannot write in {folder}: {error.strerror}; name another folder"
+        ) from None
 
 
 def sync(path: Path) -> None:
@@ -78,13 +94,17 @@ def sweep(folder: Path, older_than_s: float) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`, so that of the ranks of one node a single one does the work.
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock on `path`, a file that is made and stays; without lock support this does nothing.
 
-    Only a saving: without lock support every process does the work and the last rename wins.
+    Raises: BlockingIOError if another holds it and `wait` is False.
     """
     with open(path, "ab") as file:
         if fcntl is not None:
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:  # some network file systems have no locks
+                pass
         yield  # closing the file releases the lock, and so does the death of the process

@@ -4,20 +4,31 @@ from pathlib import Path
 
 import torch
 
-from sigma_train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
-from sigma_train.config import load_config
+from sigma_train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_weights
+from sigma_train.config import Config, load_config
+from sigma_train.errors import WrongInput
 from sigma_train.model import LanguageModel
-from sigma_train.tokenizer import Tokenizer
+from sigma_train.tokenizer import Tokenizer, read_tokenizer
 
 
-def load_run(run: Path) -> tuple[LanguageModel, Tokenizer]:
-    """The newest model of a run's folder.  Raises: CheckpointError if there is none."""
+def load_run(run: Path) -> tuple[Config, LanguageModel, Tokenizer]:
+    """The newest model of a run's folder.
+
+    Raises: CheckpointError if there is none or it does not fit config.toml; WrongInput if the tokenizer does not.
+    """
     latest = latest_checkpoint(run / "checkpoints") if (run / "checkpoints").is_dir() else None
     if latest is None:
         raise CheckpointError(f"{run} holds no sound checkpoint")
-    model = LanguageModel(load_config(None, run / "config.toml", []))
-    model.load_state_dict(load_checkpoint(latest).model_state, strict=False)
-    return model, Tokenizer((run / "tokenizer.json").read_text())
+    config = load_config(None, run / "config.toml", [])
+    tokenizer = read_tokenizer(run / "tokenizer.json")
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise WrongInput(
+            f"{run / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, more than model.vocab_size = "
+            f"{config.model.vocab_size}"
+        )
+    model = LanguageModel(config)
+    load_weights(model, load_checkpoint(latest), latest)
+    return config, model, tokenizer
 
 
 @torch.no_grad()
@@ -40,7 +51,8 @@ def generate(
             ids.append(int(logits.argmax()))
         else:
             best = logits.topk(min(top_k, logits.shape[0]))
-            choice = torch.multinomial((best.values / temperature).softmax(-1), 1, generator=generator)
+            below = (best.values - best.values[0]).double()  # 0 / temperature is 0 however small it is
+            choice = torch.multinomial((below / temperature).softmax(-1), 1, generator=generator)
             ids.append(int(best.indices[choice]))
         if ids[-1] == tokenizer.eos_id:
             break

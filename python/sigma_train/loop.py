@@ -1,10 +1,12 @@
 """The run: steps, validation, checkpoints, and an end that loses nothing."""
 
+import contextlib
 import ctypes
 import ctypes.util
 import math
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from sigma_kernels import _C
 from sigma_kernels import nn as sk_nn
 from sigma_train.bound import dense_tokens_per_s
-from sigma_train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from sigma_train.config import Config, ConfigError, config_digest
+from sigma_train.checkpoint import latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from sigma_train.config import Config, ConfigError, shaping_settings
 from sigma_train.dataset import PreparedData, TokenDataset, prepare
+from sigma_train.errors import Failure
 from sigma_train.files import write_text
 from sigma_train.generate import generate
 from sigma_train.metrics import Metrics, busiest
@@ -26,18 +30,22 @@ from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
 from sigma_train.progress import RunLine
 
 
-class Diverged(RuntimeError):
+class Diverged(Failure):
     """The loss or its gradient is no longer a number; one sentence."""
 
 
 class Trainer:
-    """One run in one folder: config.toml, metrics.jsonl, tensorboard/, tokenizer.json, checkpoints/."""
+    """One run in one folder: config.toml, metrics.jsonl, tensorboard/, tokenizer.json, checkpoints/.
+
+    The caller holds the folder (`folder.claimed`) from before this is made until the last file of the run is written.
+    """
 
     def __init__(self, config: Config, console: Console, resume: bool) -> None:
         self.config, self.console = config, console
         self.out = Path(config.train.out)
         self.checkpoints = self.out / "checkpoints"
-        self.step, self.tokens_seen, self._stop = 0, 0, False
+        self.step, self.tokens_seen, self._saved, self._stop = 0, 0, -1, False
+        _C.isa()  # a SIGMA_ISA that this processor has not, before anything is written
         latest = latest_checkpoint(self.checkpoints) if self.checkpoints.is_dir() else None
         if latest is not None and not resume:
             raise ConfigError(
@@ -51,45 +59,50 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config.optim)
         if latest is not None:
             self._resume(latest)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_text(self.out / "config.toml", config.to_toml())
-        except OSError as error:
-            raise ConfigError(
-                f"train.out: cannot write in {self.out}: {error.strerror}; name another --out"
-            ) from None
+        write_text(self.out / "config.toml", config.to_toml())
         self.data.tokenizer.save(self.out / "tokenizer.json")
         self.metrics = Metrics(self.out, self.step)
         self.line = RunLine(console, self.step, config.train.steps)
 
     def _resume(self, path: Path) -> None:
         checkpoint = load_checkpoint(path)
-        if checkpoint.extra["config_digest"] != config_digest(self.config):
-            raise ConfigError(f"{self.out} holds a run of other settings; name another --out")
+        then, now = checkpoint.extra["settings"], shaping_settings(self.config)
+        if changed := [key for key in now | then if now.get(key) != then.get(key)]:
+            differences = ", ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed)
+            raise ConfigError(
+                f"{self.out} holds a run of other settings: {differences}; "
+                "give them again or name another --out"
+            )
         if checkpoint.extra.get("corpus_digest") != self.data.stats["corpus_digest"]:
             raise ConfigError(f"the text of data.paths is not what {self.out} began with; name another --out")
-        missing, unexpected = self.model.load_state_dict(checkpoint.model_state, strict=False)
-        if unexpected or any(name != "lm_head.weight" for name in missing):
-            raise ConfigError(f"checkpoint {path} does not fit this model: {(missing + unexpected)[0]}")
+        load_weights(self.model, checkpoint, path)
         self.optimizer.load_state_dict(checkpoint.optim_state)
-        self.step, self.tokens_seen = checkpoint.step, checkpoint.extra["tokens_seen"]
+        self.step = self._saved = checkpoint.step
+        self.tokens_seen = checkpoint.extra["tokens_seen"]
         self.console.print(f"resumed {path} at step {self.step}")
 
     def run(self) -> None:
-        """Train to the last step, to the time budget, or to a signal; then save."""
+        """Train to the last step, to the time budget, or to a signal; then save.
+
+        A signal before the first step meets the handlers of before: there is nothing to save.
+        """
+        with contextlib.closing(self.metrics):
+            is_sparse, is_finished = bool(self.model.moe_layers()), self.step >= self.config.train.steps
+            dense = dense_tokens_per_s(self.config) if is_sparse and not is_finished else None
+            with self.line, self._signals_stop():
+                self._run(dense)
+
+    @contextlib.contextmanager
+    def _signals_stop(self) -> Iterator[None]:
         former = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with self.line:
-                self._run()
+            yield
         finally:
             for s, handler in former.items():
                 signal.signal(s, handler)
-            self.metrics.close()
 
-    def _run(self) -> None:
-        t, started, saved = self.config.train, time.monotonic(), self.step
-        is_sparse = bool(self.model.moe_layers())
-        dense = dense_tokens_per_s(self.config) if is_sparse and self.step < t.steps else None
+    def _run(self, dense: float | None) -> None:
+        t, started = self.config.train, time.monotonic()
         last_log, last_tokens = time.monotonic(), self.tokens_seen
         while self.step < t.steps and not self._stop:
             if t.time_budget_s is not None and time.monotonic() - started > t.time_budget_s:
@@ -113,9 +126,8 @@ class Trainer:
                 self._sample()
             if self.step % t.save_every == 0:
                 self._save()
-                saved = self.step
             last_log += time.monotonic() - pause
-        if saved != self.step:
+        if self._saved != self.step:
             self._save()
         if self._stop:
             self.line.say(f"stopped at step {self.step}; saved, continue with --resume")
@@ -190,7 +202,7 @@ class Trainer:
 
     def _save(self) -> None:
         extra = {
-            "config_digest": config_digest(self.config),
+            "settings": shaping_settings(self.config),
             "corpus_digest": self.data.stats["corpus_digest"],
             "tokens_seen": self.tokens_seen,
         }
@@ -202,6 +214,7 @@ class Trainer:
             extra,
             self.config.train.keep,
         )
+        self._saved = self.step
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from sigma_train.files import write_text
+from sigma_train.files import failed_writes_are_oserrors, write_text
 
 
 class Metrics:
@@ -17,7 +17,7 @@ class Metrics:
     """
 
     def __init__(self, run: Path, first_step: int) -> None:
-        path = run / "metrics.jsonl"
+        self._path = path = run / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= first_step] if path.exists() else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
@@ -25,7 +25,8 @@ class Metrics:
 
     def write(self, step: int, **values: Any) -> None:
         """Numbers and lists as they are; one busiest_expert for the load of all layers on the board."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        with failed_writes_are_oserrors(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if name == "load":
                 self._board.add_scalar("busiest_expert", busiest(value), step)

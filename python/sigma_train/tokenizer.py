@@ -10,6 +10,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from sigma_train.errors import WrongInput
 from sigma_train.files import write_text
 
 END_OF_TEXT = "<|endoftext|>"
@@ -76,6 +77,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return Tokenizer(tokenizer.to_str())
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The file that `Tokenizer.save` wrote.  Raises: WrongInput if it is another."""
+    try:
+        tokenizer = Tokenizer(path.read_bytes().decode())
+    except FileNotFoundError:
+        raise WrongInput(f"{path} is missing") from None
+    except Exception as error:  # tokenizers raises no kind of its own
+        raise WrongInput(f"{path} is not a tokenizer: {error}") from None
+    if tokenizer.eos_id is None:
+        raise WrongInput(f"{path} is not the tokenizer of a run: it has no token {END_OF_TEXT}")
+    return tokenizer
 
 
 def save_cached(tokenizer: Tokenizer, path: Path) -> None:

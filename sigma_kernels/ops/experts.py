@@ -25,7 +25,6 @@ from sigma_kernels.ops.library import (
     operand,
     risen,
     rounded,
-    rows,
     saturated,
     slots,
     widened,

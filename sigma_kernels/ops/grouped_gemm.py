@@ -22,7 +22,6 @@ from sigma_kernels.ops.library import (
     operand,
     risen,
     rounded,
-    rows,
 )
 
 

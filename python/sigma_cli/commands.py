@@ -1,0 +1,35 @@
+"""The commands of `sigma`.  Heavy imports wait until a command runs, so that --help answers at once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from sigma_train import cli as train_cli
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(train_cli.train)
+app.command()(train_cli.compare)
+app.command()(train_cli.generate)
+app.command()(train_cli.export)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, processor, instruction set and the table of backends on this machine."""
+    from sigma_kernels.doctor import report
+
+    typer.echo(report())
+
+
+@app.command()
+def bench(
+    group: Annotated[str, typer.Argument(help="races to run, a pytest -k expression; test: all")] = "test",
+    quick: Annotated[bool, typer.Option("--quick", help="shape A only")] = False,
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    output: Annotated[Path | None, typer.Option(help="markdown page to write")] = None,
+) -> None:
+    """Race the layer against its peers and its bounds on this machine."""
+    from sigma_cli.bench import run
+
+    raise typer.Exit(run(group, quick, rounds, threads, output))
