@@ -147,10 +147,10 @@ WRONG = [
     ),
     (lambda: sk.route(LOGITS, bias=torch.zeros(5)), ValueError, "route: bias must be [6], found [5]"),
     (
-        lambda: sk.route(LOGITS.bfloat16()),
+        lambda: sk.permute(X.half(), sk.group_by_expert(INDEX, 3)),
         RuntimeError,
-        "no backend can run route here: 'cpu': it takes float32, not bfloat16; 'reference': it takes float32, "
-        "float64, not bfloat16 (sigma doctor shows the table)",
+        "no backend can run permute here: 'cpu': it takes float32, bfloat16, not float16; 'reference': it takes "
+        "float32, float64, not float16 (sigma doctor shows the table)",
     ),
     (
         lambda: sk.moe_experts(X, INDEX + 1, WEIGHTS, GATE_UP, DOWN),

@@ -86,3 +86,18 @@ def test_normalised_sigmoid_of_any_size(backend, shift):
     got.backward(grad)
     want.backward(grad.double())
     assert_close(narrow.grad, wide.grad, tolerance(torch.float32, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_logits_are_computed_in_f32(dtype):
+    """Defends: a choice by rounded scores, a gradient that stops at the conversion."""
+    logits = torch.randn(50, 33).to(dtype).requires_grad_()
+    wide = logits.detach().float().requires_grad_()
+    got, want = sk.route(logits, 3, normalize=True), sk.route(wide, 3, normalize=True)
+    assert got.weights.dtype == dtype
+    assert torch.equal(got.indices, want.indices)
+    assert torch.equal(got.weights, want.weights.to(dtype))
+    grad = torch.randn(50, 3).to(dtype)
+    got.weights.backward(grad)
+    want.weights.backward(grad.float())
+    assert torch.equal(logits.grad, wide.grad.to(dtype))

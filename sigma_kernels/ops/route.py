@@ -43,7 +43,7 @@ def route(
     `normalize` and top_k = 1 it is always 1 and carries none.
 
     Args:
-        logits: [T, E] f32 (f64 on the reference backend).
+        logits: [T, E] f32 (f64 on the reference backend); bf16 and f16 are computed in f32, weights rounded to them.
         top_k: experts per token, 1..E.
         score: "softmax" over the experts, or "sigmoid" of each.
         bias: [E], added for the choice only; not differentiated.
@@ -62,10 +62,11 @@ def route(
     if bias is not None:
         check_shape("route", "bias", bias, (E,))
         check_device("route", "bias", bias, "logits", logits)
-        bias = bias.detach().to(logits.dtype)
+        bias = bias.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     # The operation answers with the weights first: opcheck adds all outputs onto the first, which must be a float.
-    weights, indices, *order = _route(logits, top_k, score == "softmax", normalize, bias)
-    return Routing(indices, weights, *order)
+    weights, indices, *order = _route(wide, top_k, score == "softmax", normalize, bias)
+    return Routing(indices, weights.to(logits.dtype), *order)
 
 
 def check_score(op: str, score: str) -> None:
