@@ -11,7 +11,7 @@ if find_spec("sigma_kernels._C") is None:
 from sigma_kernels import _C as _C
 from sigma_kernels import nn
 from sigma_kernels.backends import backend, backends
-from sigma_kernels.ops.experts import moe_experts
+from sigma_kernels.ops.experts import accumulate_grad, moe_experts
 from sigma_kernels.ops.grouped_gemm import grouped_gemm
 from sigma_kernels.ops.library import empty_cache
 from sigma_kernels.ops.permute import permute, unpermute
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Routing",
+    "accumulate_grad",
     "backend",
     "backends",
     "empty_cache",
