@@ -17,6 +17,8 @@
 namespace py = pybind11;
 using namespace sigma::cpu;
 using sigma::Bf16;
+using sigma::F16;
+using sigma::Int8;
 
 namespace {
 
@@ -42,6 +44,45 @@ struct Block {
 auto no_gil() { return py::call_guard<py::gil_scoped_release>(); }
 
 // X and W: see experts.h.
+template <class X, class W>
+void bind_experts_forward(py::module_& m, const std::string& suffix) {
+  py::class_<Experts<X, W>>(m, ("Experts" + suffix).c_str(),
+                            "The shared arguments of experts_forward and experts_backward.")
+      .def(py::init([](int64_t T, int64_t H, int64_t I, int64_t E, int k, Address x, int64_t ldx,
+                       Address offsets, Address row_map, Address weights, Address gate_up_proj,
+                       int64_t gate_up_expert, int64_t gate_up_row, Address down_proj, int64_t down_expert,
+                       int64_t down_row, Address gate_up, int threads, Address gate_up_scale,
+                       Address down_scale) {
+        return Experts<X, W>{.T = T,
+                             .H = H,
+                             .I = I,
+                             .E = E,
+                             .k = k,
+                             .x = at<X>(x),
+                             .ldx = ldx,
+                             .offsets = at<int32_t>(offsets),
+                             .row_map = at<int32_t>(row_map),
+                             .weights = at<float>(weights),
+                             .gate_up_proj = at<W>(gate_up_proj),
+                             .gate_up_expert = gate_up_expert,
+                             .gate_up_row = gate_up_row,
+                             .down_proj = at<W>(down_proj),
+                             .down_expert = down_expert,
+                             .down_row = down_row,
+                             .gate_up = at<float>(gate_up),
+                             .threads = threads,
+                             .gate_up_scale = at<float>(gate_up_scale),
+                             .down_scale = at<float>(down_scale)};
+      }));
+
+  m.def(("experts_forward" + suffix).c_str(),
+        [](const Experts<X, W>& e, Address hidden, Address by_slot, Address out) {
+          experts_forward(e, ExpertsForward<X>{
+                                 .hidden = at<X>(hidden), .by_slot = at<float>(by_slot), .out = at<X>(out)});
+        },
+        no_gil());
+}
+
 template <class X, class W>
 void bind_gemms(py::module_& m, const std::string& suffix) {
   m.def(("grouped_gemm" + suffix).c_str(),
@@ -80,39 +121,7 @@ void bind_gemms(py::module_& m, const std::string& suffix) {
         },
         no_gil());
 
-  py::class_<Experts<X, W>>(m, ("Experts" + suffix).c_str(),
-                            "The shared arguments of experts_forward and experts_backward.")
-      .def(py::init([](int64_t T, int64_t H, int64_t I, int64_t E, int k, Address x, int64_t ldx,
-                       Address offsets, Address row_map, Address weights, Address gate_up_proj,
-                       int64_t gate_up_expert, int64_t gate_up_row, Address down_proj, int64_t down_expert,
-                       int64_t down_row, Address gate_up, int threads) {
-        return Experts<X, W>{.T = T,
-                             .H = H,
-                             .I = I,
-                             .E = E,
-                             .k = k,
-                             .x = at<X>(x),
-                             .ldx = ldx,
-                             .offsets = at<int32_t>(offsets),
-                             .row_map = at<int32_t>(row_map),
-                             .weights = at<float>(weights),
-                             .gate_up_proj = at<W>(gate_up_proj),
-                             .gate_up_expert = gate_up_expert,
-                             .gate_up_row = gate_up_row,
-                             .down_proj = at<W>(down_proj),
-                             .down_expert = down_expert,
-                             .down_row = down_row,
-                             .gate_up = at<float>(gate_up),
-                             .threads = threads};
-      }));
-
-  m.def(("experts_forward" + suffix).c_str(),
-        [](const Experts<X, W>& e, Address hidden, Address by_slot, Address out) {
-          experts_forward(e, ExpertsForward<X>{
-                                 .hidden = at<X>(hidden), .by_slot = at<float>(by_slot), .out = at<X>(out)});
-        },
-        no_gil());
-
+  bind_experts_forward<X, W>(m, suffix);
   m.def(("experts_backward" + suffix).c_str(),
         [](const Experts<X, W>& e, Address grad_out, int64_t ld_grad, Address grad_gate_up, Address hidden,
            Address by_slot, Address grad_weights, Address grad_x, Address grad_gate_up_proj,
@@ -163,6 +172,30 @@ void bind_combine(py::module_& m, const std::string& suffix) {
                                               .grad_y = at<Y>(grad_y),
                                               .grad_weights = at<float>(grad_weights),
                                               .threads = threads});
+        },
+        no_gil());
+}
+
+template <class T>
+void bind_convert(py::module_& m, const std::string& suffix) {
+  m.def(("widen" + suffix).c_str(),
+        [](int64_t rows, int64_t columns, Address x, int64_t ldx, Address y, int threads) {
+          widen(Convert<T>{.rows = rows,
+                           .columns = columns,
+                           .wide = at<float>(y),
+                           .narrow = at<T>(x),
+                           .ld_narrow = ldx,
+                           .threads = threads});
+        },
+        no_gil());
+  m.def(("narrow" + suffix).c_str(),
+        [](int64_t rows, int64_t columns, Address x, Address y, int threads) {
+          narrow(Convert<T>{.rows = rows,
+                            .columns = columns,
+                            .wide = at<float>(x),
+                            .narrow = at<T>(y),
+                            .ld_narrow = columns,
+                            .threads = threads});
         },
         no_gil());
 }
@@ -262,30 +295,12 @@ PYBIND11_MODULE(_C, m) {
 
   bind_gemms<float, float>(m, "");
   bind_gemms<float, Bf16>(m, "_widened");
+  bind_gemms<float, F16>(m, "_f16");
+  bind_experts_forward<float, Int8>(m, "_int8");
   bind_gemms<Bf16, Bf16>(m, "_bf16");
   bind_combine<float>(m, "");
   bind_combine<Bf16>(m, "_bf16");
-
-  m.def(
-      "widen",
-      [](int64_t rows, int64_t columns, Address x, int64_t ldx, Address y, int threads) {
-        widen({.rows = rows,
-               .columns = columns,
-               .wide = at<float>(y),
-               .narrow = at<Bf16>(x),
-               .ld_narrow = ldx,
-               .threads = threads});
-      },
-      no_gil());
-  m.def(
-      "narrow",
-      [](int64_t rows, int64_t columns, Address x, Address y, int threads) {
-        narrow({.rows = rows,
-                .columns = columns,
-                .wide = at<float>(x),
-                .narrow = at<Bf16>(y),
-                .ld_narrow = columns,
-                .threads = threads});
-      },
-      no_gil());
+  bind_combine<F16>(m, "_f16");
+  bind_convert<Bf16>(m, "_bf16");
+  bind_convert<F16>(m, "_f16");
 }

@@ -13,6 +13,7 @@ from sigma_kernels import nn
 from sigma_kernels.backends import backend, backends
 from sigma_kernels.ops.experts import accumulate_grad, moe_experts
 from sigma_kernels.ops.grouped_gemm import grouped_gemm
+from sigma_kernels.ops.int8 import moe_experts_int8, quantize_experts
 from sigma_kernels.ops.library import empty_cache
 from sigma_kernels.ops.permute import permute, unpermute
 from sigma_kernels.ops.route import group_by_expert, route
@@ -29,8 +30,10 @@ __all__ = [
     "group_by_expert",
     "grouped_gemm",
     "moe_experts",
+    "moe_experts_int8",
     "nn",
     "permute",
+    "quantize_experts",
     "route",
     "unpermute",
 ]

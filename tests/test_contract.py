@@ -147,10 +147,10 @@ WRONG = [
     ),
     (lambda: sk.route(LOGITS, bias=torch.zeros(5)), ValueError, "route: bias must be [6], found [5]"),
     (
-        lambda: sk.permute(X.half(), sk.group_by_expert(INDEX, 3)),
+        lambda: sk.permute(X.to(torch.float8_e4m3fn), sk.group_by_expert(INDEX, 3)),
         RuntimeError,
-        "no backend can run permute here: 'cpu': it takes float32, bfloat16, not float16; 'reference': it takes "
-        "float32, float64, not float16 (sigma doctor shows the table)",
+        "no backend can run permute here: 'cpu': it takes float32, bfloat16, float16, not float8_e4m3fn; "
+        "'reference': it takes float32, float64, not float8_e4m3fn (sigma doctor shows the table)",
     ),
     (
         lambda: sk.moe_experts(X, INDEX + 1, WEIGHTS, GATE_UP, DOWN),

@@ -9,18 +9,25 @@ constexpr int64_t kSerialElements = 1 << 15;  // below this a parallel region co
 
 }  // namespace
 
-void widen(const Convert& c) {
+template <class T>
+void widen(const Convert<T>& c) {
   const Kernels& isa = kernels();
 #pragma omp parallel for schedule(static) num_threads(c.threads) if (c.rows * c.columns > kSerialElements)
   for (int64_t r = 0; r < c.rows; ++r)
-    isa.widen_row(c.narrow + r * c.ld_narrow, c.wide + r * c.columns, c.columns);
+    row_kernels<T>(isa).widen(c.narrow + r * c.ld_narrow, c.wide + r * c.columns, c.columns);
 }
 
-void narrow(const Convert& c) {
+template <class T>
+void narrow(const Convert<T>& c) {
   const Kernels& isa = kernels();
 #pragma omp parallel for schedule(static) num_threads(c.threads) if (c.rows * c.columns > kSerialElements)
   for (int64_t r = 0; r < c.rows; ++r)
-    isa.narrow_row(c.wide + r * c.columns, c.narrow + r * c.ld_narrow, c.columns);
+    row_kernels<T>(isa).narrow(c.wide + r * c.columns, c.narrow + r * c.ld_narrow, c.columns);
 }
+
+template void widen(const Convert<Bf16>&);
+template void widen(const Convert<F16>&);
+template void narrow(const Convert<Bf16>&);
+template void narrow(const Convert<F16>&);
 
 }  // namespace sigma::cpu

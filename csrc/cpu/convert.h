@@ -1,4 +1,4 @@
-// Matrices between bf16, as they are stored, and f32, as they are computed with.
+// Matrices between bf16 or f16, as they are stored, and f32, as they are computed with.
 #pragma once
 
 #include <cstdint>
@@ -7,15 +7,18 @@
 
 namespace sigma::cpu {
 
+template <class T>
 struct Convert {
   int64_t rows, columns;
   float* wide;  // contiguous
-  Bf16* narrow;
+  T* narrow;
   int64_t ld_narrow;
   int threads;
 };
 
-void widen(const Convert& c);   // wide = narrow
-void narrow(const Convert& c);  // narrow = wide, to the nearest, ties to even
+template <class T>
+void widen(const Convert<T>& c);  // wide = narrow
+template <class T>
+void narrow(const Convert<T>& c);  // narrow = wide, to the nearest, ties to even
 
 }  // namespace sigma::cpu

@@ -44,7 +44,8 @@ void to_tokens(const Experts<X, W>& m, GroupedGemm<X, W, X> g, float* by_slot, X
                                 .y = {by_slot, m.H, m.row_map},
                                 .scale = g.scale,
                                 .slot_of_row = g.slot_of_row,
-                                .threads = g.threads});
+                                .threads = g.threads,
+                                .column_scale = g.column_scale});
   combine(Combine<float, X>{.T = m.T,
                             .H = m.H,
                             .k = m.k,
@@ -70,17 +71,21 @@ void gate_up_and_swiglu(const Experts<X, W>& m, X* hidden) {
                                    .y = {m.gate_up, 2 * m.I},
                                    .scale = nullptr,
                                    .slot_of_row = nullptr,
-                                   .threads = m.threads};
+                                   .threads = m.threads,
+                                   .column_scale = m.gate_up_scale};
   const int64_t blocks = ceil_div(m.I, kColumnBlock);
-#pragma omp parallel for collapse(2) schedule(dynamic) \
+  const int at_once = tasks_at_once(m.E * blocks, m.threads);
+#pragma omp parallel for collapse(2) schedule(dynamic, at_once) \
     num_threads(m.threads) if (m.T * m.k * m.I * m.H > (1 << 15))
   for (int64_t e = 0; e < m.E; ++e)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t r0 = m.offsets[e], r1 = m.offsets[e + 1];
       if (r0 == r1) continue;
       const int64_t i0 = b * kColumnBlock, i1 = std::min(m.I, i0 + kColumnBlock);
-      gemm_nt_columns(isa, g, e, r0, r1, i0, i1);
-      gemm_nt_columns(isa, g, e, r0, r1, m.I + i0, m.I + i1);
+      const W* const w = m.gate_up_proj + e * m.gate_up_expert;
+      gemm_nt_columns(isa, g, e, r0, r1, i0, i1, w + (m.I + i0) * m.gate_up_row);
+      gemm_nt_columns(isa, g, e, r0, r1, m.I + i0, m.I + i1,
+                      i1 < m.I && at_once > 1 ? w + i1 * m.gate_up_row : nullptr);
       for (int64_t r = r0; r < r1; ++r) {
         const float* gate = m.gate_up + r * 2 * m.I + i0;
         X* const out = hidden + r * m.I + i0;
@@ -89,7 +94,7 @@ void gate_up_and_swiglu(const Experts<X, W>& m, X* hidden) {
         } else {
           alignas(64) float row[kColumnBlock];
           isa.swiglu(gate, gate + m.I, row, i1 - i0);
-          isa.narrow_row(row, out, i1 - i0);
+          row_kernels<X>(isa).narrow(row, out, i1 - i0);
         }
       }
     }
@@ -137,8 +142,8 @@ void down_and_swiglu_backward(const Experts<X, W>& m, const ExpertsBackward<X, W
         } else {
           b.grad_weights[s] = isa.swiglu_backward(grad_hidden(r), gate, gate + m.I, m.weights[s], row,
                                                   row + m.I, row + 2 * m.I, m.I);
-          isa.narrow_row(row, grad_gate, 2 * m.I);
-          isa.narrow_row(row + 2 * m.I, hidden, m.I);
+          row_kernels<X>(isa).narrow(row, grad_gate, 2 * m.I);
+          row_kernels<X>(isa).narrow(row + 2 * m.I, hidden, m.I);
         }
       }
     }
@@ -161,7 +166,8 @@ void experts_forward(const Experts<X, W>& m, const ExpertsForward<X>& f) {
                                  .y = {},
                                  .scale = m.weights,
                                  .slot_of_row = m.row_map,
-                                 .threads = m.threads},
+                                 .threads = m.threads,
+                                 .column_scale = m.down_scale},
             f.by_slot, f.out, [](const auto& g) { grouped_gemm_nt(g); });
 }
 
@@ -214,7 +220,9 @@ void experts_backward(const Experts<X, W>& m, const ExpertsBackward<X, W>& b) {
   template void experts_backward(const Experts<X, W>&, const ExpertsBackward<X, W>&);
 SK_INSTANTIATE(float, float)
 SK_INSTANTIATE(float, Bf16)
+SK_INSTANTIATE(float, F16)
 SK_INSTANTIATE(Bf16, Bf16)
 #undef SK_INSTANTIATE
+template void experts_forward(const Experts<float, Int8>&, const ExpertsForward<float>&);
 
 }  // namespace sigma::cpu

@@ -9,7 +9,8 @@ namespace sigma::cpu {
 
 // What forward and backward share.  Rows r are in expert order, row_map[r] is the slot t*k + j of row r.
 // X: how activations are stored, which decides the arithmetic; W: the experts' weights and their gradients.
-// There are <float, float>, <float, Bf16> and <Bf16, Bf16> (isa/kernels.h).
+// There are <float, float>, <float, Bf16>, <float, F16> and <Bf16, Bf16> (isa/kernels.h), and <float, Int8>
+// forward.
 template <class X = float, class W = X>
 struct Experts {
   int64_t T, H, I, E;
@@ -24,6 +25,8 @@ struct Experts {
   int64_t down_expert, down_row;
   float* gate_up;  // [R, 2I]: before the activation; forward writes it, backward reads it
   int threads;
+  const float* gate_up_scale = nullptr;  // [E, 2I] and [E, H]: factors of the output channels, or null;
+  const float* down_scale = nullptr;     // forward alone
 };
 
 template <class X>

@@ -37,18 +37,20 @@ bool is_serial(int threads, double flops) { return threads == 1 || flops < kSeri
 
 template <class X, class W, class Y>
 void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t e, int64_t r0, int64_t r1,
-                     int64_t n0, int64_t n1) {
+                     int64_t n0, int64_t n1, const W* next) {
   constexpr bool kIsDirect = std::is_same_v<Y, float>;
   alignas(64) float tile[kIsDirect ? 1 : kRowChunk * kColumnBlock];  // sums, before they are rounded
   const W* w = g.w + e * g.w_expert;
   for (int64_t chunk = r0; chunk < r1; chunk += kRowChunk) {
     const int64_t rows = std::min(kRowChunk, r1 - chunk), blocks = ceil_div(rows, isa.dot_rows);
-    for (int64_t n = n0; n < n1; n += isa.dot_cols) {
-      const int64_t cols = std::min<int64_t>(isa.dot_cols, n1 - n);
+    const int64_t most_cols = isa.dot_cols[ceil_div(rows, blocks)];
+    for (int64_t n = n0; n < n1; n += most_cols) {
+      const int64_t cols = std::min(most_cols, n1 - n);
       // While the groups of one window are computed, each call asks for its share of the next window's lines.
-      const int64_t group = (n - n0) / isa.dot_cols, groups = kWindow / isa.dot_cols;
+      const int64_t group = (n - n0) / most_cols, groups = kWindow / most_cols;
       const int64_t window = n0 + (group / groups + 1) * kWindow, calls = groups * blocks;
       const int64_t lines_a_step = ceil_div(kWindow * isa.lanes * kStep<X>, kLine<W> * calls);
+      const W* ahead = window + kWindow <= n1 ? w + window * g.w_row : window >= n1 ? next : nullptr;
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t first = piece(rows, blocks, i), count = piece(rows, blocks, i + 1) - first;
         const X* a[kMaxBlockRows];
@@ -72,15 +74,23 @@ void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
             .scale = g.scale ? scale : nullptr,
             .K = g.K,
             .mode = Store::kWrite,
-            .prefetch = w + window * g.w_row + piece(g.K / kLine<W>, calls, call) * kLine<W>,
-            .prefetch_rows = window + kWindow <= n1 ? static_cast<int>(kWindow) : 0,
+            .prefetch = ahead ? ahead + piece(g.K / kLine<W>, calls, call) * kLine<W> : nullptr,
+            .prefetch_rows = ahead ? static_cast<int>(kWindow) : 0,
             .prefetch_lines = static_cast<int>(lines_a_step)};
-        gemms<X, W>(isa).dot[count][cols](block);
+        dots<X, W>(isa)[count][cols](block);
+      }
+    }
+    if (g.column_scale) {
+      const float* factor = g.column_scale + e * g.N;
+      for (int64_t r = 0; r < rows; ++r) {
+        float* y = tile + r * kColumnBlock;
+        if constexpr (kIsDirect) y = g.y(chunk + r) + n0;
+        for (int64_t n = n0; n < n1; ++n) y[n - n0] *= factor[n];
       }
     }
     if constexpr (!kIsDirect)
       for (int64_t r = 0; r < rows; ++r)
-        isa.narrow_row(tile + r * kColumnBlock, g.y(chunk + r) + n0, n1 - n0);
+        row_kernels<Y>(isa).narrow(tile + r * kColumnBlock, g.y(chunk + r) + n0, n1 - n0);
   }
 }
 
@@ -88,13 +98,16 @@ template <class X, class W, class Y>
 void grouped_gemm_nt(const GroupedGemm<X, W, Y>& g) {
   const Kernels& isa = kernels();
   const int64_t blocks = ceil_div(g.N, kColumnBlock);
-#pragma omp parallel for collapse(2) schedule(dynamic) \
+  const int at_once = tasks_at_once(g.E * blocks, g.threads);
+#pragma omp parallel for collapse(2) schedule(dynamic, at_once) \
     num_threads(g.threads) if (!is_serial(g.threads, 2.0 * g.offsets[g.E] * g.N * g.K))
   for (int64_t e = 0; e < g.E; ++e)
-    for (int64_t i = 0; i < blocks; ++i)
-      if (g.offsets[e] < g.offsets[e + 1])
-        gemm_nt_columns(isa, g, e, g.offsets[e], g.offsets[e + 1], i * kColumnBlock,
-                        std::min(g.N, (i + 1) * kColumnBlock));
+    for (int64_t i = 0; i < blocks; ++i) {
+      if (g.offsets[e] == g.offsets[e + 1]) continue;
+      const int64_t n0 = i * kColumnBlock, n1 = std::min(g.N, n0 + kColumnBlock);
+      const W* const next = n1 < g.N && at_once > 1 ? g.w + e * g.w_expert + n1 * g.w_row : nullptr;
+      gemm_nt_columns(isa, g, e, g.offsets[e], g.offsets[e + 1], n0, n1, next);
+    }
 }
 
 template <class X, class W, class Y>
@@ -167,7 +180,7 @@ void grouped_gemm_nn(const GroupedGemm<X, W, Y>& g) {
         } else {
           const Rows<float> sums{.base = scratch<float>((r1 - r0) * (n1 - n0)), .ld = n1 - n0, .first = r0};
           gemm_nn_columns(isa, g, e, r0, r1, n0, n1, sums);
-          for (int64_t r = r0; r < r1; ++r) isa.narrow_row(sums(r), g.y(r) + n0, n1 - n0);
+          for (int64_t r = r0; r < r1; ++r) row_kernels<Y>(isa).narrow(sums(r), g.y(r) + n0, n1 - n0);
         }
       }
 }
@@ -227,15 +240,17 @@ void outer_rows(const Kernels& isa, const GroupedOuter<X, W>& g, int64_t e, int6
   } while (chunk < r1);
 }
 
-// A bf16 gradient of an expert with many rows is summed in f32 and rounded once, as one with few rows is.
-template <class X>
-void outer_rows_rounded_once(const Kernels& isa, const GroupedOuter<X, Bf16>& g, int64_t e, int64_t m0,
+// A narrow gradient of an expert with many rows is summed in f32 and rounded once, as one with few rows is.
+template <class X, class W>
+void outer_rows_rounded_once(const Kernels& isa, const GroupedOuter<X, W>& g, int64_t e, int64_t m0,
                              int64_t m1, Packed<X>* pairs) {
   float* const sum = scratch<float>((m1 - m0) * g.B);
-  Bf16* const out = g.out + e * g.out_expert;
-  for (int64_t m = m0; g.adds && m < m1; ++m) isa.widen_row(out + m * g.out_row, sum + (m - m0) * g.B, g.B);
+  W* const out = g.out + e * g.out_expert;
+  for (int64_t m = m0; g.adds && m < m1; ++m)
+    row_kernels<W>(isa).widen(out + m * g.out_row, sum + (m - m0) * g.B, g.B);
   outer_rows(isa, g, e, m0, m1, sum, g.B, g.adds, false, pairs);
-  for (int64_t m = m0; m < m1; ++m) isa.narrow_row(sum + (m - m0) * g.B, out + m * g.out_row, g.B);
+  for (int64_t m = m0; m < m1; ++m)
+    row_kernels<W>(isa).narrow(sum + (m - m0) * g.B, out + m * g.out_row, g.B);
 }
 
 }  // namespace
@@ -260,7 +275,7 @@ void grouped_outer(const GroupedOuter<X, W>& g) {
         Packed<X>* pairs = nullptr;
         if constexpr (kStep<X> == 2)
           pairs = scratch<Pair>(ceil_div(std::min(rows, kOuterRows), 2) * (m1 - m0 + g.B));
-        if constexpr (std::is_same_v<W, Bf16>) {
+        if constexpr (!std::is_same_v<W, float>) {
           if (rows > kOuterRows) {
             outer_rows_rounded_once(isa, g, e, m0, m1, pairs);
             continue;
@@ -275,18 +290,24 @@ void grouped_outer(const GroupedOuter<X, W>& g) {
 
 #define SK_INSTANTIATE(X, W, Y)                                                                         \
   template void gemm_nt_columns(const Kernels&, const GroupedGemm<X, W, Y>&, int64_t, int64_t, int64_t, \
-                                int64_t, int64_t);                                                      \
+                                int64_t, int64_t, const W*);                                            \
   template void gemm_nn_columns(const Kernels&, const GroupedGemm<X, W, Y>&, int64_t, int64_t, int64_t, \
                                 int64_t, int64_t, Rows<float>);                                         \
   template void grouped_gemm_nt(const GroupedGemm<X, W, Y>&);                                           \
   template void grouped_gemm_nn(const GroupedGemm<X, W, Y>&);
 SK_INSTANTIATE(float, float, float)
 SK_INSTANTIATE(float, Bf16, float)
+SK_INSTANTIATE(float, F16, float)
 SK_INSTANTIATE(Bf16, Bf16, Bf16)
 SK_INSTANTIATE(Bf16, Bf16, float)
 #undef SK_INSTANTIATE
 template void grouped_outer(const GroupedOuter<float, float>&);
 template void grouped_outer(const GroupedOuter<float, Bf16>&);
+template void grouped_outer(const GroupedOuter<float, F16>&);
 template void grouped_outer(const GroupedOuter<Bf16, Bf16>&);
+// Forward alone: weights of one byte are not trained.
+template void gemm_nt_columns(const Kernels&, const GroupedGemm<float, Int8, float>&, int64_t, int64_t,
+                              int64_t, int64_t, int64_t, const Int8*);
+template void grouped_gemm_nt(const GroupedGemm<float, Int8, float>&);
 
 }  // namespace sigma::cpu

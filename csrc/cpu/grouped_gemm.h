@@ -1,6 +1,8 @@
 // One matrix product per expert, over rows that lie in expert order.
 #pragma once
 
+#include <algorithm>
+
 #include "isa/kernels.h"
 #include "rows.h"
 
@@ -20,6 +22,8 @@ struct GroupedGemm {
   const float* scale;       // by slot, through slot_of_row, or null
   const int32_t* slot_of_row;
   int threads;
+  const float* column_scale =
+      nullptr;  // [E, N], a factor on each output channel, or null; grouped_gemm_nt alone
 };
 
 // w [E, N, K]: forward.
@@ -50,9 +54,17 @@ void grouped_outer(const GroupedOuter<X, W>& g);
 constexpr int64_t kRowChunk = 128;  // rows of x that stay in L2 while the columns pass
 
 // Columns n0..n1, 64 at most, of one expert's rows r0..r1: what grouped_gemm_nt makes of a task.
+// `next`: the rows of weights that this thread will probably want afterwards, or null.
 template <class X, class W, class Y>
 void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t e, int64_t r0, int64_t r1,
-                     int64_t n0, int64_t n1);
+                     int64_t n0, int64_t n1, const W* next);
+
+// Tasks of 64 columns that a thread takes at once: neighbours, so that it knows what comes next, while there
+// are many.
+inline int tasks_at_once(int64_t tasks, int threads) {
+  return static_cast<int>(std::clamp<int64_t>(tasks / (8 * threads), 1, 4));
+}
+
 // Columns n0..n1 of one expert's rows r0..r1, at most kRowChunk of them, for grouped_gemm_nn; y begins at
 // column n0.
 template <class X, class W, class Y>

@@ -21,7 +21,7 @@ void permute(const Permute& p) {
 template <class Y, class O>
 void combine(const Combine<Y, O>& c) {
   const RowKernels<Y>& rows = row_kernels<Y>(kernels());
-  const auto narrow = kernels().narrow_row;
+  const auto narrow = row_kernels<O>(kernels()).narrow;
 #pragma omp parallel for schedule(static) num_threads(c.threads) if (c.T * c.H * c.k * 4 > kSerialBytes)
   for (int64_t t = 0; t < c.T; ++t) {
     O* const out = c.out + t * c.H;
@@ -43,7 +43,6 @@ void combine(const Combine<Y, O>& c) {
 template <class Y>
 void combine_backward(const CombineBackward<Y>& c) {
   const RowKernels<Y>& rows = row_kernels<Y>(kernels());
-  const auto narrow = kernels().narrow_row;
 #pragma omp parallel for schedule(static) num_threads(c.threads) if (c.R * c.H * 4 > kSerialBytes)
   for (int64_t r = 0; r < c.R; ++r) {
     const int32_t s = c.row_map[r];
@@ -55,7 +54,7 @@ void combine_backward(const CombineBackward<Y>& c) {
     } else {
       float* const scaled = scratch<float>(c.H);
       rows.scale(grad_out, c.weights[s], scaled, c.H);
-      narrow(scaled, c.grad_y + r * c.H, c.H);
+      rows.narrow(scaled, c.grad_y + r * c.H, c.H);
     }
   }
 }
@@ -63,8 +62,10 @@ void combine_backward(const CombineBackward<Y>& c) {
 template void combine(const Combine<float, float>&);
 template void combine(const Combine<float, Bf16>&);
 template void combine(const Combine<Bf16, Bf16>&);
+template void combine(const Combine<F16, F16>&);
 template void combine_backward(const CombineBackward<float>&);
 template void combine_backward(const CombineBackward<Bf16>&);
+template void combine_backward(const CombineBackward<F16>&);
 
 void invert(const int32_t* row_map, int64_t R, int32_t* row_of_slot) {
   for (int64_t r = 0; r < R; ++r) row_of_slot[row_map[r]] = static_cast<int32_t>(r);

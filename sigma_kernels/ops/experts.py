@@ -50,7 +50,7 @@ def moe_experts(
     (SwiGLU: Shazeer 2020, arXiv 2002.05202; weights lie as in Hugging Face transformers).
 
     Args:
-        hidden_states: [T, H]; this and the others f32, or all bf16, which is computed in f32 and rounded once.
+        hidden_states: [T, H]; this and the others f32, or all bf16 or f16, which is computed in f32 and rounded once.
         top_k_index: [T, k] int32 or int64, in 0..E-1; an expert may be named twice.
         top_k_weights: [T, k].
         gate_up_proj: [E, 2I, H], gate rows first, then up.
@@ -197,25 +197,33 @@ def _native_experts(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     gate_up: Tensor,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Any:
     (T, H), (E, _, I) = x.shape, down_proj.shape
     return gemm_kernel("Experts", x, down_proj)(
         T, H, I, E, weights.shape[1], x.data_ptr(), x.stride(0), offsets.data_ptr(), row_map.data_ptr(),
         weights.data_ptr(), gate_up_proj.data_ptr(), gate_up_proj.stride(0), gate_up_proj.stride(1),
         down_proj.data_ptr(), down_proj.stride(0), down_proj.stride(1), gate_up.data_ptr(), torch.get_num_threads(),
+        *(0 if scale is None else scale.data_ptr() for scale in scales),
     )  # fmt: skip
 
 
 def _forward_cpu(
-    x: Tensor, weights: Tensor, offsets: Tensor, row_map: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+    x: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    row_map: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     dtype = x.dtype
-    x, weights = operand(x), widened(weights.contiguous())
+    x, weights = operand(x, down_proj), widened(weights.contiguous())
     gate_up_proj, down_proj = matrices(gate_up_proj), matrices(down_proj)
     (T, H), R, I, f32 = x.shape, row_map.shape[0], down_proj.shape[2], torch.float32
     out, gate_up, hidden = empty(x, T, H), empty(x, R, 2 * I, dtype=f32), empty(x, R, I)
     by_slot = empty(x, R, H, dtype=f32) if R > T else out
-    native = _native_experts(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up)
+    native = _native_experts(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up, scales)
     gemm_kernel("experts_forward", x, down_proj)(
         native, hidden.data_ptr(), by_slot.data_ptr(), out.data_ptr()
     )
@@ -315,7 +323,7 @@ define(
         x.new_empty(
             row_map.shape[0],
             gate_up.shape[1],
-            dtype=torch.float32 if x.dtype == torch.bfloat16 else x.dtype,
+            dtype=torch.promote_types(x.dtype, torch.float32),
         ),
     ),
 )

@@ -12,7 +12,7 @@ from sigma_kernels.routing import Routing
 
 LIB = torch.library.Library("sigma", "FRAGMENT")
 NATIVE = (torch.float32,)
-STORED = (torch.float32, torch.bfloat16)  # what the kernels take as it is stored; sums are f32
+STORED = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take as it is stored; sums are f32
 REFERENCE = (torch.float32, torch.float64)
 
 _LARGE = (
@@ -109,39 +109,46 @@ def empty_cache() -> None:
     _C.release_free_blocks()
 
 
+_SUFFIX = {torch.float32: "", torch.bfloat16: "_bf16", torch.float16: "_f16", torch.int8: "_int8"}
+
+
 def native(name: str, dtype: torch.dtype) -> Any:
     """The function or class of _C that computes `name` on tensors of this dtype as they lie."""
-    return getattr(_C, name if dtype == torch.float32 else f"{name}_bf16")
+    return getattr(_C, name + _SUFFIX[dtype])
 
 
-def operand(x: Tensor) -> Tensor:
-    """x [rows, columns] as a GEMM's kernel takes it: f32; bf16 where the processor multiplies it, else its f32 copy."""
+def operand(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """x [rows, columns] as a GEMM's kernel takes it: f32, or bf16 where the processor multiplies it by bf16 weights."""
     x = rows(x)
-    return x if x.dtype == torch.float32 or _C.multiplies_bf16() else widened(x)
+    is_taken = (
+        x.dtype == torch.bfloat16 and _C.multiplies_bf16() and (weight is None or weight.dtype == x.dtype)
+    )
+    return x if is_taken else widened(x)
 
 
 def gemm_kernel(name: str, operand: Tensor, weight: Tensor) -> Any:
     """The function or class of _C for these dtypes of the left operand and of the weights."""
-    is_widened = operand.dtype != weight.dtype
-    return getattr(_C, f"{name}_widened") if is_widened else native(name, weight.dtype)
+    if weight.dtype == torch.bfloat16 and operand.dtype == torch.float32:
+        return getattr(_C, f"{name}_widened")
+    return native(name, weight.dtype)
 
 
 def widened(x: Tensor) -> Tensor:
-    """bf16 [rows, columns] as contiguous f32; any other x itself."""
-    if x.dtype != torch.bfloat16:
+    """bf16 or f16 [rows, columns] as contiguous f32; any other x itself."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
         return x
     x = rows(x)
     out = empty(x, *x.shape, dtype=torch.float32)
-    _C.widen(*x.shape, x.data_ptr(), x.stride(0), out.data_ptr(), torch.get_num_threads())
+    native("widen", x.dtype)(*x.shape, x.data_ptr(), x.stride(0), out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """y [rows, columns] itself if it has that dtype, else rounded from contiguous f32 to bf16."""
+    """y [rows, columns] itself if it has that dtype, else rounded from contiguous f32 to bf16 or f16."""
     if y.dtype == dtype:
         return y
     out = empty(y, *y.shape, dtype=dtype)
-    _C.narrow(*y.shape, y.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    native("narrow", dtype)(*y.shape, y.data_ptr(), out.data_ptr(), torch.get_num_threads())
     return out
 
 

@@ -16,10 +16,12 @@
 namespace sigma::SK_NS {
 
 #if SK_LANES == 16
-constexpr int kDotRows = 6, kDotCols = 4;     // 24 sums + 4 of b + 1 of a = 29 of 32 registers
-constexpr int kAxpyRows = 6, kPanelVecs = 4;  // 24 sums + 4 of b + 1 broadcast
+constexpr int kDotRows = 6;  // 24 sums + 4 of b + 1 of a = 29 of 32 registers
+constexpr int dot_cols(int rows) { return rows <= 3 ? 8 : 4; }  // few rows: more streams of weights at once
+constexpr int kAxpyRows = 6, kPanelVecs = 4;                    // 24 sums + 4 of b + 1 broadcast
 #else
-constexpr int kDotRows = 3, kDotCols = 4;     // 12 sums + 3 of a + 1 of b = 16, all that AVX2 has
+constexpr int kDotRows = 3;  // 12 sums + 3 of a + 1 of b = 16, all that AVX2 has
+constexpr int dot_cols(int rows) { return rows == 1 ? 8 : 4; }
 constexpr int kAxpyRows = 6, kPanelVecs = 2;  // 12 sums + 2 of b + 1 broadcast
 #endif
 constexpr int kPanel = kPanelVecs * kLanes;
@@ -125,12 +127,12 @@ void dot_block(const DotBlock<A, W>& d) {
   const int64_t ldb = d.ldb, K = d.K;
   const auto step = [&](int64_t k, auto load_at) SK_STEP {
     V w[NR];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < NR; ++n) w[n] = load_at(b + n * ldb + k);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
       const V x = load_at(a[m] + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int n = 0; n < NR; ++n) sum[m][n] = multiply_add(x, w[n], sum[m][n]);
     }
   };
@@ -155,12 +157,11 @@ void dot_block(const DotBlock<A, W>& d) {
     float* c = d.c[m];
     const float factor = d.scale ? d.scale[m] : 1.0f;
     float value[NR];
-    if constexpr (NR == 4) {
-      add_lanes4(sum[m], value);
-    } else {
-      for (int n = 0; n < NR; ++n) value[n] = add_lanes(sum[m][n]);
-    }
-#pragma GCC unroll 4
+    constexpr int kByFour = NR / 4 * 4;
+#pragma GCC unroll 2
+    for (int n = 0; n < kByFour; n += 4) add_lanes4(sum[m] + n, value + n);
+    for (int n = kByFour; n < NR; ++n) value[n] = add_lanes(sum[m][n]);
+#pragma GCC unroll 8
     for (int n = 0; n < NR; ++n) c[n] = d.mode == Store::kAdd ? c[n] + factor * value[n] : factor * value[n];
   }
 }

@@ -11,13 +11,16 @@
 
 namespace sigma::SK_NS {
 
+template <int MR, int NR, class A, class W>
+void fill_column_count(DotKernels<A, W>& t) {
+  t[MR][NR] = dot_block<MR, NR, A, W>;
+  if constexpr (NR > 1) fill_column_count<MR, NR - 1, A, W>(t);
+}
+
 template <int MR, class A, class W>
 void fill_row_count(GemmKernels<A, W>& t) {
   if constexpr (MR <= kDotRows) {
-    t.dot[MR][1] = dot_block<MR, 1, A, W>;
-    t.dot[MR][2] = dot_block<MR, 2, A, W>;
-    t.dot[MR][3] = dot_block<MR, 3, A, W>;
-    t.dot[MR][4] = dot_block<MR, 4, A, W>;
+    fill_column_count<MR, dot_cols(MR), A, W>(t.dot);
   }
   if constexpr (MR <= kAxpyRows) {
     t.axpy[MR] = axpy_block<MR, A, W, W>;
@@ -32,13 +35,24 @@ void fill_row_count(OuterKernels<A, W>& t) {
   if constexpr (MR > 1) fill_row_count<MR - 1, A, W>(t);
 }
 
+template <int MR, class A, class W>
+void fill_dots(DotKernels<A, W>& t) {
+  fill_column_count<MR, dot_cols(MR), A, W>(t);
+  if constexpr (MR > 1) fill_dots<MR - 1, A, W>(t);
+}
+
+template <class T>
+RowKernels<T> row_table() {
+  return {scale_row<T>, add_scaled_row<T>, dot_row<T>, widen_row<T>, narrow_row<T>};
+}
+
 const Kernels& kernels() {
   static const Kernels table = [] {
     Kernels t{};
     t.name = SK_TEXT(SK_NS);
     t.lanes = kLanes;
     t.dot_rows = kDotRows;
-    t.dot_cols = kDotCols;
+    for (int rows = 1; rows <= kDotRows; ++rows) t.dot_cols[rows] = dot_cols(rows);
     t.axpy_rows = kAxpyRows;
     t.panel = kPanel;
 #if defined(__AVX512BF16__)
@@ -46,20 +60,22 @@ const Kernels& kernels() {
 #endif
     fill_row_count<kMaxBlockRows>(t.f32);
     fill_row_count<kMaxBlockRows>(t.widened);
+    fill_row_count<kMaxBlockRows>(t.widened_f16);
     fill_row_count<kMaxBlockRows>(t.pairs);
+    fill_dots<kDotRows, float, Int8>(t.dot_int8);
     fill_row_count<kMaxBlockRows, float, float>(t.outer_f32);
     fill_row_count<kMaxBlockRows, float, Bf16>(t.outer_narrowed);
+    fill_row_count<kMaxBlockRows, float, F16>(t.outer_narrowed_f16);
     fill_row_count<kMaxBlockRows, Bf16, Bf16>(t.outer_pairs);
     fill_row_count<kMaxBlockRows, Bf16, float>(t.outer_pairs_f32);
-    t.widen_row = widen_row;
-    t.narrow_row = narrow_row;
     t.pair_rows = pair_rows;
     t.swiglu = swiglu_row;
     t.swiglu_backward = swiglu_backward_row;
     t.route_row = route_row;
     t.route_row_backward = route_row_backward;
-    t.rows_f32 = {scale_row<float>, add_scaled_row<float>, dot_row<float>};
-    t.rows_bf16 = {scale_row<Bf16>, add_scaled_row<Bf16>, dot_row<Bf16>};
+    t.rows_f32 = row_table<float>();
+    t.rows_bf16 = row_table<Bf16>();
+    t.rows_f16 = row_table<F16>();
     return t;
   }();
   return table;

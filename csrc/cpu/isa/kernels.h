@@ -5,11 +5,20 @@
 
 namespace sigma {
 
-constexpr int kMaxBlockRows = 8;
+constexpr int kMaxBlockRows = 8, kMaxDotCols = 8;
 
 // bfloat16 as it is stored: the upper half of a float.
 struct Bf16 {
   uint16_t bits;
+};
+
+// IEEE half precision as it is stored, and an integer that stands for itself times a factor of its output
+// channel.
+struct F16 {
+  uint16_t bits;
+};
+struct Int8 {
+  int8_t value;
 };
 
 // Two bf16 that follow each other along a contraction, the earlier in the low half: what processors with bf16
@@ -110,8 +119,10 @@ struct RouteRowBackward {
 
 // By rows of the block, and for dot also by its columns.
 template <class A, class W>
+using DotKernels = void (*[kMaxBlockRows + 1][kMaxDotCols + 1])(const DotBlock<A, W>&);
+template <class A, class W>
 struct GemmKernels {
-  void (*dot[kMaxBlockRows + 1][5])(const DotBlock<A, W>&);
+  DotKernels<A, W> dot;
   void (*axpy[kMaxBlockRows + 1])(const AxpyBlock<A, W, W>&);
   void (*axpy_packed[kMaxBlockRows + 1])(const AxpyBlock<A, Packed<A>, W>&);
 };
@@ -124,23 +135,27 @@ struct RowKernels {
   void (*scale)(const T* x, float factor, float* y, int64_t n);       // y = factor * x
   void (*add_scaled)(const T* x, float factor, float* y, int64_t n);  // y += factor * x
   float (*dot)(const T* x, const T* y, int64_t n);
+  void (*widen)(const T* x, float* y, int64_t n);
+  void (*narrow)(const float* x, T* y, int64_t n);  // to the nearest, ties to even
 };
 
 struct Kernels {
   const char* name;
   int lanes;
-  int dot_rows, dot_cols;  // largest block of dot
-  int axpy_rows, panel;    // largest block in rows of axpy and outer, panel width in elements
-  bool multiplies_bf16;    // in hardware: bf16 operands are faster than widened ones
+  int dot_rows;                     // largest block of dot, in rows
+  int dot_cols[kMaxBlockRows + 1];  // and in columns, by its rows
+  int axpy_rows, panel;             // largest block in rows of axpy and outer, panel width in elements
+  bool multiplies_bf16;             // in hardware: bf16 operands are faster than widened ones
   GemmKernels<float, float> f32;
   GemmKernels<float, Bf16> widened;
+  GemmKernels<float, F16> widened_f16;
+  DotKernels<float, Int8> dot_int8;  // forward only
   GemmKernels<Bf16, Bf16> pairs;
   OuterKernels<float, float> outer_f32;
   OuterKernels<float, Bf16> outer_narrowed;
+  OuterKernels<float, F16> outer_narrowed_f16;
   OuterKernels<Bf16, Bf16> outer_pairs;
   OuterKernels<Bf16, float> outer_pairs_f32;
-  void (*widen_row)(const Bf16* x, float* y, int64_t n);
-  void (*narrow_row)(const float* x, Bf16* y, int64_t n);                    // to the nearest, ties to even
   void (*pair_rows)(const Bf16* even, const Bf16* odd, Pair* y, int64_t n);  // odd may be null: zeros
   void (*swiglu)(const float* gate, const float* up, float* out, int64_t n);
   // Also returns sum_i grad_out[i] * out[i], the gradient of a factor on the row, and writes factor * out.
@@ -150,6 +165,7 @@ struct Kernels {
   void (*route_row_backward)(const RouteRowBackward&);
   RowKernels<float> rows_f32;
   RowKernels<Bf16> rows_bf16;
+  RowKernels<F16> rows_f16;
 };
 
 template <class T>
@@ -161,6 +177,10 @@ inline const RowKernels<float>& row_kernels(const Kernels& isa) {
 template <>
 inline const RowKernels<Bf16>& row_kernels(const Kernels& isa) {
   return isa.rows_bf16;
+}
+template <>
+inline const RowKernels<F16>& row_kernels(const Kernels& isa) {
+  return isa.rows_f16;
 }
 
 template <class A, class W>
@@ -178,6 +198,20 @@ inline const GemmKernels<Bf16, Bf16>& gemms(const Kernels& isa) {
   return isa.pairs;
 }
 
+template <>
+inline const GemmKernels<float, F16>& gemms(const Kernels& isa) {
+  return isa.widened_f16;
+}
+
+template <class A, class W>
+const DotKernels<A, W>& dots(const Kernels& isa) {
+  return gemms<A, W>(isa).dot;
+}
+template <>
+inline const DotKernels<float, Int8>& dots(const Kernels& isa) {
+  return isa.dot_int8;
+}
+
 template <class A, class W>
 const OuterKernels<A, W>& outers(const Kernels& isa);
 template <>
@@ -187,6 +221,10 @@ inline const OuterKernels<float, float>& outers(const Kernels& isa) {
 template <>
 inline const OuterKernels<float, Bf16>& outers(const Kernels& isa) {
   return isa.outer_narrowed;
+}
+template <>
+inline const OuterKernels<float, F16>& outers(const Kernels& isa) {
+  return isa.outer_narrowed_f16;
 }
 template <>
 inline const OuterKernels<Bf16, Bf16>& outers(const Kernels& isa) {

@@ -5,13 +5,15 @@
 
 namespace sigma::SK_NS {
 
-inline void widen_row(const Bf16* x, float* y, int64_t n) {
+template <class T>
+void widen_row(const T* x, float* y, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i));
   if (i < n) store_partial(y + i, load_partial(x + i, n - i), n - i);
 }
 
-inline void narrow_row(const float* x, Bf16* y, int64_t n) {
+template <class T>
+void narrow_row(const float* x, T* y, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i));
   if (i < n) store_partial(y + i, load_partial(x + i, n - i), n - i);

@@ -162,8 +162,7 @@ SK_INLINE void store_sum(Bf16* p, Vec v) {
   const HalfVec h = narrow_sum(v);
   memcpy(p, &h, sizeof(h));
 }
-SK_INLINE void store_streaming(Bf16* p, Vec v) {
-  const HalfVec h = narrow_sum(v);
+SK_INLINE void stream_half(void* p, HalfVec h) {
 #if defined(__AVX512F__) && SK_LANES == 16
   __m256i bits;
   memcpy(&bits, &h, sizeof(bits));
@@ -175,6 +174,95 @@ SK_INLINE void store_streaming(Bf16* p, Vec v) {
 #else
   memcpy(p, &h, sizeof(h));
 #endif
+}
+SK_INLINE void store_streaming(Bf16* p, Vec v) { stream_half(p, narrow_sum(v)); }
+
+// IEEE half precision.  Without an instruction for it: exponent and mantissa are moved into place as if they
+// were a float's, and a multiplication by 2^112 sets the exponent right, for denormals too.
+SK_INLINE Vec widen_half(HalfVec h) {
+#if defined(__AVX512F__) && SK_LANES == 16
+  __m256i bits;
+  memcpy(&bits, &h, sizeof(bits));
+  return _mm512_cvtph_ps(bits);
+#elif defined(__F16C__) && SK_LANES == 8
+  __m128i bits;
+  memcpy(&bits, &h, sizeof(bits));
+  return _mm256_cvtph_ps(bits);
+#else
+  const UVec half = __builtin_convertvector(h, UVec), magnitude = (half & 0x7FFF) << 13;
+  Vec v;
+  memcpy(&v, &magnitude, sizeof(v));
+  v = v * 0x1p112f;
+  UVec bits;
+  memcpy(&bits, &v, sizeof(bits));
+  bits = magnitude >= 0x0F800000 ? (magnitude & 0x007FFFFF) | 0x7F800000 : bits;  // infinity and NaN
+  bits |= (half & 0x8000) << 16;
+  memcpy(&v, &bits, sizeof(v));
+  return v;
+#endif
+}
+
+// To the nearest half, ties to even: for what stays normal by adding half a unit to the bits, for what
+// becomes denormal by adding 0.5, whose last bit is the unit of a denormal half.
+SK_INLINE HalfVec narrow_half(Vec v) {
+  HalfVec h;
+#if defined(__AVX512F__) && SK_LANES == 16
+  const __m256i bits = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  memcpy(&h, &bits, sizeof(h));
+#elif defined(__F16C__) && SK_LANES == 8
+  const __m128i bits = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  memcpy(&h, &bits, sizeof(h));
+#else
+  UVec bits;
+  memcpy(&bits, &v, sizeof(bits));
+  const UVec sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7FFFFFFF;
+  Vec small;
+  memcpy(&small, &magnitude, sizeof(small));
+  small = small + 0.5f;
+  UVec denormal;
+  memcpy(&denormal, &small, sizeof(denormal));
+  denormal -= 0x3F000000;
+  const UVec normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+  UVec half = magnitude < (113u << 23) ? denormal : normal;
+  half = magnitude >= (143u << 23) ? UVec{} + 0x7C00 : half;
+  half = magnitude > 0x7F800000 ? UVec{} + 0x7E00 : half;
+  h = __builtin_convertvector(half | sign, HalfVec);
+#endif
+  return h;
+}
+
+SK_INLINE Vec load(const F16* p) {
+  HalfVec h;
+  memcpy(&h, p, sizeof(h));
+  return widen_half(h);
+}
+SK_INLINE Vec load_partial(const F16* p, int64_t n) {
+  HalfVec h{};
+  memcpy(&h, p, static_cast<size_t>(n) * sizeof(F16));
+  return widen_half(h);
+}
+SK_INLINE void store(F16* p, Vec v) {
+  const HalfVec h = narrow_half(v);
+  memcpy(p, &h, sizeof(h));
+}
+SK_INLINE void store_partial(F16* p, Vec v, int64_t n) {
+  const HalfVec h = narrow_half(v);
+  memcpy(p, &h, static_cast<size_t>(n) * sizeof(F16));
+}
+SK_INLINE void store_sum(F16* p, Vec v) { store(p, v); }
+SK_INLINE void store_streaming(F16* p, Vec v) { stream_half(p, narrow_half(v)); }
+
+typedef int8_t ByteVec __attribute__((vector_size(SK_LANES)));
+
+SK_INLINE Vec load(const Int8* p) {
+  ByteVec b;
+  memcpy(&b, p, sizeof(b));
+  return __builtin_convertvector(__builtin_convertvector(b, IVec), Vec);
+}
+SK_INLINE Vec load_partial(const Int8* p, int64_t n) {
+  ByteVec b{};
+  memcpy(&b, p, static_cast<size_t>(n));
+  return __builtin_convertvector(__builtin_convertvector(b, IVec), Vec);
 }
 
 SK_INLINE float add_lanes(Vec v) {  // pairwise, so the order does not depend on how the compiler lowers it
