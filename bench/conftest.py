@@ -22,7 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("races")
     group.addoption("--rounds", type=int, default=7, help="rounds of each race")
     group.addoption("--quick", action="store_true", help="shape A only")
-    group.addoption("--tiny", action="store_true", help="one race of each test, too small to measure anything")
+    group.addoption(
+        "--tiny", action="store_true", help="one race of each test, too small to measure anything"
+    )
     group.addoption("--threads", type=int, default=None, help="torch.set_num_threads")
     group.addoption("--race-json", type=Path, default=None, help="write the results there")
 

@@ -26,7 +26,8 @@ class Layer:
         stored = types[down.dtype]
         self.context = ggml.ggml_init(ggml.ggml_init_params(mem_size=1 << 20, mem_buffer=None, no_alloc=True))
         self.memory: list[Tensor] = [gate_up, down]
-        self.x, self.index, self.weights = torch.empty(T, H), torch.empty(T, k, dtype=torch.int32), torch.empty(T, k)
+        self.x, self.weights = torch.empty(T, H), torch.empty(T, k)
+        self.index = torch.empty(T, k, dtype=torch.int32)
         steps = [s * down.itemsize for s in (1, H, 2 * I * H, 2 * I * H * E)]
         gate = self.wrap(gate_up, stored, (H, I, E), steps)
         up = self.wrap(gate_up[:, I:], stored, (H, I, E), steps)
@@ -36,7 +37,9 @@ class Layer:
         product = lambda w, rows: self.filled(ggml.ggml_mul_mat_id(self.context, w, rows, index))  # noqa: E731
         active = self.filled(ggml.ggml_silu(self.context, product(gate, x)))
         hidden = self.filled(ggml.ggml_mul(self.context, active, product(up, x)))
-        y = self.filled(ggml.ggml_mul(self.context, product(self.wrap(down, stored, (I, H, E)), hidden), weights))
+        y = self.filled(
+            ggml.ggml_mul(self.context, product(self.wrap(down, stored, (I, H, E)), hidden), weights)
+        )
         self.by_slot = self.memory[-1].view(T, k, H)
         self.graph = ggml.ggml_new_graph(self.context)
         ggml.ggml_build_forward_expand(self.graph, y)
@@ -46,7 +49,9 @@ class Layer:
 
     def wrap(self, data: Tensor, kind: int, shape: Sequence[int], steps: Sequence[int] = ()) -> Any:
         """A tensor of ggml over memory of torch; ggml names the innermost dimension first."""
-        tensor = self.ggml.ggml_new_tensor(self.context, kind, len(shape), (ctypes.c_int64 * len(shape))(*shape))
+        tensor = self.ggml.ggml_new_tensor(
+            self.context, kind, len(shape), (ctypes.c_int64 * len(shape))(*shape)
+        )
         tensor.contents.data = data.data_ptr()
         for i, step in enumerate(steps):
             tensor.contents.nb[i] = step
@@ -68,4 +73,3 @@ class Layer:
     def __del__(self) -> None:
         if hasattr(self, "context"):
             self.ggml.ggml_free(self.context)
-

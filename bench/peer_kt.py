@@ -54,7 +54,8 @@ class Layer:
         order = torch.arange(E)
         self.pool.submit(self.layer.load_weights_task(order.data_ptr()))
         self.pool.sync()
-        self.on_gpu, self.rows, self.out = on_gpu, torch.tensor([T], dtype=torch.int32), torch.empty(T, H).to(down.dtype)
+        self.on_gpu, self.rows = on_gpu, torch.tensor([T], dtype=torch.int32)
+        self.out = torch.empty(T, H, dtype=down.dtype)
 
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         weights = weights.float()

@@ -42,7 +42,7 @@ QWEN3_30B_A3B = Shape("qwen3-30b-a3b", E=128, k=8, H=2048, I=768, T=512)
 OLMOE = Shape("olmoe", E=64, k=8, H=2048, I=1024, T=512)
 SWITCH = Shape("switch-base-64", E=64, k=1, H=768, I=3072, T=2048)  # its sizes; SwiGLU where it has ReLU
 MIXTRAL = Shape("mixtral-tp8", E=8, k=2, H=4096, I=1792, T=512)  # one rank of 8 that split I = 14,336
-DEEPSEEK_V3 = Shape("deepseek-v3-ep32", E=8, k=1, H=7168, I=2048, T=512)  # one rank of 32 with 8 of 256 experts
+DEEPSEEK_V3 = Shape("deepseek-v3-ep32", E=8, k=1, H=7168, I=2048, T=512)  # one rank of 32: 8 of 256 experts
 
 LAYERS = [A, SIGMA_MOE_TINY, QWEN3_30B_A3B, OLMOE, SWITCH, MIXTRAL, DEEPSEEK_V3]
 DECODE = [replace(A, name="decode", T=T, k=k) for k in (1, 8) for T in (1, 16)]

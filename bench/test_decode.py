@@ -56,6 +56,7 @@ def test_decode(race, dtype, shape):
         load=f"a pass of {len(indices)} calls",
         check=lambda who, got: oracle.assert_agrees(who, got, want, shape.H),
         apart=APART,
+        limits={"padded_bmm": 2},  # all experts padded at each call
         flops=len(indices) * shape.flops,
         moved=gate_up.nbytes + down.nbytes,
         index=torch.cat(indices),

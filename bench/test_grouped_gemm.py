@@ -21,7 +21,9 @@ def problem(shape, load, dtype):
     offsets = sk.group_by_expert(index, shape.E).offsets
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(shape.R, shape.H, generator=generator).to(dtype)
-    weight = torch.empty(shape.E, 2 * shape.I, shape.H).normal_(std=shape.H**-0.5, generator=generator).to(dtype)
+    weight = (
+        torch.empty(shape.E, 2 * shape.I, shape.H).normal_(std=shape.H**-0.5, generator=generator).to(dtype)
+    )
     return x, weight, torch.randn(shape.R, 2 * shape.I, generator=generator).to(dtype), index, offsets
 
 
@@ -38,7 +40,9 @@ def test_grouped_gemm(race, transposed, dtype, shape, load):
     x, weight, g, index, offsets = problem(shape, load, dtype)
     rows = x if transposed else g
     turned = weight.transpose(1, 2) if transposed else weight
-    want = torch.cat(by_expert(lambda e, part: rows[part].double() @ turned[e].double(), shape.E, offsets)).to(dtype)
+    want = torch.cat(
+        by_expert(lambda e, part: rows[part].double() @ turned[e].double(), shape.E, offsets)
+    ).to(dtype)
     touched = index.unique()
     read = weight if len(touched) == shape.E else weight[touched]
     race(
@@ -64,7 +68,9 @@ def test_grouped_gemm(race, transposed, dtype, shape, load):
 def test_grouped_outer(race, dtype, shape, memory, load):
     """Fresh: the result is allocated and released in the timed call.  Kept: it is written to memory that exists."""
     b, weight, a, index, offsets = problem(shape, load, dtype)
-    want = torch.stack(by_expert(lambda e, p: (a[p].double().t() @ b[p].double()).to(dtype), shape.E, offsets))
+    want = torch.stack(
+        by_expert(lambda e, p: (a[p].double().t() @ b[p].double()).to(dtype), shape.E, offsets)
+    )
     out = weight.fill_(torch.nan)
     if memory == "kept":
         ours = lambda: grouped_outer_(out, a, b, offsets)  # noqa: E731

@@ -77,8 +77,9 @@ def run(
 
 def write_page(document: dict[str, Any], output: Path) -> list[Path]:
     """The page, and beside it each picture that the races give enough points for."""
-    from sigma_cli.bench_plots import pictures
     from sigma_train.report import png
+
+    from sigma_cli.bench_plots import pictures
 
     output.parent.mkdir(parents=True, exist_ok=True)
     written = []
@@ -97,11 +98,15 @@ def environment(command: str, threads: int | None) -> dict[str, Any]:
     return {
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "unknown"),
+        "cpu": next(
+            (line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "unknown"
+        ),
         "machine": platform.machine(),
         "isa": sk._C.isa(),
         "threads": threads or torch.get_num_threads(),
-        "thp": huge.read_text().split("[")[1].split("]")[0] if huge.exists() else "not offered by this system",
+        "thp": huge.read_text().split("[")[1].split("]")[0]
+        if huge.exists()
+        else "not offered by this system",
         "variables": {n: value for n, value in sorted(os.environ.items()) if n.startswith(ENVIRONMENT)},
         "versions": {"torch": torch.__version__, "sigma-kernels": sk.__version__, **installed()},
     }

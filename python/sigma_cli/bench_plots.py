@@ -68,10 +68,7 @@ def draw_roofline(axes: Axes, dtype: str, races: Sequence[Race]) -> None:
     read = max(r["moved"] / c["median_s"] / 1e9 for r in races for c in timed(r, "bound", "read"))
     points = dodged(sorted(races, key=lambda r: (r["flops"] / r["moved"], r["shape"])))
     speeds = [
-        r["flops"] / c["median_s"] / 1e9
-        for r in races
-        for k in ("ours", "peer")
-        for c in timed(r, k)[:1]
+        r["flops"] / c["median_s"] / 1e9 for r in races for k in ("ours", "peer") for c in timed(r, k)[:1]
     ]
     left = min(x for x, _ in points) / 1.8
     right = max(max(x for x, _ in points) * 1.8, 3 * dense / read)
@@ -171,7 +168,9 @@ def scaling(document: dict[str, Any]) -> Figure | None:
         for j, sweep in enumerate(columns):
             size, what = sweeps[sweep]
             draw_scaling(panels[i][j], size, {t: groups[sweep, direction, t] for t in DTYPES})
-            panels[i][j].set(xlabel=what, title=direction, ylabel="time / time of a dense layer of the same FLOPs")
+            panels[i][j].set(
+                xlabel=what, title=direction, ylabel="time / time of a dense layer of the same FLOPs"
+            )
     figure.suptitle(f"What sparsity costs: time relative to a dense layer\n{subtitle(document)}", fontsize=12)
     figure.tight_layout()
     return figure
