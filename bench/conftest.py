@@ -1,14 +1,19 @@
 """The fixture `race`, and the file of results that `sigma bench` reads."""
 
 import json
+import resource
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import shapes
 import torch
-from race import OURS, Race, first_calls, record
+from race import OURS, Race, absent, first_calls, record
+from torch import Tensor
+
+import sigma_kernels as sk
 
 RACES = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -17,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("races")
     group.addoption("--rounds", type=int, default=7, help="rounds of each race")
     group.addoption("--quick", action="store_true", help="shape A only")
+    group.addoption(
+        "--tiny", action="store_true", help="one race of each test, too small to measure anything"
+    )
     group.addoption("--threads", type=int, default=None, help="torch.set_num_threads")
     group.addoption("--race-json", type=Path, default=None, help="write the results there")
 
@@ -25,18 +33,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RACES] = []
     if threads := config.getoption("--threads"):
         torch.set_num_threads(threads)
+    if config.getoption("--tiny"):
+        shapes.shrink_all()  # before the tests are imported
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--quick"):
-        return
-    slow = [
-        i
-        for i in items
-        if getattr(i, "callspec", None) and i.callspec.params.get("shape", shapes.A) != shapes.A
-    ]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if item not in slow]
+    kept = items
+    if config.getoption("--quick"):
+        kept = [i for i in kept if parameter(i, "shape", shapes.A) == shapes.A]
+    if config.getoption("--tiny"):
+        kept = list({i.originalname: i for i in reversed(kept)}.values())[::-1]
+    config.hook.pytest_deselected(items=[i for i in items if i not in kept])
+    items[:] = kept
+
+
+def parameter(item: pytest.Item, name: str, default: object) -> object:
+    return item.callspec.params.get(name, default) if hasattr(item, "callspec") else default
 
 
 @pytest.fixture
@@ -44,8 +56,10 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
     """race(group, ours, shape=..., peer=..., bound_dense=...): who is checked, then run in turns and recorded.
 
     check:  called with each candidate's name and first result, before the clock; bounds are not checked.
-    limits: rounds of those too slow for all; once: those timed in their first call alone.
-    flops, moved: of one call, for GF/s and GB/s.
+    limits: rounds of those too slow for all; once: those timed in their first call alone; apart: those with threads
+            of their own; missing: reasons of those who take no part.
+    calls:  so many a turn, where one is too short for the clock.
+    flops, moved: of one call, for GF/s and GB/s.  index: whom the tokens go to, for the rows per expert.
     """
     config = request.config
 
@@ -59,27 +73,57 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
         check: Callable[[str, Any], None] | None = None,
         limits: Mapping[str, int] | None = None,
         once: Collection[str] = (),
+        apart: Collection[str] = (),
+        missing: Mapping[str, str] | None = None,
+        calls: int = 1,
         flops: int | None = None,
         moved: int | None = None,
+        index: Tensor | None = None,
+        note: str = "",
         **others: Callable[[], object],
     ) -> None:
-        times = first_calls({OURS: ours, **others}, check, once)
+        times, reasons = first_calls({OURS: ours, **others}, check, once)
+        assert OURS not in reasons, reasons[OURS]
         rounds = config.getoption("--rounds")
-        regular = {name: call for name, call in others.items() if name not in once}
-        turns = Race(regular, rounds, limits or {})
+        regular = {
+            name: repeated(call, calls)
+            for name, call in others.items()
+            if name not in once and name not in reasons
+        }
+        turns = Race(regular, rounds, limits or {}, apart)
         benchmark.group = "/".join(part for part in (group, str(shape), load, memory) if part)
-        benchmark.pedantic(ours, setup=turns.until_ours, rounds=rounds, iterations=1)
+        benchmark.pedantic(repeated(ours, calls), setup=turns.until_ours, rounds=rounds, iterations=1)
         turns.finish()
-        times |= turns.times
+        sized = isinstance(shape, shapes.Shape)
+        lines = [record(OURS, list(benchmark.stats.stats.data), calls)]
+        lines += [record(n, turns.times[n], calls) for n in regular]
+        lines += [record(n, t) for n, t in times.items()]
+        lines += [absent(n, why) for n, why in (reasons | dict(missing or {})).items()]
         config.stash[RACES].append({
             "group": group, "shape": str(shape), "load": load, "memory": memory, "flops": flops, "moved": moved,
-            "candidates": [record(OURS, list(benchmark.stats.stats.data)), *(record(n, times[n]) for n in others)],
+            "calls": calls, "note": note, "sizes": asdict(shape) if sized else None,
+            "rows": shapes.spread(index, shape.E) if sized and index is not None else None, "candidates": lines,
         })  # fmt: skip
+        write(config)
+        sk.empty_cache()  # the next race is of other sizes
 
     return run
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    target = session.config.getoption("--race-json")
+def repeated(call: Callable[[], object], calls: int) -> Callable[[], object]:
+    if calls == 1:
+        return call
+
+    def several() -> None:
+        for _ in range(calls):
+            call()
+
+    return several
+
+
+def write(config: pytest.Config) -> None:
+    """After every race, so that a long run that is ended has not been for nothing."""
+    target = config.getoption("--race-json")
     if target is not None:
-        target.write_text(json.dumps(session.config.stash[RACES], indent=1))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        target.write_text(json.dumps({"peak_bytes": peak, "races": config.stash[RACES]}, indent=1))

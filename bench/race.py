@@ -9,6 +9,12 @@ from typing import Any
 
 OURS = "sigma"
 BOUND = "bound_"  # candidates whose name starts so are limits, not rivals, and compute something else
+BESIDE = "beside_"  # neither: timed in the same turns to be compared with
+REST_S = 0.1  # threads that wait by spinning have gone to sleep by then
+
+
+class CannotRun(Exception):
+    """A rival says why it has no time in this race."""
 
 
 @dataclass
@@ -16,13 +22,16 @@ class Race:
     """Runs the rivals between the rounds of a candidate that somebody else times.
 
     `until_ours` runs whoever comes before our next turn, `finish` whoever is left.  Those in `limits` take part in
-    their first so many rounds only.
+    their first so many rounds only.  Those in `apart` have threads of their own, which spin for a while after a call:
+    there is a rest before and after each of their turns.
     """
 
     others: Mapping[str, Callable[[], object]]
     rounds: int
     limits: Mapping[str, int] = field(default_factory=dict)
+    apart: Collection[str] = ()
     seed: int = 0
+    rest: Callable[[float], object] = time.sleep
     clock: Callable[[], float] = time.perf_counter
     times: dict[str, list[float]] = field(init=False)
 
@@ -44,9 +53,13 @@ class Race:
             self._run(self._queue.pop(0))
 
     def _run(self, name: str) -> None:
+        if name in self.apart:
+            self.rest(REST_S)
         start = self.clock()
         self.others[name]()
         self.times[name].append(self.clock() - start)
+        if name in self.apart:
+            self.rest(REST_S)
 
 
 def first_calls(
@@ -54,28 +67,47 @@ def first_calls(
     check: Callable[[str, Any], None] | None,
     once: Collection[str] = (),
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Call everyone once, before any clock that counts, and check what they answer; bounds are not checked.
 
-    The times of those in `once`, who are too slow to be called again, are what this returns.
+    Returns: the times of those in `once`, who are too slow to be called again, and of those who raise CannotRun the
+    reasons.
     """
     times: dict[str, list[float]] = {}
+    reasons: dict[str, str] = {}
     for name, call in calls.items():
         start = clock()
-        result = call()
+        try:
+            result = call()
+        except CannotRun as error:
+            reasons[name] = str(error)
+            continue
         if name in once:
             times[name] = [clock() - start]
-        if check is not None and not name.startswith(BOUND):
+        if check is not None and not name.startswith((BOUND, BESIDE)):
             check(name, result)
-    return times
+    return times, reasons
 
 
-def record(name: str, times: list[float]) -> dict[str, object]:
-    """One candidate's line in the results."""
+def record(name: str, times: list[float], calls: int = 1) -> dict[str, object]:
+    """One candidate's line in the results; each of `times` is of so many calls."""
     return {
-        "name": name.removeprefix(BOUND),
-        "is_bound": name.startswith(BOUND),
-        "median_s": statistics.median(times),
-        "min_s": min(times),
+        **_who(name),
+        "median_s": statistics.median(times) / calls,
+        "min_s": min(times) / calls,
         "rounds": len(times),
+    }
+
+
+def absent(name: str, reason: str) -> dict[str, object]:
+    """The line of a candidate that has no time."""
+    return {**_who(name), "reason": reason}
+
+
+def _who(name: str) -> dict[str, object]:
+    kinds = {BOUND: "bound", BESIDE: "beside"}
+    kind = next((kinds[prefix] for prefix in kinds if name.startswith(prefix)), "peer")
+    return {
+        "name": name.removeprefix(BOUND).removeprefix(BESIDE),
+        "kind": "ours" if name == OURS else kind,
     }

@@ -1,17 +1,24 @@
 """The benchmark's own promises: everyone in turns, nobody wrong, pages that say what was run."""
 
 import itertools
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
-from sigma_cli.bench import lines, page, rich_table
+from sigma_cli import bench
+from sigma_cli.bench import lines, page, remarks, rich_table
+from sigma_cli.bench_plots import apart, pictures
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import oracle
 import shapes
-from race import OURS, Race, first_calls, record
+from race import OURS, CannotRun, Race, absent, first_calls, record
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_everyone_runs_once_a_round_in_turns():
@@ -29,6 +36,28 @@ def test_everyone_runs_once_a_round_in_turns():
     assert {tuple(ran[i : i + 2]) for i in range(9, 43, 2)} == {(OURS, "a"), ("a", OURS)}, "the order changes"
 
 
+def test_those_with_threads_of_their_own_run_between_rests():
+    told = []
+    race = Race({"a": lambda: told.append("a"), "b": lambda: told.append("b")}, rounds=3, apart={"b"},
+                rest=lambda _: told.append("rest"))  # fmt: skip
+    for _ in range(3):
+        race.until_ours()
+    race.finish()
+    assert "".join(t[0] for t in told).count("rbr") == 3
+    assert told.count("rest") == 6
+
+
+def test_a_rival_that_cannot_run_is_a_line_with_its_reason():
+    def refuses():
+        raise CannotRun("no f32")
+
+    times, reasons = first_calls({"sigma": lambda: 1, "them": refuses}, None)
+    assert (times, reasons) == ({}, {"them": "no f32"})
+    race = a_race(candidates=[record("sigma", [0.1]), absent("them", reasons["them"])])
+    assert lines(race)[1] == ("them", "no f32", "", "", "", "", "")
+    assert "| them | no f32 |" in page(document(race))
+
+
 def test_a_wrong_candidate_ends_the_race_and_bounds_are_not_asked():
     def check(who, result):
         assert result == 1, who
@@ -40,7 +69,8 @@ def test_a_wrong_candidate_ends_the_race_and_bounds_are_not_asked():
 
 def test_those_too_slow_are_timed_in_their_first_call():
     clock = itertools.count().__next__
-    assert first_calls({"slow": lambda: 1, "fast": lambda: 1}, None, {"slow"}, clock) == {"slow": [1]}
+    times, _ = first_calls({"slow": lambda: 1, "fast": lambda: 1}, None, {"slow"}, clock)
+    assert times == {"slow": [1]}
 
 
 def test_the_oracle_knows_right_from_slightly_wrong():
@@ -58,14 +88,120 @@ def test_the_oracle_knows_right_from_slightly_wrong():
         oracle.assert_agrees("them", [wrong], want[:1], shape.H)
 
 
+def a_race(**changed):
+    return {
+        "group": "layer/forward/f32", "shape": "A", "load": "balanced", "memory": "", "flops": 2e9, "moved": 1e9,
+        "calls": 1, "note": "", "sizes": None, "rows": None, "candidates": [record("sigma", [0.1])],
+    } | changed  # fmt: skip
+
+
+def document(*races):
+    return {"schema": 1, "environment": bench.environment("sigma bench forward", 2), "races": list(races)}
+
+
 def test_the_page_names_command_environment_and_ratios(monkeypatch):
     monkeypatch.setenv("MALLOC_TOP_PAD_", "7")
-    race = {
-        "group": "layer/forward/f32", "shape": "A", "load": "balanced", "memory": "", "flops": 2e9, "moved": 1e9,
-        "candidates": [record("sigma", [0.1]), record("bound_dense", [0.05]), record("peer", [0.3, 0.2, 0.4])],
-    }  # fmt: skip
-    text = page([race], "sigma bench forward", 2)
-    assert "`MALLOC_TOP_PAD_=7 sigma bench forward`" in text
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    race = a_race(
+        rows={"mean": 2.0, "most": 5, "idle": 1},
+        candidates=[
+            record("sigma", [0.1]),
+            record("bound_dense", [0.05]),
+            record("beside_layer", [2.0]),
+            record("peer", [0.3, 0.2, 0.4]),
+        ],
+    )
+    text = page(document(race), ["x-roofline.png"])
+    assert "`MALLOC_TOP_PAD_=7 OMP_WAIT_POLICY=passive sigma bench forward`" in text
+    assert "2 threads, huge pages: " in text
+    assert "![roofline](x-roofline.png)" in text
     assert "| peer | 300.0 | 200.0 | 3 | 3.00 | 7 | 3.3 |" in text
-    assert [row[0] for row in lines(race)] == ["sigma", "bound: dense", "peer"]
-    assert rich_table(race).row_count == 3
+    assert [row[0] for row in lines(race)] == ["sigma", "beside: layer", "bound: dense", "peer"]
+    assert "at most (skew 2.50), 1 experts idle. Ours takes 5.0% of the time of the layer" in remarks(race)
+    assert rich_table(race).row_count == 4
+
+
+def test_times_of_short_calls_are_of_one():
+    assert record("sigma", [0.2, 0.1, 0.3], calls=20)["median_s"] == pytest.approx(0.01)
+
+
+def a_run():
+    """Races of every kind that a picture is drawn from, with figures that grow as they should."""
+    races = []
+    for dtype in ("f32", "bf16"):
+        for family, group in (
+            (shapes.LAYERS, "layer"),
+            (shapes.DECODE, "decode"),
+            (shapes.SWEEP_T, "sweep-T"),
+            (shapes.SWEEP_E, "sweep-E"),
+        ):
+            for shape in family:
+                dense, read = shape.flops / 2e11, shape.weights / 1e10
+                ours = max(dense, read) * 1.2
+                candidates = [record("sigma", [ours]), record("peer", [2 * ours]), absent("them", "why"),
+                              record("bound_dense", [dense]), record("bound_read", [read])]  # fmt: skip
+                races.append(
+                    a_race(
+                        group=f"{group}/forward/{dtype}", shape=str(shape), flops=shape.flops, moved=4 * shape.weights,
+                        sizes=asdict(shape), candidates=candidates,
+                    )
+                )  # fmt: skip
+    return document(*races)
+
+
+def test_pictures_show_something_and_stand_beside_the_page(tmp_path):
+    written = bench.write_page(a_run(), tmp_path / "cpu.md")
+    assert [path.name for path in written] == ["cpu.md", "cpu-roofline.png", "cpu-scaling.png"]
+    for path in written[1:]:
+        pixels = matplotlib.image.imread(path)[..., :3]
+        assert 0.002 < (pixels < 0.9).any(-1).mean() < 0.5, f"{path.name} is blank, or black"
+
+
+def test_no_picture_without_points():
+    assert pictures(document(a_race())) == {}
+
+
+def test_labels_keep_their_distance():
+    places = apart([0.1, 0.1, 0.11, 0.9, 0.99, 1.0], 0.05)
+    gaps = [b - a for a, b in itertools.pairwise(places)]
+    assert min(gaps) >= 0.05 - 1e-9
+    assert min(places) >= 0
+    assert max(places) <= 1
+
+
+def test_the_sweep_over_experts_keeps_the_bytes_and_memory_stays_below_16_gib():
+    assert {shape.weights for shape in shapes.SWEEP_E} == {shapes.A.weights}
+    # Weights, their gradients, the oracle's, a peer's fresh ones and as much again of temporaries, in f32.
+    largest = max(shape.weights for shape in shapes.LAYERS + shapes.SWEEP_T + shapes.SWEEP_E)
+    assert 5 * 4 * largest < 16 * 2**30
+
+
+def test_every_group_races_and_is_written(tmp_path, monkeypatch):
+    """One race of each test of bench/, too small to measure anything; train_step is as it is and takes long."""
+    monkeypatch.chdir(ROOT)
+    code = bench.run(
+        "not train_step", False, 1, 2, tmp_path / "page.md", tmp_path / "page.json", extra=["--tiny"]
+    )
+    assert code == 0
+    found = json.loads((tmp_path / "page.json").read_text())
+    assert found["schema"] == 1
+    assert found["peak_bytes"] > 0
+    assert set(found["environment"]) == {
+        "command", "date", "cpu", "machine", "isa", "threads", "thp", "variables", "versions",
+    }  # fmt: skip
+    groups = {race["group"].rsplit("/", 1)[0] for race in found["races"]}
+    assert groups == {
+        "layer/forward", "layer/forward+backward", "sweep-T/forward", "sweep-T/forward+backward", "decode/forward",
+        "grouped_gemm/x@W.T", "grouped_gemm/a.T@b", "route/forward", "permute/forward", "unpermute/forward",
+        "router_end/forward",
+    }  # fmt: skip
+    for race in found["races"]:
+        assert set(race) == {
+            "group", "shape", "load", "memory", "flops", "moved", "calls", "note", "sizes", "rows", "candidates",
+        }  # fmt: skip
+        assert set(race["rows"]) == {"mean", "most", "idle"}
+        assert race["candidates"][0]["kind"] == "ours"
+        for candidate in race["candidates"]:
+            figures = {"reason"} if "reason" in candidate else {"median_s", "min_s", "rounds"}
+            assert set(candidate) == {"name", "kind"} | figures
+    assert "unpermute/forward/f32" in (tmp_path / "page.md").read_text()

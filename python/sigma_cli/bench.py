@@ -1,4 +1,4 @@
-"""`sigma bench`: the races of bench/, as a table and as a page of results."""
+"""`sigma bench`: the races of bench/, as a table, a page of results with its pictures, and JSON."""
 
 import json
 import os
@@ -8,23 +8,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from sigma_train.files import write_text
+from sigma_train.files import atomic_file, write_text
 
 import sigma_kernels as sk
 
-# Settings of the process that change what memory costs everyone, so the page names those that are set.
-ENVIRONMENT = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD",
-               "SIGMA_ISA", "SIGMA_BACKEND")  # fmt: skip
-COLUMNS = ("who", "median, ms", "fastest, ms", "rounds", "over ours", "GF/s", "GB/s of weights")
+SCHEMA = 1
+# Settings of the process that change what memory or threads cost everyone, so the page names those that are set.
+ENVIRONMENT = ("MALLOC_", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "SIGMA_ISA", "SIGMA_BACKEND", "OMP_", "KMP_", "GOMP_",
+               "MKL_")  # fmt: skip
+PACKAGES = ("transformers", "numpy", "ggml-python", "kt-kernel")
+COLUMNS = ("who", "median, ms", "fastest, ms", "rounds", "over ours", "GF/s", "GB/s")
 
 
-def run(group: str, quick: bool, rounds: int, threads: int | None, output: Path | None) -> int:
+def run(
+    group: str,
+    quick: bool,
+    rounds: int,
+    threads: int | None,
+    output: Path | None,
+    json_file: Path | None = None,
+    extra: Sequence[str] = (),
+) -> int:
     """Race, print, write.  Returns the exit code: 0 done, 1 a candidate was wrong or failed, 2 no bench/ here."""
     console = Console()
     if not Path("bench/race.py").exists():
@@ -35,21 +47,79 @@ def run(group: str, quick: bool, rounds: int, threads: int | None, output: Path 
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "races.json"
         command = [sys.executable, "-P", "-m", "pytest", "-q", "bench", "--benchmark-disable-gc", "-k", group]
-        command += ["--rounds", str(rounds), "--race-json", str(target), "--benchmark-quiet"]
+        command += ["--rounds", str(rounds), "--race-json", str(target), "--benchmark-quiet", *extra]
         command += ["--quick"] if quick else []
         command += ["--threads", str(threads)] if threads else []
         result = subprocess.run(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, check=False)
-        races = json.loads(target.read_text()) if target.exists() else []
-    if not races:
+        found = json.loads(target.read_text()) if target.exists() else {"races": []}
+    if not found["races"]:
         return 1
-    for race in races:
+    arguments = [group, *(["--quick"] if quick else []), "--rounds", str(rounds)]
+    arguments += ["--threads", str(threads)] if threads else []
+    arguments += ["--output", str(output)] if output else []
+    arguments += ["--json", str(json_file)] if json_file else []
+    document = {
+        "schema": SCHEMA,
+        "environment": environment(shlex.join(["sigma", "bench", *arguments]), threads),
+        **found,
+    }
+    for race in document["races"]:
         console.print(rich_table(race))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(json_file, json.dumps(document, indent=1) + "\n")
+        console.print(f"wrote {json_file}")
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        arguments = [group, *(["--quick"] if quick else []), "--rounds", str(rounds), "--output", str(output)]
-        write_text(output, page(races, shlex.join(["sigma", "bench", *arguments]), threads))
-        console.print(f"wrote {output}")
+        for path in write_page(document, output):
+            console.print(f"wrote {path}")
     return 0 if result.returncode == 0 else 1
+
+
+def write_page(document: dict[str, Any], output: Path) -> list[Path]:
+    """The page, and beside it each picture that the races give enough points for."""
+    from sigma_train.report import png
+
+    from sigma_cli.bench_plots import pictures
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in pictures(document).items():
+        path = output.with_name(f"{output.stem}-{name}.png")
+        with atomic_file(path) as file:
+            file.write(png(figure))
+        written.append(path)
+    write_text(output, page(document, [path.name for path in written]))
+    return [output, *written]
+
+
+def environment(command: str, threads: int | None) -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": next(
+            (line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "unknown"
+        ),
+        "machine": platform.machine(),
+        "isa": sk._C.isa(),
+        "threads": threads or torch.get_num_threads(),
+        "thp": huge.read_text().split("[")[1].split("]")[0]
+        if huge.exists()
+        else "not offered by this system",
+        "variables": {n: value for n, value in sorted(os.environ.items()) if n.startswith(ENVIRONMENT)},
+        "versions": {"torch": torch.__version__, "sigma-kernels": sk.__version__, **installed()},
+    }
+
+
+def installed() -> dict[str, str]:
+    out = {}
+    for name in PACKAGES:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out
 
 
 def title(race: dict[str, Any]) -> str:
@@ -57,32 +127,57 @@ def title(race: dict[str, Any]) -> str:
 
 
 def lines(race: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The candidates' rows: ours, then the bounds, then the peers, fastest first."""
+    """The candidates' rows: ours, then what is beside it and the bounds, then the peers, fastest first."""
     ours = race["candidates"][0]["median_s"]
-    rank = {"sigma": 0}
-    ordered = sorted(
-        race["candidates"], key=lambda c: (rank.get(c["name"], 1 if c["is_bound"] else 2), c["median_s"])
-    )
+    rank = {"ours": 0, "beside": 1, "bound": 2, "peer": 3}
+    ordered = sorted(race["candidates"], key=lambda c: (rank[c["kind"]], c.get("median_s", float("inf"))))
     out = []
     for c in ordered:
+        who = c["name"] if c["kind"] in ("ours", "peer") else f"{c['kind']}: {c['name']}"
+        if "reason" in c:
+            out.append((who, c["reason"], *[""] * (len(COLUMNS) - 2)))
+            continue
         flops, moved = race["flops"], race["moved"]
-        reads_only = c["name"] in ("read", "copy")
+        has_flops = flops and c["kind"] != "beside" and c["name"] not in ("read", "write", "copy")
+        has_moved = moved and c["kind"] != "beside" and c["name"] != "dense"
         out.append(
             (
-                f"bound: {c['name']}" if c["is_bound"] else c["name"],
-                f"{c['median_s'] * 1e3:.1f}",
-                f"{c['min_s'] * 1e3:.1f}",
+                who,
+                milliseconds(c["median_s"]),
+                milliseconds(c["min_s"]),
                 str(c["rounds"]),
                 f"{c['median_s'] / ours:.2f}",
-                "" if reads_only or not flops else f"{flops / c['median_s'] / 1e9:.0f}",
-                "" if c["name"] == "dense" or not moved else f"{moved / c['median_s'] / 1e9:.1f}",
+                f"{flops / c['median_s'] / 1e9:.0f}" if has_flops else "",
+                f"{moved / c['median_s'] / 1e9:.1f}" if has_moved else "",
             )
         )
     return out
 
 
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}" if seconds >= 0.01 else f"{seconds * 1e3:.3f}"
+
+
+def remarks(race: dict[str, Any]) -> str:
+    """What else a reader of the table must know: load, calls a turn, shares."""
+    parts = []
+    if rows := race.get("rows"):
+        skew = rows["most"] / rows["mean"]
+        parts.append(f"Rows per expert: {rows['mean']:.4g} on average, {rows['most']} at most (skew {skew:.2f}), "
+                     f"{rows['idle']} experts idle.")  # fmt: skip
+    if race.get("calls", 1) > 1:
+        parts.append(f"{race['calls']} calls a turn; times are of one.")
+    for c in race["candidates"]:
+        if c["kind"] == "beside":
+            share = race["candidates"][0]["median_s"] / c["median_s"]
+            parts.append(f"Ours takes {share:.1%} of the time of the {c['name']} beside it.")
+    if note := race.get("note"):
+        parts.append(f"{note[0].upper()}{note[1:]}.")
+    return " ".join(parts)
+
+
 def rich_table(race: dict[str, Any]) -> Table:
-    table = Table(title=title(race), title_justify="left")
+    table = Table(title=title(race), title_justify="left", caption=remarks(race), caption_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "who" else "right")
     for row in lines(race):
@@ -90,21 +185,31 @@ def rich_table(race: dict[str, Any]) -> Table:
     return table
 
 
-def page(races: list[dict[str, Any]], command: str, threads: int | None) -> str:
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "unknown")
-    chosen = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
-    command = " ".join([*chosen, command])
+def page(document: dict[str, Any], plots: Sequence[str] = ()) -> str:
+    about = document["environment"]
+    variables = [f"{name}={value}" for name, value in about["variables"].items()]
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    peak = document.get("peak_bytes")
     parts = [
         "# Results on a CPU",
         "",
-        f"Made by `{command}` on {time.strftime('%Y-%m-%d')}: {cpu} ({platform.machine()}, ISA {sk._C.isa()}), "
-        f"{threads or torch.get_num_threads()} threads, torch {torch.__version__}, sigma-kernels {sk.__version__}.",
-        "Each table is one interleaved run. Bounds are the same FLOPs in one dense layer and the same bytes in one "
-        "stream. Everyone's first result was checked before the clock started: layers against f64, training steps by "
-        "their loss.",
+        f"Made by `{' '.join([*variables, about['command']])}` on {about['date']}: {about['cpu']} ({about['machine']}, "
+        f"ISA {about['isa']}), {about['threads']} threads, huge pages: {about['thp']}, {versions}"
+        + (f", {peak / 2**30:.1f} GiB of memory at most." if peak else "."),
+        "OpenMP's and malloc's settings are the defaults but for those in the command.",
+        "",
+        "Each table is one interleaved run. Bounds are the same FLOPs in one dense product or layer and the same bytes "
+        "in one stream. Everyone's first result was checked before the clock started: layers and products against f64, "
+        "choices of experts and copies exactly, training steps by their loss. `fresh`: gradients are allocated, filled "
+        "and released in the timed call; `kept`: they go to memory that exists. GB/s: of weights, or of what is read "
+        "and written where there are none.",
     ]
-    for race in races:
+    for name in plots:
+        kind = Path(name).stem.rsplit("-", 1)[-1]
+        parts += ["", f"![{kind}]({name})"]
+    for race in document["races"]:
         parts += ["", f"## {title(race)}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
         parts += ["| " + " | ".join(row) + " |" for row in lines(race)]
+        if text := remarks(race):
+            parts += ["", text]
     return "\n".join(parts) + "\n"

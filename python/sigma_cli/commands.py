@@ -27,9 +27,12 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="shape A only")] = False,
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
-    output: Annotated[Path | None, typer.Option(help="markdown page to write")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="markdown page to write, with its plots beside it")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="file of all figures to write")] = None,
 ) -> None:
-    """Race the layer against its peers and its bounds on this machine."""
+    """Race the layer and its operations against their peers and bounds on this machine."""
     from sigma_cli.bench import run
 
-    raise typer.Exit(run(group, quick, rounds, threads, output))
+    raise typer.Exit(run(group, quick, rounds, threads, output, json_file))

@@ -1,0 +1,67 @@
+"""Few tokens, where reading the weights is all of it.
+
+A turn is a pass over as many calls as it takes until every expert has been asked, as a step of decoding goes through
+the layers of a model: no weight is in a cache when it is asked for, whatever T and k.
+"""
+
+import bounds
+import oracle
+import peer_ggml
+import peer_kt
+import peers
+import pytest
+import torch
+from shapes import DECODE, DTYPES, layer_inputs, short
+
+import sigma_kernels as sk
+
+APART = {"llama_cpp_mul_mat_id": peer_ggml.Layer, "kt_kernel": peer_kt.Layer}
+
+
+def choices_of_pass(shape) -> list[torch.Tensor]:
+    """index [T, k] of each call; together they name every expert."""
+    order = torch.randperm(shape.E, generator=torch.Generator().manual_seed(0))
+    calls = -(-shape.E // shape.R)
+    return list(order.repeat(shape.R)[: calls * shape.R].view(calls, shape.T, shape.k))
+
+
+@pytest.mark.parametrize("shape", DECODE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_decode(race, dtype, shape):
+    x, weights, gate_up, down = layer_inputs(shape, dtype)
+    indices = choices_of_pass(shape)
+    want = [oracle.layer(x, weights, gate_up, down, index)[0] for index in indices]
+
+    def over(layer):
+        @torch.no_grad()
+        def run():
+            return [layer(x, index, weights, gate_up, down).clone() for index in indices]
+
+        return run
+
+    built = {}
+
+    def apart(name):
+        def layer(x, index, weights, gate_up, down):
+            if name not in built:
+                built[name] = APART[name](shape.T, shape.k, gate_up, down)
+            return built[name](x, index, weights)
+
+        return over(layer)
+
+    race(
+        f"decode/forward/{short(dtype)}",
+        over(sk.moe_experts),
+        shape=shape,
+        load=f"a pass of {len(indices)} calls",
+        check=lambda who, got: oracle.assert_agrees(who, got, want, shape.H),
+        apart=APART,
+        limits={"padded_bmm": 2},  # all experts padded at each call
+        flops=len(indices) * shape.flops,
+        moved=gate_up.nbytes + down.nbytes,
+        index=torch.cat(indices),
+        note="every expert is asked in a pass, so that weights come from memory",
+        bound_read=bounds.read(gate_up, down),
+        **{name: over(layer) for name, layer in (peers.LAYERS | peers.FEW_TOKENS).items()},
+        **{name: apart(name) for name in APART},
+    )
