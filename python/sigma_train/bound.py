@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from sigma_train.config import Config
 from sigma_train.model import LanguageModel
-from sigma_train.optim import make_optimizer
+from sigma_train.optim import Optimizer
 
 
 def dense_tokens_per_s(config: Config, steps: int = 3) -> float:
@@ -21,7 +21,7 @@ def dense_tokens_per_s(config: Config, steps: int = 3) -> float:
     twin = config.model_copy(update={"model": config.model.model_copy(update={"num_experts": 1})})
     with torch.random.fork_rng(devices=[]):
         model = LanguageModel(twin)
-        optimizer = make_optimizer(model, config.optim)
+        optimizer = Optimizer(model, twin)
         tokens = torch.randint(config.model.vocab_size, (t.batch_size, t.seq_len + 1))
         seconds = []
         for _ in range(steps + 1):
@@ -29,8 +29,8 @@ def dense_tokens_per_s(config: Config, steps: int = 3) -> float:
             for _ in range(t.grad_accum):
                 logits = model(tokens[:, :-1])
                 F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip, foreach=True)
+                optimizer.accumulate()
+            optimizer.clip(config.optim.grad_clip)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             seconds.append(time.perf_counter() - start)
     return t.grad_accum * t.batch_size * t.seq_len / statistics.median(seconds[1:])

@@ -26,7 +26,7 @@ from sigma_train.files import write_text
 from sigma_train.generate import generate
 from sigma_train.metrics import Metrics, busiest
 from sigma_train.model import LanguageModel
-from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
+from sigma_train.optim import Optimizer, learning_rate
 from sigma_train.progress import RunLine
 
 
@@ -56,17 +56,20 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.data: PreparedData = prepare(config)
         self.model = LanguageModel(config)
-        self.optimizer = make_optimizer(self.model, config.optim)
-        if latest is not None:
-            self._resume(latest)
+        state = self._resume(latest) if latest is not None else None
+        self.optimizer = Optimizer(self.model, config)  # rounds weights to train.dtype: those of the checkpoint
+        if state is not None:
+            self.optimizer.load_state_dict(state)
         write_text(self.out / "config.toml", config.to_toml())
         self.data.tokenizer.save(self.out / "tokenizer.json")
         self.metrics = Metrics(self.out, self.step)
         self.line = RunLine(console, self.step, config.train.steps)
 
-    def _resume(self, path: Path) -> None:
+    def _resume(self, path: Path) -> dict[str, Any]:
+        """Take up weights and step; returns the state for the optimizer."""
         checkpoint = load_checkpoint(path)
-        then, now = checkpoint.extra["settings"], shaping_settings(self.config)
+        # A setting that is younger than the checkpoint had its default.
+        then, now = shaping_settings(Config()) | checkpoint.extra["settings"], shaping_settings(self.config)
         if changed := [key for key in now | then if now.get(key) != then.get(key)]:
             differences = ", ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed)
             raise ConfigError(
@@ -76,10 +79,10 @@ class Trainer:
         if checkpoint.extra.get("corpus_digest") != self.data.stats["corpus_digest"]:
             raise ConfigError(f"the text of data.paths is not what {self.out} began with; name another --out")
         load_weights(self.model, checkpoint, path)
-        self.optimizer.load_state_dict(checkpoint.optim_state)
         self.step = self._saved = checkpoint.step
         self.tokens_seen = checkpoint.extra["tokens_seen"]
         self.console.print(f"resumed {path} at step {self.step}")
+        return checkpoint.optim_state
 
     def run(self) -> None:
         """Train to the last step, to the time budget, or to a signal; then save.
@@ -143,7 +146,7 @@ class Trainer:
     def _train_step(self) -> dict[str, Any]:
         t, o = self.config.train, self.config.optim
         rate = learning_rate(self.step, self.config)
-        set_learning_rate(self.optimizer, rate)
+        self.optimizer.set_learning_rate(rate)
         loss_sum, counts = 0.0, []
         for micro in range(t.grad_accum):
             inputs, targets = self.data.train.batch(
@@ -153,16 +156,16 @@ class Trainer:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
             counts.append([moe.last_routing.counts for moe in self.model.moe_layers()])
             ((loss + self._balance_loss()) / t.grad_accum).backward()
+            self.optimizer.accumulate()
             loss_sum += loss.item()
             self.tokens_seen += inputs.numel()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.grad_clip, foreach=True).item()
+        norm = self.optimizer.clip(o.grad_clip)
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):  # one such step would spoil every weight
             raise Diverged(
                 f"step {self.step + 1}: loss {loss_sum / t.grad_accum}, gradient norm {norm}; no checkpoint "
                 "holds this step, and a resumed run would meet it again: start anew with a lower optim.lr"
             )
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         layer_counts = [sum(layer) for layer in zip(*counts, strict=True)]
         if self.config.router.balance == "bias":
             for moe, layer in zip(self.model.moe_layers(), layer_counts, strict=True):
@@ -209,7 +212,7 @@ class Trainer:
         save_checkpoint(
             self.checkpoints,
             self.step,
-            self.model.state_dict(),
+            self.optimizer.weights(),
             self.optimizer.state_dict(),
             extra,
             self.config.train.keep,

@@ -27,8 +27,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, S, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, S, self.num_heads, self.head_dim)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(B, S, self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        q = self.q_norm(self.q_proj(x).float().view(B, S, self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).float().view(B, S, self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(B, S, self.num_kv_heads, self.head_dim).transpose(1, 2)
         out = F.scaled_dot_product_attention(
             rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=True
@@ -83,10 +83,11 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Tokens [B, S] int64 to logits [B, S, vocabulary]."""
+    """Tokens [B, S] int64 to logits [B, S, vocabulary], f32."""
 
     cos: Tensor
     sin: Tensor
+    is_bf16 = False
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -112,12 +113,27 @@ class LanguageModel(nn.Module):
     def moe_layers(self) -> list[MoE]:
         return [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]
 
+    def multiply_in_bf16(self) -> dict[str, Tensor]:
+        """From now on round the operands of matrix products to bf16; all else, and every sum, stays f32.
+
+        The experts' parameters become bf16, so their gradients are; returns by name the f32 ones that they were.
+        Other parameters are f32 and rounded as they are used: they are few, and each meets every token.
+        """
+        self.is_bf16, masters = True, {}
+        for name, parameter in self.named_parameters():
+            if ".experts." in name:
+                masters[name] = parameter.detach().clone()
+                parameter.data = parameter.data.bfloat16()
+        return masters
+
     def forward(self, tokens: Tensor) -> Tensor:
         S = tokens.shape[1]
-        x = self.embed_tokens(tokens)
-        for block in self.layers:
-            x = block(x, self.cos[:S], self.sin[:S])
-        return self.lm_head(self.norm(x))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16):
+            x = self.embed_tokens(tokens)
+            for block in self.layers:
+                x = block(x, self.cos[:S], self.sin[:S])
+            logits = self.lm_head(self.norm(x))
+        return logits.float()
 
     def active_parameters(self) -> int:
         """Parameters that one token meets, embeddings counted once."""
