@@ -25,8 +25,8 @@ from sigma_train.errors import Failure
 from sigma_train.files import write_text
 from sigma_train.generate import generate
 from sigma_train.metrics import Metrics, busiest
-from sigma_train.model import LanguageModel
-from sigma_train.optim import Optimizer, learning_rate
+from sigma_train.model import LanguageModel, precision
+from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
 from sigma_train.progress import RunLine
 
 
@@ -56,17 +56,15 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.data: PreparedData = prepare(config)
         self.model = LanguageModel(config)
-        state = self._resume(latest) if latest is not None else None
-        self.optimizer = Optimizer(self.model, config)  # rounds weights to train.dtype: those of the checkpoint
-        if state is not None:
-            self.optimizer.load_state_dict(state)
+        self.optimizer = make_optimizer(self.model, config.optim)
+        if latest is not None:
+            self._resume(latest)
         write_text(self.out / "config.toml", config.to_toml())
         self.data.tokenizer.save(self.out / "tokenizer.json")
         self.metrics = Metrics(self.out, self.step)
         self.line = RunLine(console, self.step, config.train.steps)
 
-    def _resume(self, path: Path) -> dict[str, Any]:
-        """Take up weights and step; returns the state for the optimizer."""
+    def _resume(self, path: Path) -> None:
         checkpoint = load_checkpoint(path)
         # A setting that is younger than the checkpoint had its default.
         then, now = shaping_settings(Config()) | checkpoint.extra["settings"], shaping_settings(self.config)
@@ -79,10 +77,10 @@ class Trainer:
         if checkpoint.extra.get("corpus_digest") != self.data.stats["corpus_digest"]:
             raise ConfigError(f"the text of data.paths is not what {self.out} began with; name another --out")
         load_weights(self.model, checkpoint, path)
+        self.optimizer.load_state_dict(checkpoint.optim_state)
         self.step = self._saved = checkpoint.step
         self.tokens_seen = checkpoint.extra["tokens_seen"]
         self.console.print(f"resumed {path} at step {self.step}")
-        return checkpoint.optim_state
 
     def run(self) -> None:
         """Train to the last step, to the time budget, or to a signal; then save.
@@ -146,26 +144,27 @@ class Trainer:
     def _train_step(self) -> dict[str, Any]:
         t, o = self.config.train, self.config.optim
         rate = learning_rate(self.step, self.config)
-        self.optimizer.set_learning_rate(rate)
+        set_learning_rate(self.optimizer, rate)
         loss_sum, counts = 0.0, []
         for micro in range(t.grad_accum):
             inputs, targets = self.data.train.batch(
                 self.step * t.grad_accum + micro, t.batch_size, t.seq_len, t.seed
             )
-            logits = self.model(inputs)
+            with precision(self.config):
+                logits = self.model(inputs)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
             counts.append([moe.last_routing.counts for moe in self.model.moe_layers()])
             ((loss + self._balance_loss()) / t.grad_accum).backward()
-            self.optimizer.accumulate()
             loss_sum += loss.item()
             self.tokens_seen += inputs.numel()
-        norm = self.optimizer.clip(o.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.grad_clip, foreach=True).item()
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):  # one such step would spoil every weight
             raise Diverged(
                 f"step {self.step + 1}: loss {loss_sum / t.grad_accum}, gradient norm {norm}; no checkpoint "
                 "holds this step, and a resumed run would meet it again: start anew with a lower optim.lr"
             )
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         layer_counts = [sum(layer) for layer in zip(*counts, strict=True)]
         if self.config.router.balance == "bias":
             for moe, layer in zip(self.model.moe_layers(), layer_counts, strict=True):
@@ -212,7 +211,7 @@ class Trainer:
         save_checkpoint(
             self.checkpoints,
             self.step,
-            self.optimizer.weights(),
+            self.model.state_dict(),
             self.optimizer.state_dict(),
             extra,
             self.config.train.keep,
@@ -226,7 +225,8 @@ def evaluate(model: LanguageModel, data: TokenDataset, config: Config) -> float:
     t = config.train
     nats, num_bytes = 0.0, 0
     for inputs, targets in data.eval_batches(t.batch_size, t.seq_len, t.eval_batches):
-        logits = model(inputs)
+        with precision(config):
+            logits = model(inputs)
         nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
         num_bytes += data.count_bytes(targets)
     return nats / math.log(2) / num_bytes

@@ -7,9 +7,18 @@ dense SwiGLU MLP where num_experts is 1.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from sigma_kernels.nn import MoE
 from sigma_train.config import Config, ModelConfig
+
+
+def precision(config: Config) -> torch.autocast:
+    """Wrap calls of the model: where train.dtype is bf16 the operands of its matrix products are rounded to bf16.
+
+    Weights, their gradients, norms, the residual stream and the router stay f32.
+    """
+    return torch.autocast("cpu", torch.bfloat16, enabled=config.train.dtype == "bf16")
 
 
 class Attention(nn.Module):
@@ -79,15 +88,23 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoE) and torch.is_autocast_enabled("cpu"):
+            return x + _in_bf16(self.mlp, normed)
+        return x + self.mlp(normed)
+
+
+def _in_bf16(moe: MoE, x: Tensor) -> Tensor:
+    """The layer computes in the dtype of its experts, so it gets copies of them, through which gradients flow."""
+    copies = {f"experts.{name}": weight.bfloat16() for name, weight in moe.experts.named_parameters()}
+    return functional_call(moe, copies, (x,))
 
 
 class LanguageModel(nn.Module):
-    """Tokens [B, S] int64 to logits [B, S, vocabulary], f32."""
+    """Tokens [B, S] int64 to logits [B, S, vocabulary] f32."""
 
     cos: Tensor
     sin: Tensor
-    is_bf16 = False
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -113,27 +130,12 @@ class LanguageModel(nn.Module):
     def moe_layers(self) -> list[MoE]:
         return [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]
 
-    def multiply_in_bf16(self) -> dict[str, Tensor]:
-        """From now on round the operands of matrix products to bf16; all else, and every sum, stays f32.
-
-        The experts' parameters become bf16, so their gradients are; returns by name the f32 ones that they were.
-        Other parameters are f32 and rounded as they are used: they are few, and each meets every token.
-        """
-        self.is_bf16, masters = True, {}
-        for name, parameter in self.named_parameters():
-            if ".experts." in name:
-                masters[name] = parameter.detach().clone()
-                parameter.data = parameter.data.bfloat16()
-        return masters
-
     def forward(self, tokens: Tensor) -> Tensor:
         S = tokens.shape[1]
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16):
-            x = self.embed_tokens(tokens)
-            for block in self.layers:
-                x = block(x, self.cos[:S], self.sin[:S])
-            logits = self.lm_head(self.norm(x))
-        return logits.float()
+        x = self.embed_tokens(tokens)
+        for block in self.layers:
+            x = block(x, self.cos[:S], self.sin[:S])
+        return self.lm_head(self.norm(x)).float()
 
     def active_parameters(self) -> int:
         """Parameters that one token meets, embeddings counted once."""
