@@ -44,7 +44,9 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, dtype):
     assert "resumed" in again.stdout
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "cut")) == 60
-    ends = [tmp_path / name / "checkpoints" / "step-00000060" / "model.safetensors" for name in ("cut", "whole")]
+    ends = [
+        tmp_path / name / "checkpoints" / "step-00000060" / "model.safetensors" for name in ("cut", "whole")
+    ]
     assert ends[0].read_bytes() == ends[1].read_bytes()
     for name in ("report.html", "loss.png", "throughput.png", "expert-load.png"):
         assert (tmp_path / "cut" / name).stat().st_size > 5000

@@ -67,7 +67,7 @@ def test_products_are_of_the_dtype_and_all_else_is_f32(make_trainer, dtype, prod
 
 @pytest.mark.parametrize("kind", [[], ["model.num_experts=1"], ["train.grad_accum=2"]], ids=str)
 def test_bf16_trains_like_f32(make_trainer, kind):
-    """Each loss within one rounding to bf16 (2**-8) of f32's, though errors of 30 steps have added up."""
+    """A rounding to bf16 is off by up to 2**-9, a mean over 256 tokens by 2**-13; four times that for 30 steps."""
     settings = ["train.steps=30", "optim.lr=1e-3", *kind]
     curves = {}
     for dtype in ("f32", "bf16"):
@@ -75,7 +75,7 @@ def test_bf16_trains_like_f32(make_trainer, kind):
         trainer.run()
         curves[dtype] = [row["loss"] for row in read_metrics(trainer.out / "metrics.jsonl") if "loss" in row]
     assert curves["bf16"] != curves["f32"]
-    assert curves["bf16"] == pytest.approx(curves["f32"], rel=2**-8)
+    assert curves["bf16"] == pytest.approx(curves["f32"], rel=2**-11)
     assert curves["f32"][-1] < curves["f32"][0] - 0.3
 
 
