@@ -24,9 +24,10 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row}
 
 
-def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path):
-    """Defends: state missing from the checkpoint; a step that stands twice in the metrics."""
-    args = ["train", "--preset", "smoke", "--steps", "60"]
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, dtype):
+    """Defends: state missing from the checkpoint; weights rounded in it; a step that stands twice in the metrics."""
+    args = ["train", "--preset", "smoke", "--steps", "60", "--dtype", dtype]
     whole = sigma(*args, "--out", str(tmp_path / "whole"), env=cache)
     assert whole.returncode == 0, whole.stderr
     command = [*SIGMA, *args, "--out", str(tmp_path / "cut")]
@@ -43,6 +44,10 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path):
     assert "resumed" in again.stdout
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "cut")) == 60
+    ends = [
+        tmp_path / name / "checkpoints" / "step-00000060" / "model.safetensors" for name in ("cut", "whole")
+    ]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
     for name in ("report.html", "loss.png", "throughput.png", "expert-load.png"):
         assert (tmp_path / "cut" / name).stat().st_size > 5000
     text = sigma("generate", str(tmp_path / "cut"), "--max-tokens", "5", env=cache)
@@ -163,12 +168,13 @@ def test_changed_text_is_not_resumed(cache, tmp_path):
     assert (run / "tokenizer.json").read_bytes() == before
 
 
-def test_a_loss_that_is_no_number_stops_the_run(cache, tmp_path):
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_loss_that_is_no_number_stops_the_run(cache, tmp_path, dtype):
     """Defends: checkpoints full of NaN in the place of sound ones."""
     run = tmp_path / "run"
     result = sigma(
         "train", "--preset", "smoke", "--steps", "40", "--set", "optim.lr=1e30", "--set", "optim.warmup_steps=1",
-        "--set", "train.save_every=1", "--out", str(run), env=cache,
+        "--set", "train.save_every=1", "--dtype", dtype, "--out", str(run), env=cache,
     )  # fmt: skip
     assert result.returncode == 1
     assert result.stderr.startswith("error: step ")

@@ -20,6 +20,7 @@ WRONG = [
     (["--set", "optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?"),
     (["--set", "optim.lr=-1"], "optim.lr must be a number above 0, found -1"),
     (["--set", "steps=1"], "--set wants section.key=value, found 'steps=1'; did you mean train.steps?"),
+    (["--dtype", "f64"], "train.dtype must be 'f32' or 'bf16', found 'f64'"),
     (["--steps", "0"], "train.steps must be an integer from 1 to 1000000000, found 0"),
     (["--data", "/no/such/file"], "data.paths: no file matches '/no/such/file'"),
     (["--config", "/no/such.toml"], "cannot read config file /no/such.toml: No such file or directory"),

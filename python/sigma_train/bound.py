@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sigma_train.config import Config
-from sigma_train.model import LanguageModel
+from sigma_train.model import LanguageModel, precision
 from sigma_train.optim import make_optimizer
 
 
@@ -27,7 +27,8 @@ def dense_tokens_per_s(config: Config, steps: int = 3) -> float:
         for _ in range(steps + 1):
             start = time.perf_counter()
             for _ in range(t.grad_accum):
-                logits = model(tokens[:, :-1])
+                with precision(config):
+                    logits = model(tokens[:, :-1])
                 F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip, foreach=True)
             optimizer.step()

@@ -22,6 +22,7 @@ def train(
     ] = None,
     out: Out = None,
     steps: Annotated[int | None, typer.Option(help="same as --set train.steps=N")] = None,
+    dtype: Annotated[str | None, typer.Option(help="f32 or bf16; same as --set train.dtype=...")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
 ) -> None:
     """Train a sparse mixture-of-experts language model on text."""
@@ -29,8 +30,9 @@ def train(
 
     from sigma_train.config import load_config
 
+    named = {"out": out, "steps": steps, "dtype": dtype}
     options = {
-        "train": {key: value for key, value in (("out", out), ("steps", steps)) if value is not None},
+        "train": {key: value for key, value in named.items() if value is not None},
         "data": {"paths": data} if data else {},
     }
     cfg = load_config(

@@ -170,6 +170,7 @@ class TrainConfig(_Section):
     time_budget_s: OptionalPositive = None
     out: Folder = "runs/default"
     threads: OptionalThreads = None
+    dtype: Literal["f32", "bf16"] = "f32"  # of matrix products; weights and moments of Adam are f32 in both
 
 
 class Config(_Section):

@@ -25,7 +25,7 @@ from sigma_train.errors import Failure
 from sigma_train.files import write_text
 from sigma_train.generate import generate
 from sigma_train.metrics import Metrics, busiest
-from sigma_train.model import LanguageModel
+from sigma_train.model import LanguageModel, precision
 from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
 from sigma_train.progress import RunLine
 
@@ -66,7 +66,8 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         checkpoint = load_checkpoint(path)
-        then, now = checkpoint.extra["settings"], shaping_settings(self.config)
+        # A setting that is younger than the checkpoint had its default.
+        then, now = shaping_settings(Config()) | checkpoint.extra["settings"], shaping_settings(self.config)
         if changed := [key for key in now | then if now.get(key) != then.get(key)]:
             differences = ", ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed)
             raise ConfigError(
@@ -149,7 +150,8 @@ class Trainer:
             inputs, targets = self.data.train.batch(
                 self.step * t.grad_accum + micro, t.batch_size, t.seq_len, t.seed
             )
-            logits = self.model(inputs)
+            with precision(self.config):
+                logits = self.model(inputs)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
             counts.append([moe.last_routing.counts for moe in self.model.moe_layers()])
             ((loss + self._balance_loss()) / t.grad_accum).backward()
@@ -223,7 +225,8 @@ def evaluate(model: LanguageModel, data: TokenDataset, config: Config) -> float:
     t = config.train
     nats, num_bytes = 0.0, 0
     for inputs, targets in data.eval_batches(t.batch_size, t.seq_len, t.eval_batches):
-        logits = model(inputs)
+        with precision(config):
+            logits = model(inputs)
         nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
         num_bytes += data.count_bytes(targets)
     return nats / math.log(2) / num_bytes

@@ -7,9 +7,18 @@ dense SwiGLU MLP where num_experts is 1.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from sigma_kernels.nn import MoE
 from sigma_train.config import Config, ModelConfig
+
+
+def precision(config: Config) -> torch.autocast:
+    """Wrap calls of the model: where train.dtype is bf16 the operands of its matrix products are rounded to bf16.
+
+    Weights, their gradients, norms, the residual stream and the router stay f32.
+    """
+    return torch.autocast("cpu", torch.bfloat16, enabled=config.train.dtype == "bf16")
 
 
 class Attention(nn.Module):
@@ -27,8 +36,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, S, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, S, self.num_heads, self.head_dim)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(B, S, self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        q = self.q_norm(self.q_proj(x).float().view(B, S, self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).float().view(B, S, self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(B, S, self.num_kv_heads, self.head_dim).transpose(1, 2)
         out = F.scaled_dot_product_attention(
             rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=True
@@ -79,11 +88,20 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoE) and torch.is_autocast_enabled("cpu"):
+            return x + _in_bf16(self.mlp, normed)
+        return x + self.mlp(normed)
+
+
+def _in_bf16(moe: MoE, x: Tensor) -> Tensor:
+    """The layer computes in the dtype of its experts, so it gets copies of them, through which gradients flow."""
+    copies = {f"experts.{name}": weight.bfloat16() for name, weight in moe.experts.named_parameters()}
+    return functional_call(moe, copies, (x,))
 
 
 class LanguageModel(nn.Module):
-    """Tokens [B, S] int64 to logits [B, S, vocabulary]."""
+    """Tokens [B, S] int64 to logits [B, S, vocabulary] f32."""
 
     cos: Tensor
     sin: Tensor
@@ -117,7 +135,7 @@ class LanguageModel(nn.Module):
         x = self.embed_tokens(tokens)
         for block in self.layers:
             x = block(x, self.cos[:S], self.sin[:S])
-        return self.lm_head(self.norm(x))
+        return self.lm_head(self.norm(x)).float()
 
     def active_parameters(self) -> int:
         """Parameters that one token meets, embeddings counted once."""
