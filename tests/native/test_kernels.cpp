@@ -19,6 +19,8 @@
 
 using namespace sigma::cpu;
 using sigma::Bf16;
+using sigma::F16;
+using sigma::Int8;
 using Floats = std::vector<float>;
 
 namespace {
@@ -36,6 +38,8 @@ Floats random_floats(int64_t n) {
 float to_float(float x) { return x; }
 float to_float(Bf16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
 
+float to_float(F16 x) { return static_cast<float>(std::bit_cast<_Float16>(x.bits)); }
+
 // Rounds x itself, so that what is checked against sees the same numbers.
 template <class W>
 std::vector<W> stored(Floats& x) {
@@ -45,6 +49,8 @@ std::vector<W> stored(Floats& x) {
       const uint32_t bits = std::bit_cast<uint32_t>(x[i]), low = bits & 0xFFFF;
       const bool goes_up = low > 0x8000 || (low == 0x8000 && (bits >> 16 & 1));
       out[i] = Bf16{static_cast<uint16_t>((bits >> 16) + goes_up)};
+    } else if constexpr (std::is_same_v<W, F16>) {
+      out[i] = F16{std::bit_cast<uint16_t>(static_cast<_Float16>(x[i]))};
     } else {
       out[i] = x[i];
     }
@@ -56,7 +62,8 @@ std::vector<W> stored(Floats& x) {
 // `noise`: what operands that were rounded on the way add to a result's error, beside its own rounding.
 template <class W>
 void check(const char* what, const std::vector<W>& got, const std::vector<double>& want, double noise = 0) {
-  const double rounding = std::is_same_v<W, Bf16> ? 1.0 / 256 : 0;  // half a unit of 8 bits of mantissa
+  // Half a unit of 8 or 11 bits of mantissa.
+  const double rounding = std::is_same_v<W, Bf16> ? 1.0 / 256 : std::is_same_v<W, F16> ? 1.0 / 2048 : 0;
   double size = 0;
   for (const double w : want) size = std::max(size, std::abs(w));
   bool is_close = got.size() == want.size();
@@ -133,6 +140,36 @@ void test_gemms(const Case& c, const std::vector<int32_t>& offsets, int64_t R) {
   grouped_outer(o);
   for (double& v : outer) v *= 2;
   check("grouped_outer, adding", out, outer);
+}
+
+void test_int8(const Case& c, const std::vector<int32_t>& offsets, int64_t R) {
+  const int64_t N = c.I, K = c.H;
+  const Floats x = random_floats(R * K), scale = random_floats(c.E * N);
+  std::vector<Int8> w(c.E * N * K);
+  for (Int8& v : w) v.value = static_cast<int8_t>(static_cast<int>(generator() % 255) - 127);
+  std::vector<double> want(R * N);
+  for (int64_t e = 0; e < c.E; ++e)
+    for (int64_t r = offsets[e]; r < offsets[e + 1]; ++r)
+      for (int64_t n = 0; n < N; ++n) {
+        for (int64_t k = 0; k < K; ++k)
+          want[r * N + n] += double(x[r * K + k]) * w[(e * N + n) * K + k].value;
+        want[r * N + n] *= scale[e * N + n];
+      }
+  Floats y(R * N, NAN);
+  grouped_gemm_nt(GroupedGemm<float, Int8, float>{.E = c.E,
+                                                  .N = N,
+                                                  .K = K,
+                                                  .offsets = offsets.data(),
+                                                  .x = {x.data(), K},
+                                                  .w = w.data(),
+                                                  .w_expert = N * K,
+                                                  .w_row = K,
+                                                  .y = {y.data(), N},
+                                                  .scale = nullptr,
+                                                  .slot_of_row = nullptr,
+                                                  .threads = 2,
+                                                  .column_scale = scale.data()});
+  check("grouped_gemm_nt, int8", y, want, 1e-6);
 }
 
 template <class X, class W>
@@ -366,43 +403,48 @@ void test_blocks() {
 
 }  // namespace
 
-// Every bf16 survives the way through f32, and every f32 goes to the nearest, ties to even.
+// Every number of 16 bits survives the way through f32, and every f32 goes to the nearest, ties to even.
+template <class T>
 void test_convert() {
-  std::vector<Bf16> all(1 << 16), back(1 << 16);
+  std::vector<T> all(1 << 16), back(1 << 16);
   Floats wide(1 << 16);
   for (int i = 0; i < 1 << 16; ++i) all[i].bits = static_cast<uint16_t>(i);
-  widen({.rows = 1,
-         .columns = 1 << 16,
-         .wide = wide.data(),
-         .narrow = all.data(),
-         .ld_narrow = 0,
-         .threads = 1});
-  narrow({.rows = 1,
-          .columns = 1 << 16,
-          .wide = wide.data(),
-          .narrow = back.data(),
-          .ld_narrow = 0,
-          .threads = 1});
+  widen(Convert<T>{.rows = 1,
+                   .columns = 1 << 16,
+                   .wide = wide.data(),
+                   .narrow = all.data(),
+                   .ld_narrow = 0,
+                   .threads = 1});
+  narrow(Convert<T>{.rows = 1,
+                    .columns = 1 << 16,
+                    .wide = wide.data(),
+                    .narrow = back.data(),
+                    .ld_narrow = 0,
+                    .threads = 1});
   bool is_same = true;
-  for (int i = 0; i < 1 << 16; ++i)
-    is_same &= std::isnan(wide[i]) ? std::isnan(to_float(back[i])) : back[i].bits == all[i].bits;
-  expect("bf16 to f32 and back", is_same);
+  for (int i = 0; i < 1 << 16; ++i) {
+    const float want = to_float(all[i]);
+    is_same &= std::isnan(want) ? std::isnan(wide[i]) && std::isnan(to_float(back[i]))
+                                : wide[i] == want && back[i].bits == all[i].bits;
+  }
+  expect("16 bits to f32 and back", is_same);
 
   Floats x = random_floats(1003);
   for (int i = 0; i < 64; ++i)
     x[i] = std::bit_cast<float>(0x3F808000u + (static_cast<uint32_t>(i) << 15));  // ties
+  for (int i = 64; i < 128; ++i) x[i] *= std::ldexp(1.0f, 40 - i);  // small, denormal halves among them
   const Floats unrounded = x;
-  const std::vector<Bf16> want = stored<Bf16>(x);
-  std::vector<Bf16> got(1003);
-  narrow({.rows = 17,
-          .columns = 59,
-          .wide = const_cast<float*>(unrounded.data()),
-          .narrow = got.data(),
-          .ld_narrow = 59,
-          .threads = 2});
+  const std::vector<T> want = stored<T>(x);
+  std::vector<T> got(1003);
+  narrow(Convert<T>{.rows = 17,
+                    .columns = 59,
+                    .wide = const_cast<float*>(unrounded.data()),
+                    .narrow = got.data(),
+                    .ld_narrow = 59,
+                    .threads = 2});
   is_same = true;
   for (size_t i = 0; i < got.size(); ++i) is_same &= got[i].bits == want[i].bits;
-  expect("f32 to the nearest bf16, ties to even", is_same);
+  expect("f32 to the nearest of 16 bits, ties to even", is_same);
 }
 
 // With the argument 'blocks', the tests of memory alone: what ThreadSanitizer can watch.
@@ -426,15 +468,20 @@ int main(int count, char**) {
     wrong == -1 && rises(offsets.data(), c.E, R) && wrong_row(row_map.data(), R) == -1 ? ++passed : ++failed;
     test_gemms<float, float>(c, offsets, R);
     test_gemms<float, Bf16>(c, offsets, R);
+    test_gemms<float, F16>(c, offsets, R);
     test_gemms<Bf16, Bf16>(c, offsets, R);
+    test_int8(c, offsets, R);
     test_experts<float, float>(c, offsets, row_map);
     test_experts<float, Bf16>(c, offsets, row_map);
+    test_experts<float, F16>(c, offsets, row_map);
     test_experts<Bf16, Bf16>(c, offsets, row_map);
     test_permute<float>(c, row_map);
     test_permute<Bf16>(c, row_map);
+    test_permute<F16>(c, row_map);
     test_route(c);
   }
-  test_convert();
+  test_convert<Bf16>();
+  test_convert<F16>();
   const int32_t bad[] = {0, 1, 5};
   int32_t counts[3], offsets[4], row_map[3];
   group_by_expert(bad, 3, 3, counts, offsets, row_map, 1) == 2 ? ++passed : ++failed;
