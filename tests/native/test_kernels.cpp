@@ -38,7 +38,12 @@ Floats random_floats(int64_t n) {
 float to_float(float x) { return x; }
 float to_float(Bf16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
 
-float to_float(F16 x) { return static_cast<float>(std::bit_cast<_Float16>(x.bits)); }
+#if defined(__aarch64__)
+using Half = __fp16;  // GCC 12 has no _Float16 in C++ there
+#else
+using Half = _Float16;
+#endif
+float to_float(F16 x) { return static_cast<float>(std::bit_cast<Half>(x.bits)); }
 
 // Rounds x itself, so that what is checked against sees the same numbers.
 template <class W>
@@ -50,7 +55,7 @@ std::vector<W> stored(Floats& x) {
       const bool goes_up = low > 0x8000 || (low == 0x8000 && (bits >> 16 & 1));
       out[i] = Bf16{static_cast<uint16_t>((bits >> 16) + goes_up)};
     } else if constexpr (std::is_same_v<W, F16>) {
-      out[i] = F16{std::bit_cast<uint16_t>(static_cast<_Float16>(x[i]))};
+      out[i] = F16{std::bit_cast<uint16_t>(static_cast<Half>(x[i]))};
     } else {
       out[i] = x[i];
     }
