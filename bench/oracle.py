@@ -41,6 +41,7 @@ def assert_agrees(who: str, got: Sequence[Tensor], want: Sequence[Tensor], depth
     bound = 16 * torch.finfo(want[0].dtype).eps * depth**0.5
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         size = b.square().mean().sqrt().clamp(min=1e-30)
-        parts = zip(a.detach().split(8), b.split(8), strict=True)  # temporaries stay small
+        rows = max(1, 2**22 * len(b) // b.numel())  # so that temporaries stay small
+        parts = zip(a.detach().split(rows), b.split(rows), strict=True)
         error = torch.stack([((p - q).abs() / (size + q.abs())).max() for p, q in parts]).max().item()
         assert error <= bound, f"{who}: output {i} is off by {error:.2e}, allowed is {bound:.2e}"
