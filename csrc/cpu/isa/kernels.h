@@ -35,15 +35,17 @@ struct PackedAs;
 template <>
 struct PackedAs<float> {
   using type = float;
+  static constexpr int64_t kStep = 1;
 };
 template <>
 struct PackedAs<Bf16> {
   using type = Pair;
+  static constexpr int64_t kStep = 2;
 };
 template <class A>
 using Packed = typename PackedAs<A>::type;  // an element of a packed panel
 template <class A>
-constexpr int64_t kStep = sizeof(Packed<A>) / sizeof(A);  // of the contraction, by one packed element
+constexpr int64_t kStep = PackedAs<A>::kStep;  // of the contraction, by one packed element
 
 // How an output block reaches memory.
 enum class Store { kWrite, kAdd, kStream };
