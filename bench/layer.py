@@ -86,8 +86,15 @@ def forward_backward(race, group: str, dtype: torch.dtype, shape: Shape, memory:
         moved=3 * sum(t.nbytes for t in leaves[2:]),
         index=index,
         bound_dense=call(bounds.dense, dense_leaves, dense_grad),
+        **({"beside_accumulate_grad": moe(accumulating)} if memory == "kept" else {}),
         **{name: moe(layer) for name, layer in rivals.items()},
     )
+
+
+@sk.accumulate_grad()
+def accumulating(*arguments: torch.Tensor) -> torch.Tensor:
+    """Ours with weight gradients added where they are computed, around autograd."""
+    return sk.moe_experts(*arguments)
 
 
 def slow_under_skew(index: torch.Tensor, shape: Shape, rounds: int) -> dict[str, int]:

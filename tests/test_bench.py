@@ -12,6 +12,7 @@ import torch
 from sigma_cli import bench
 from sigma_cli.bench import lines, page, remarks, rich_table
 from sigma_cli.bench_plots import apart, pictures
+from sigma_train.errors import WrongInput
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import oracle
@@ -147,6 +148,15 @@ def a_run():
                     )
                 )  # fmt: skip
     return document(*races)
+
+
+@pytest.mark.parametrize("option", ["output", "json_file"])
+def test_a_place_that_cannot_be_written_is_named_before_the_races(option, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: pytest.fail("raced"))
+    place = {"output": None, "json_file": None} | {option: Path("/proc/none/page.md")}
+    with pytest.raises(WrongInput, match=r"cannot write /proc/none/page\.md: No such file"):
+        bench.run("router_end", True, 1, None, **place)
 
 
 def test_pictures_show_something_and_stand_beside_the_page(tmp_path):

@@ -75,7 +75,7 @@ def test_int8_error_against_f32_is_that_of_the_rounding():
     assert ((g * gs[..., None] - gate_up).abs() <= gs[..., None] * 0.5001).all()
     exact = sk.moe_experts(x, index, weights, gate_up, down)
     error = (sk.moe_experts_int8(x, index, weights, g, gs, d, ds) - exact).square().mean().sqrt()
-    assert error <= 0.02 * exact.square().mean().sqrt()
+    assert 0.005 <= error / exact.square().mean().sqrt() <= 0.016  # 0.0126 on average
 
 
 def test_int8_refuses():
@@ -93,6 +93,32 @@ def test_int8_refuses():
     gate_up[1, 2, 0] = torch.inf
     with pytest.raises(ValueError, match="must be finite, found inf in expert 1, channel 2"):
         sk.quantize_experts(gate_up)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp's own
+def test_int8_has_no_silent_derivative():
+    """Defends: tangents that are zero, gradients that stop without a word."""
+    x, index, weights, gate_up, down = experts_inputs(4, 6, 5, 3, 1)
+    (g, gs), (d, ds) = sk.quantize_experts(gate_up), sk.quantize_experts(down)
+
+    def layer(x):
+        return sk.moe_experts_int8(x, index, weights, g, gs, d, ds)
+
+    with pytest.raises(RuntimeError, match="forward only"):
+        torch.func.grad(lambda x: layer(x).sum())(x)
+    with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        torch.func.jvp(layer, (x,), (x,))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-37, 1.0, 1e37])
+def test_quantized_weights_are_off_by_half_a_step_at_any_size(size):
+    """Defends: factors that are denormal or zero, integers that wrap."""
+    weight = (torch.rand(2, 5, 7) - 0.5) * size
+    values, scale = sk.quantize_experts(weight)
+    assert values.abs().max() <= 127
+    assert scale.min() > 0
+    error = (weight.double() - values.double() * scale[..., None].double()).abs()
+    assert (error <= 0.5001 * scale[..., None]).all()
 
 
 def test_int8_opcheck():

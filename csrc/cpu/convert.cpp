@@ -11,18 +11,18 @@ constexpr int64_t kSerialElements = 1 << 15;  // below this a parallel region co
 
 template <class T>
 void widen(const Convert<T>& c) {
-  const Kernels& isa = kernels();
+  const RowKernels<T>& rows = kernels();
 #pragma omp parallel for schedule(static) num_threads(c.threads) if (c.rows * c.columns > kSerialElements)
   for (int64_t r = 0; r < c.rows; ++r)
-    row_kernels<T>(isa).widen(c.narrow + r * c.ld_narrow, c.wide + r * c.columns, c.columns);
+    rows.widen(c.narrow + r * c.ld_narrow, c.wide + r * c.columns, c.columns);
 }
 
 template <class T>
 void narrow(const Convert<T>& c) {
-  const Kernels& isa = kernels();
+  const RowKernels<T>& rows = kernels();
 #pragma omp parallel for schedule(static) num_threads(c.threads) if (c.rows * c.columns > kSerialElements)
   for (int64_t r = 0; r < c.rows; ++r)
-    row_kernels<T>(isa).narrow(c.wide + r * c.columns, c.narrow + r * c.ld_narrow, c.columns);
+    rows.narrow(c.wide + r * c.columns, c.narrow + r * c.ld_narrow, c.columns);
 }
 
 template void widen(const Convert<Bf16>&);

@@ -94,7 +94,7 @@ void gate_up_and_swiglu(const Experts<X, W>& m, X* hidden) {
         } else {
           alignas(64) float row[kColumnBlock];
           isa.swiglu(gate, gate + m.I, row, i1 - i0);
-          row_kernels<X>(isa).narrow(row, out, i1 - i0);
+          static_cast<const RowKernels<X>&>(isa).narrow(row, out, i1 - i0);
         }
       }
     }
@@ -120,6 +120,8 @@ void down_and_swiglu_backward(const Experts<X, W>& m, const ExpertsBackward<X, W
   int64_t most = 0;
   for (int64_t e = 0; e < m.E; ++e) most = std::max<int64_t>(most, m.offsets[e + 1] - m.offsets[e]);
   const int64_t chunks = ceil_div(most, kRowChunk);
+  // Sums of a chunk's rows, and for bf16 one row more of each result, which is rounded as it is stored.
+  const Scratch scratch(m.threads, (std::min(most, kRowChunk) + 3) * m.I * 4);
 #pragma omp parallel for collapse(2) schedule(dynamic) \
     num_threads(m.threads) if (m.T * m.k * m.I * m.H > (1 << 15))
   for (int64_t e = 0; e < m.E; ++e)
@@ -127,8 +129,7 @@ void down_and_swiglu_backward(const Experts<X, W>& m, const ExpertsBackward<X, W
       const int64_t r0 = m.offsets[e] + chunk * kRowChunk;
       const int64_t r1 = std::min<int64_t>(m.offsets[e + 1], r0 + kRowChunk);
       if (r0 >= r1) continue;
-      // Sums of up to 128 rows, and for bf16 one row more of each result, which is rounded as it is stored.
-      float* const sums = scratch<float>((r1 - r0 + 3) * m.I);
+      float* const sums = scratch.mine<float>();
       const Rows<float> grad_hidden{.base = sums, .ld = m.I, .first = r0};
       float* const row = sums + (r1 - r0) * m.I;
       gemm_nn_columns(isa, g, e, r0, r1, 0, m.I, grad_hidden);
@@ -142,8 +143,8 @@ void down_and_swiglu_backward(const Experts<X, W>& m, const ExpertsBackward<X, W
         } else {
           b.grad_weights[s] = isa.swiglu_backward(grad_hidden(r), gate, gate + m.I, m.weights[s], row,
                                                   row + m.I, row + 2 * m.I, m.I);
-          row_kernels<X>(isa).narrow(row, grad_gate, 2 * m.I);
-          row_kernels<X>(isa).narrow(row + 2 * m.I, hidden, m.I);
+          static_cast<const RowKernels<X>&>(isa).narrow(row, grad_gate, 2 * m.I);
+          static_cast<const RowKernels<X>&>(isa).narrow(row + 2 * m.I, hidden, m.I);
         }
       }
     }

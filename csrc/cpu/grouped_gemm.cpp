@@ -77,7 +77,7 @@ void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
             .prefetch = ahead ? ahead + piece(g.K / kLine<W>, calls, call) * kLine<W> : nullptr,
             .prefetch_rows = ahead ? static_cast<int>(kWindow) : 0,
             .prefetch_lines = static_cast<int>(lines_a_step)};
-        dots<X, W>(isa)[count][cols](block);
+        static_cast<const DotKernels<X, W>&>(isa).dot[count][cols](block);
       }
     }
     if (g.column_scale) {
@@ -90,7 +90,7 @@ void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
     }
     if constexpr (!kIsDirect)
       for (int64_t r = 0; r < rows; ++r)
-        row_kernels<Y>(isa).narrow(tile + r * kColumnBlock, g.y(chunk + r) + n0, n1 - n0);
+        static_cast<const RowKernels<Y>&>(isa).narrow(tile + r * kColumnBlock, g.y(chunk + r) + n0, n1 - n0);
   }
 }
 
@@ -150,9 +150,11 @@ void gemm_nn_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
               .prefetch_lines = static_cast<int>(piece(next_lines, blocks, i + 1) - line)};
         };
         if (i == 0)
-          gemms<X, W>(isa).axpy[count](block(panel, g.w_row, blocks > 1 ? copy : nullptr));
+          static_cast<const AxpyKernels<X, W>&>(isa).axpy[count](
+              block(panel, g.w_row, blocks > 1 ? copy : nullptr));
         else
-          gemms<X, W>(isa).axpy_packed[count](block(static_cast<const Packed<X>*>(copy), isa.panel, nullptr));
+          static_cast<const AxpyKernels<X, W>&>(isa).axpy_packed[count](
+              block(static_cast<const Packed<X>*>(copy), isa.panel, nullptr));
       }
     }
   }
@@ -164,6 +166,8 @@ void grouped_gemm_nn(const GroupedGemm<X, W, Y>& g) {
   int64_t most = 0;
   for (int64_t e = 0; e < g.E; ++e) most = std::max<int64_t>(most, g.offsets[e + 1] - g.offsets[e]);
   const int64_t chunks = ceil_div(most, kRowChunk), blocks = ceil_div(g.N, kWidth);
+  constexpr bool kIsDirect = std::is_same_v<Y, float>;
+  const Scratch scratch(g.threads, kIsDirect ? 0 : std::min(most, kRowChunk) * std::min(kWidth, g.N) * 4);
 #pragma omp parallel for collapse(3) schedule(dynamic) \
     num_threads(g.threads) if (!is_serial(g.threads, 2.0 * g.offsets[g.E] * g.N * g.K))
   for (int64_t e = 0; e < g.E; ++e)
@@ -173,14 +177,15 @@ void grouped_gemm_nn(const GroupedGemm<X, W, Y>& g) {
         const int64_t r1 = std::min<int64_t>(g.offsets[e + 1], r0 + kRowChunk);
         const int64_t n0 = i * kWidth, n1 = std::min(g.N, n0 + kWidth);
         if (r0 >= r1) continue;
-        if constexpr (std::is_same_v<Y, float>) {
+        if constexpr (kIsDirect) {
           Rows<float> y = g.y;
           y.base += n0;
           gemm_nn_columns(isa, g, e, r0, r1, n0, n1, y);
         } else {
-          const Rows<float> sums{.base = scratch<float>((r1 - r0) * (n1 - n0)), .ld = n1 - n0, .first = r0};
+          const Rows<float> sums{.base = scratch.mine<float>(), .ld = n1 - n0, .first = r0};
           gemm_nn_columns(isa, g, e, r0, r1, n0, n1, sums);
-          for (int64_t r = r0; r < r1; ++r) row_kernels<Y>(isa).narrow(sums(r), g.y(r) + n0, n1 - n0);
+          for (int64_t r = r0; r < r1; ++r)
+            static_cast<const RowKernels<Y>&>(isa).narrow(sums(r), g.y(r) + n0, n1 - n0);
         }
       }
 }
@@ -227,13 +232,14 @@ void outer_rows(const Kernels& isa, const GroupedOuter<X, W>& g, int64_t e, int6
       for (int64_t i = 0; i < steps; ++i) a[i] = a_rows.row[i] + (m - m0);
       for (int64_t n = 0; n < g.B; n += isa.panel) {
         for (int64_t i = 0; i < steps; ++i) b[i] = b_rows.row[i] + n;
-        outers<X, C>(isa)[count]({.a = a,
-                                  .b = b,
-                                  .c = c + (m - m0) * ldc + n,
-                                  .ldc = ldc,
-                                  .R = steps,
-                                  .columns = std::min<int64_t>(isa.panel, g.B - n),
-                                  .mode = mode});
+        static_cast<const OuterKernels<X, C>&>(isa).outer[count](
+            {.a = a,
+             .b = b,
+             .c = c + (m - m0) * ldc + n,
+             .ldc = ldc,
+             .R = steps,
+             .columns = std::min<int64_t>(isa.panel, g.B - n),
+             .mode = mode});
       }
     }
     chunk += kOuterRows;
@@ -243,14 +249,13 @@ void outer_rows(const Kernels& isa, const GroupedOuter<X, W>& g, int64_t e, int6
 // A narrow gradient of an expert with many rows is summed in f32 and rounded once, as one with few rows is.
 template <class X, class W>
 void outer_rows_rounded_once(const Kernels& isa, const GroupedOuter<X, W>& g, int64_t e, int64_t m0,
-                             int64_t m1, Packed<X>* pairs) {
-  float* const sum = scratch<float>((m1 - m0) * g.B);
+                             int64_t m1, float* sum, Packed<X>* pairs) {
   W* const out = g.out + e * g.out_expert;
   for (int64_t m = m0; g.adds && m < m1; ++m)
-    row_kernels<W>(isa).widen(out + m * g.out_row, sum + (m - m0) * g.B, g.B);
+    static_cast<const RowKernels<W>&>(isa).widen(out + m * g.out_row, sum + (m - m0) * g.B, g.B);
   outer_rows(isa, g, e, m0, m1, sum, g.B, g.adds, false, pairs);
   for (int64_t m = m0; m < m1; ++m)
-    row_kernels<W>(isa).narrow(sum + (m - m0) * g.B, out + m * g.out_row, g.B);
+    static_cast<const RowKernels<W>&>(isa).narrow(sum + (m - m0) * g.B, out + m * g.out_row, g.B);
 }
 
 }  // namespace
@@ -263,6 +268,12 @@ void grouped_outer(const GroupedOuter<X, W>& g) {
   const int64_t misaligned = reinterpret_cast<uintptr_t>(g.out) % 64 + g.out_row % kLine<W> +
                              g.out_expert % kLine<W> + g.B % kLine<W>;
   const bool streams = misaligned == 0;
+  int64_t most = 0;
+  for (int64_t e = 0; e < g.E; ++e) most = std::max<int64_t>(most, g.offsets[e + 1] - g.offsets[e]);
+  const bool has_sums = !std::is_same_v<W, float> && most > kOuterRows;
+  const int64_t tall = std::min(height, g.A), sum_floats = has_sums ? tall * g.B : 0;
+  const int64_t pairs_a_row = kStep<X> == 2 ? ceil_div(std::min(most, kOuterRows), 2) : 0;
+  const Scratch scratch(g.threads, (sum_floats + pairs_a_row * (tall + g.B)) * 4);
 #pragma omp parallel num_threads( \
         g.threads) if (!is_serial(g.threads, 2.0 * g.offsets[g.E] * g.A * g.B + g.E * g.A * g.B))
   {
@@ -272,12 +283,10 @@ void grouped_outer(const GroupedOuter<X, W>& g) {
         const int64_t rows = g.offsets[e + 1] - g.offsets[e];
         const int64_t m0 = i * height, m1 = std::min(g.A, m0 + height);
         if (g.adds && rows == 0) continue;
-        Packed<X>* pairs = nullptr;
-        if constexpr (kStep<X> == 2)
-          pairs = scratch<Pair>(ceil_div(std::min(rows, kOuterRows), 2) * (m1 - m0 + g.B));
+        Packed<X>* const pairs = scratch.mine<Packed<X>>(sum_floats);
         if constexpr (!std::is_same_v<W, float>) {
           if (rows > kOuterRows) {
-            outer_rows_rounded_once(isa, g, e, m0, m1, pairs);
+            outer_rows_rounded_once(isa, g, e, m0, m1, scratch.mine<float>(), pairs);
             continue;
           }
         }

@@ -1,16 +1,17 @@
 // Rows into expert order and back.  Bound: copy bandwidth; every row is read once and written once.
 #include "permute.h"
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
 #include "dispatch.h"
-#include "scratch.h"
 
 namespace sigma::cpu {
 namespace {
 constexpr int64_t kSerialBytes = 1 << 17;
-}
+constexpr int64_t kPiece = 1024;  // columns whose sums wait in L1 to be rounded
+}  // namespace
 
 void permute(const Permute& p) {
 #pragma omp parallel for schedule(static) num_threads(p.threads) if (p.R * p.row_bytes > kSerialBytes)
@@ -20,29 +21,35 @@ void permute(const Permute& p) {
 
 template <class Y, class O>
 void combine(const Combine<Y, O>& c) {
-  const RowKernels<Y>& rows = row_kernels<Y>(kernels());
-  const auto narrow = row_kernels<O>(kernels()).narrow;
+  const RowKernels<Y>& rows = kernels();
+  const auto add_up = [&](int64_t t, int64_t h, int64_t columns, float* sum) {
+    for (int j = 0; j < c.k; ++j) {
+      const int64_t s = t * c.k + j;
+      const Y* y = c.y + (c.row_of_slot ? c.row_of_slot[s] : s) * c.ldy + h;
+      const float weight = c.weights ? c.weights[s] : 1.0f;
+      j == 0 ? rows.scale(y, weight, sum, columns) : rows.add_scaled(y, weight, sum, columns);
+    }
+  };
 #pragma omp parallel for schedule(static) num_threads(c.threads) if (c.T * c.H * c.k * 4 > kSerialBytes)
   for (int64_t t = 0; t < c.T; ++t) {
     O* const out = c.out + t * c.H;
-    float* sum;
-    if constexpr (std::is_same_v<O, float>)
-      sum = out;
-    else
-      sum = scratch<float>(c.H);
-    for (int j = 0; j < c.k; ++j) {
-      const int64_t s = t * c.k + j;
-      const Y* y = c.y + (c.row_of_slot ? c.row_of_slot[s] : s) * c.ldy;
-      const float weight = c.weights ? c.weights[s] : 1.0f;
-      j == 0 ? rows.scale(y, weight, sum, c.H) : rows.add_scaled(y, weight, sum, c.H);
+    if constexpr (std::is_same_v<O, float>) {
+      add_up(t, 0, c.H, out);
+    } else {
+      const RowKernels<O>& to = kernels();
+      float sum[kPiece];
+      for (int64_t h = 0; h < c.H; h += kPiece) {
+        const int64_t columns = std::min(kPiece, c.H - h);
+        add_up(t, h, columns, sum);
+        to.narrow(sum, out + h, columns);
+      }
     }
-    if constexpr (!std::is_same_v<O, float>) narrow(sum, out, c.H);
   }
 }
 
 template <class Y>
 void combine_backward(const CombineBackward<Y>& c) {
-  const RowKernels<Y>& rows = row_kernels<Y>(kernels());
+  const RowKernels<Y>& rows = kernels();
 #pragma omp parallel for schedule(static) num_threads(c.threads) if (c.R * c.H * 4 > kSerialBytes)
   for (int64_t r = 0; r < c.R; ++r) {
     const int32_t s = c.row_map[r];
@@ -52,9 +59,12 @@ void combine_backward(const CombineBackward<Y>& c) {
     if constexpr (std::is_same_v<Y, float>) {
       rows.scale(grad_out, c.weights[s], c.grad_y + r * c.H, c.H);
     } else {
-      float* const scaled = scratch<float>(c.H);
-      rows.scale(grad_out, c.weights[s], scaled, c.H);
-      rows.narrow(scaled, c.grad_y + r * c.H, c.H);
+      float scaled[kPiece];
+      for (int64_t h = 0; h < c.H; h += kPiece) {
+        const int64_t columns = std::min(kPiece, c.H - h);
+        rows.scale(grad_out + h, c.weights[s], scaled, columns);
+        rows.narrow(scaled, c.grad_y + r * c.H + h, columns);
+      }
     }
   }
 }

@@ -1,17 +1,38 @@
-// A thread's own working memory, kept from task to task.
+// Working memory of the threads of one parallel region.
 #pragma once
 
+#include <omp.h>
+
 #include <cstdint>
-#include <vector>
+#include <new>
+
+#include "memory.h"
 
 namespace sigma::cpu {
 
-// Room for n elements of T, contents undefined, until this thread asks again for the same T.
-template <class T>
-T* scratch(int64_t n) {
-  thread_local std::vector<T> memory;
-  if (static_cast<int64_t>(memory.size()) < n) memory.resize(n);
-  return memory.data();
-}
+// `bytes` for each thread, from the kept blocks.  Taken before the region, since no exception may leave one.
+class Scratch {
+ public:
+  // Throws std::bad_alloc.
+  Scratch(int threads, int64_t bytes) : stride_((bytes + 63) / 64 * 64), bytes_(threads * stride_) {
+    if (bytes_ > 0 && !(begin_ = static_cast<char*>(take_block(bytes_)))) throw std::bad_alloc();
+  }
+  ~Scratch() {
+    if (begin_) give_block(begin_, bytes_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // This thread's part, from its element `first` of four bytes on; null where there is none.
+  template <class T>
+  T* mine(int64_t first = 0) const {
+    static_assert(sizeof(T) == 4);
+    return begin_ ? reinterpret_cast<T*>(begin_ + omp_get_thread_num() * stride_) + first : nullptr;
+  }
+
+ private:
+  int64_t stride_, bytes_;
+  char* begin_ = nullptr;
+};
 
 }  // namespace sigma::cpu

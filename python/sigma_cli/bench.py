@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from sigma_train.errors import WrongInput
 from sigma_train.files import atomic_file, write_text
 
 import sigma_kernels as sk
@@ -44,6 +45,8 @@ def run(
             "error: sigma bench runs in a clone of the repository; there is no bench/ here", style="red"
         )
         return 2
+    for path in filter(None, (output, json_file)):
+        check_place(path)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "races.json"
         command = [sys.executable, "-P", "-m", "pytest", "-q", "bench", "--benchmark-disable-gc", "-k", group]
@@ -66,7 +69,6 @@ def run(
     for race in document["races"]:
         console.print(rich_table(race))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         write_text(json_file, json.dumps(document, indent=1) + "\n")
         console.print(f"wrote {json_file}")
     if output is not None:
@@ -75,13 +77,22 @@ def run(
     return 0 if result.returncode == 0 else 1
 
 
+def check_place(path: Path) -> None:
+    """Raises: WrongInput if no file can be made there, which an hour of races should not find out."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise WrongInput(f"cannot write {path}: {error.strerror}") from None
+
+
 def write_page(document: dict[str, Any], output: Path) -> list[Path]:
     """The page, and beside it each picture that the races give enough points for."""
     from sigma_train.report import png
 
     from sigma_cli.bench_plots import pictures
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in pictures(document).items():
         path = output.with_name(f"{output.stem}-{name}.png")

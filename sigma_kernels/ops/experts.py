@@ -208,7 +208,7 @@ def _native_experts(
     )  # fmt: skip
 
 
-def _forward_cpu(
+def forward_cpu(
     x: Tensor,
     weights: Tensor,
     offsets: Tensor,
@@ -298,7 +298,7 @@ def _backward_reference(
 
 
 register_table("moe_experts", [
-    Backend("cpu", _forward_cpu, STORED, "cpu"),
+    Backend("cpu", forward_cpu, STORED, "cpu"),
     Backend("reference", _reference_from_rows, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("moe_experts_backward", [

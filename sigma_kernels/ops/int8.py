@@ -1,11 +1,13 @@
 """The expert layer with weights of one byte: forward only, for decoding, whose time is that of reading the weights."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sigma_kernels import reference
 from sigma_kernels.backends import Backend, register_table, select
-from sigma_kernels.ops.experts import _forward_cpu
+from sigma_kernels.ops.experts import forward_cpu
 from sigma_kernels.ops.library import (
     REFERENCE,
     STORED,
@@ -23,7 +25,7 @@ from sigma_kernels.ops.library import (
 def quantize_experts(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round each output channel of weight to 255 levels, symmetric about zero.
 
-    values[e, n, k] = round(weight[e, n, k] / scale[e, n]), scale[e, n] = max_k |weight[e, n, k]| / 127
+    values[e, n, k] = round(weight[e, n, k] / scale[e, n]), scale[e, n] = max_k |weight[e, n, k]| / 127, 2^-126 at least
     (absmax quantization per output channel: Dettmers et al. 2022, arXiv 2208.07339).
 
     Args:    weight [E, N, K] floating point.
@@ -33,6 +35,8 @@ def quantize_experts(weight: Tensor) -> tuple[Tensor, Tensor]:
     if not weight.dtype.is_floating_point:
         raise TypeError(f"quantize_experts: weight must be floating point, found {weight.dtype}")
     check_shape("quantize_experts", "weight", weight, ("E", "N", "K"))
+    if weight.is_meta:
+        raise ValueError("quantize_experts: weight must hold values, found a tensor on meta")
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
     for e, matrix in enumerate(weight.detach()):  # an expert at a time: no copy of all of them in f32
@@ -43,10 +47,9 @@ def quantize_experts(weight: Tensor) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"quantize_experts: weight must be finite, found {largest[channel]} in expert {e}, channel {channel}"
             )
-        scale[e] = largest / 127
-        values[e] = (
-            (wide / scale[e].clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
-        )
+        # A denormal factor would be coarse, and zero no factor at all.
+        scale[e] = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        values[e] = (wide / scale[e][:, None]).round().to(torch.int8)
     return values, scale
 
 
@@ -98,9 +101,31 @@ def moe_experts_int8(
     if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
         raise RuntimeError(f"{op}: forward only, call it under torch.no_grad()")
     _, offsets, row_map = torch.ops.sigma.group_by_expert(saturated(top_k_index), E)
-    return torch.ops.sigma.moe_experts_int8(
-        hidden_states, top_k_weights, offsets, row_map, gate_up_proj, gate_up_scale, down_proj, down_scale
+    inputs = (
+        hidden_states,
+        top_k_weights,
+        offsets,
+        row_map,
+        gate_up_proj,
+        gate_up_scale,
+        down_proj,
+        down_scale,
     )
+    return (torch.ops.sigma.moe_experts_int8 if torch.compiler.is_compiling() else _ForwardOnly.apply)(
+        *inputs
+    )
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """Forward-mode differentiation of a bare operation answers with zeros; of this it is refused."""
+
+    @staticmethod
+    def forward(*inputs: Tensor) -> Tensor:
+        return torch.ops.sigma.moe_experts_int8(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
 
 
 def _int8_cpu(
@@ -114,7 +139,7 @@ def _int8_cpu(
     down_scale: Tensor,
 ) -> Tensor:
     scales = gate_up_scale.contiguous(), down_scale.contiguous()
-    return _forward_cpu(x, weights, offsets, row_map, gate_up_proj, down_proj, scales)[0]
+    return forward_cpu(x, weights, offsets, row_map, gate_up_proj, down_proj, scales)[0]
 
 
 def _int8_reference(

@@ -12,38 +12,35 @@
 namespace sigma::SK_NS {
 
 template <int MR, int NR, class A, class W>
-void fill_column_count(DotKernels<A, W>& t) {
-  t[MR][NR] = dot_block<MR, NR, A, W>;
-  if constexpr (NR > 1) fill_column_count<MR, NR - 1, A, W>(t);
+void fill_columns(DotKernels<A, W>& t) {
+  t.dot[MR][NR] = dot_block<MR, NR, A, W>;
+  if constexpr (NR > 1) fill_columns<MR, NR - 1, A, W>(t);
 }
-
-template <int MR, class A, class W>
-void fill_row_count(GemmKernels<A, W>& t) {
-  if constexpr (MR <= kDotRows) {
-    fill_column_count<MR, dot_cols(MR), A, W>(t.dot);
-  }
-  if constexpr (MR <= kAxpyRows) {
-    t.axpy[MR] = axpy_block<MR, A, W, W>;
-    t.axpy_packed[MR] = axpy_block<MR, A, Packed<A>, W>;
-  }
-  if constexpr (MR > 1) fill_row_count<MR - 1>(t);
+template <class A, class W, int MR = kDotRows>
+void fill(DotKernels<A, W>& t) {
+  fill_columns<MR, dot_cols(MR), A, W>(t);
+  if constexpr (MR > 1) fill<A, W, MR - 1>(t);
 }
-
-template <int MR, class A, class W>
-void fill_row_count(OuterKernels<A, W>& t) {
-  if constexpr (MR <= kAxpyRows) t[MR] = outer_block<MR, A, W>;
-  if constexpr (MR > 1) fill_row_count<MR - 1, A, W>(t);
+template <class A, class W, int MR = kAxpyRows>
+void fill(AxpyKernels<A, W>& t) {
+  t.axpy[MR] = axpy_block<MR, A, W, W>;
+  t.axpy_packed[MR] = axpy_block<MR, A, Packed<A>, W>;
+  if constexpr (MR > 1) fill<A, W, MR - 1>(t);
 }
-
-template <int MR, class A, class W>
-void fill_dots(DotKernels<A, W>& t) {
-  fill_column_count<MR, dot_cols(MR), A, W>(t);
-  if constexpr (MR > 1) fill_dots<MR - 1, A, W>(t);
+template <class A, class W, int MR = kAxpyRows>
+void fill(OuterKernels<A, W>& t) {
+  t.outer[MR] = outer_block<MR, A, W>;
+  if constexpr (MR > 1) fill<A, W, MR - 1>(t);
 }
-
+template <class A, class W>
+void fill_gemm(GemmKernels<A, W>& t) {
+  fill<A, W>(static_cast<DotKernels<A, W>&>(t));
+  fill<A, W>(static_cast<AxpyKernels<A, W>&>(t));
+  fill<A, W>(static_cast<OuterKernels<A, W>&>(t));
+}
 template <class T>
-RowKernels<T> row_table() {
-  return {scale_row<T>, add_scaled_row<T>, dot_row<T>, widen_row<T>, narrow_row<T>};
+void fill_rows(RowKernels<T>& t) {
+  t = {scale_row<T>, add_scaled_row<T>, dot_row<T>, widen_row<T>, narrow_row<T>};
 }
 
 const Kernels& kernels() {
@@ -58,24 +55,20 @@ const Kernels& kernels() {
 #if defined(__AVX512BF16__)
     t.multiplies_bf16 = true;
 #endif
-    fill_row_count<kMaxBlockRows>(t.f32);
-    fill_row_count<kMaxBlockRows>(t.widened);
-    fill_row_count<kMaxBlockRows>(t.widened_f16);
-    fill_row_count<kMaxBlockRows>(t.pairs);
-    fill_dots<kDotRows, float, Int8>(t.dot_int8);
-    fill_row_count<kMaxBlockRows, float, float>(t.outer_f32);
-    fill_row_count<kMaxBlockRows, float, Bf16>(t.outer_narrowed);
-    fill_row_count<kMaxBlockRows, float, F16>(t.outer_narrowed_f16);
-    fill_row_count<kMaxBlockRows, Bf16, Bf16>(t.outer_pairs);
-    fill_row_count<kMaxBlockRows, Bf16, float>(t.outer_pairs_f32);
+    fill_gemm<float, float>(t);
+    fill_gemm<float, Bf16>(t);
+    fill_gemm<float, F16>(t);
+    fill_gemm<Bf16, Bf16>(t);
+    fill<Bf16, float>(static_cast<OuterKernels<Bf16, float>&>(t));
+    fill<float, Int8>(static_cast<DotKernels<float, Int8>&>(t));
+    fill_rows<float>(t);
+    fill_rows<Bf16>(t);
+    fill_rows<F16>(t);
     t.pair_rows = pair_rows;
     t.swiglu = swiglu_row;
     t.swiglu_backward = swiglu_backward_row;
     t.route_row = route_row;
     t.route_row_backward = route_row_backward;
-    t.rows_f32 = row_table<float>();
-    t.rows_bf16 = row_table<Bf16>();
-    t.rows_f16 = row_table<F16>();
     return t;
   }();
   return table;

@@ -119,17 +119,21 @@ struct RouteRowBackward {
   float* grad_logits;  // [E]
 };
 
-// By rows of the block, and for dot also by its columns.
+// The families of micro-kernels by their operands.  Each entry is for as many rows of the block, and in dot
+// also for as many columns, as its place says.
 template <class A, class W>
-using DotKernels = void (*[kMaxBlockRows + 1][kMaxDotCols + 1])(const DotBlock<A, W>&);
+struct DotKernels {
+  void (*dot[kMaxBlockRows + 1][kMaxDotCols + 1])(const DotBlock<A, W>&);
+};
 template <class A, class W>
-struct GemmKernels {
-  DotKernels<A, W> dot;
+struct AxpyKernels {
   void (*axpy[kMaxBlockRows + 1])(const AxpyBlock<A, W, W>&);
   void (*axpy_packed[kMaxBlockRows + 1])(const AxpyBlock<A, Packed<A>, W>&);
 };
 template <class A, class W>
-using OuterKernels = void (*[kMaxBlockRows + 1])(const OuterBlock<A, W>&);
+struct OuterKernels {
+  void (*outer[kMaxBlockRows + 1])(const OuterBlock<A, W>&);
+};
 
 // Whole rows, stored as T, summed as floats.
 template <class T>
@@ -141,23 +145,26 @@ struct RowKernels {
   void (*narrow)(const float* x, T* y, int64_t n);  // to the nearest, ties to even
 };
 
-struct Kernels {
+// Operands and weights that each family has.
+template <class A, class W>
+struct GemmKernels : DotKernels<A, W>, AxpyKernels<A, W>, OuterKernels<A, W> {};
+
+// What one instruction set runs; a family is taken by its name: `const DotKernels<A, W>& dots = isa`.
+struct Kernels : GemmKernels<float, float>,
+                 GemmKernels<float, Bf16>,
+                 GemmKernels<float, F16>,
+                 GemmKernels<Bf16, Bf16>,
+                 OuterKernels<Bf16, float>,  // sums of many rows, rounded later
+                 DotKernels<float, Int8>,    // forward only
+                 RowKernels<float>,
+                 RowKernels<Bf16>,
+                 RowKernels<F16> {
   const char* name;
   int lanes;
   int dot_rows;                     // largest block of dot, in rows
   int dot_cols[kMaxBlockRows + 1];  // and in columns, by its rows
   int axpy_rows, panel;             // largest block in rows of axpy and outer, panel width in elements
   bool multiplies_bf16;             // in hardware: bf16 operands are faster than widened ones
-  GemmKernels<float, float> f32;
-  GemmKernels<float, Bf16> widened;
-  GemmKernels<float, F16> widened_f16;
-  DotKernels<float, Int8> dot_int8;  // forward only
-  GemmKernels<Bf16, Bf16> pairs;
-  OuterKernels<float, float> outer_f32;
-  OuterKernels<float, Bf16> outer_narrowed;
-  OuterKernels<float, F16> outer_narrowed_f16;
-  OuterKernels<Bf16, Bf16> outer_pairs;
-  OuterKernels<Bf16, float> outer_pairs_f32;
   void (*pair_rows)(const Bf16* even, const Bf16* odd, Pair* y, int64_t n);  // odd may be null: zeros
   void (*swiglu)(const float* gate, const float* up, float* out, int64_t n);
   // Also returns sum_i grad_out[i] * out[i], the gradient of a factor on the row, and writes factor * out.
@@ -165,77 +172,7 @@ struct Kernels {
                            float* grad_gate, float* grad_up, float* scaled_out, int64_t n);
   void (*route_row)(const RouteRow&);
   void (*route_row_backward)(const RouteRowBackward&);
-  RowKernels<float> rows_f32;
-  RowKernels<Bf16> rows_bf16;
-  RowKernels<F16> rows_f16;
 };
-
-template <class T>
-const RowKernels<T>& row_kernels(const Kernels& isa);
-template <>
-inline const RowKernels<float>& row_kernels(const Kernels& isa) {
-  return isa.rows_f32;
-}
-template <>
-inline const RowKernels<Bf16>& row_kernels(const Kernels& isa) {
-  return isa.rows_bf16;
-}
-template <>
-inline const RowKernels<F16>& row_kernels(const Kernels& isa) {
-  return isa.rows_f16;
-}
-
-template <class A, class W>
-const GemmKernels<A, W>& gemms(const Kernels& isa);
-template <>
-inline const GemmKernels<float, float>& gemms(const Kernels& isa) {
-  return isa.f32;
-}
-template <>
-inline const GemmKernels<float, Bf16>& gemms(const Kernels& isa) {
-  return isa.widened;
-}
-template <>
-inline const GemmKernels<Bf16, Bf16>& gemms(const Kernels& isa) {
-  return isa.pairs;
-}
-
-template <>
-inline const GemmKernels<float, F16>& gemms(const Kernels& isa) {
-  return isa.widened_f16;
-}
-
-template <class A, class W>
-const DotKernels<A, W>& dots(const Kernels& isa) {
-  return gemms<A, W>(isa).dot;
-}
-template <>
-inline const DotKernels<float, Int8>& dots(const Kernels& isa) {
-  return isa.dot_int8;
-}
-
-template <class A, class W>
-const OuterKernels<A, W>& outers(const Kernels& isa);
-template <>
-inline const OuterKernels<float, float>& outers(const Kernels& isa) {
-  return isa.outer_f32;
-}
-template <>
-inline const OuterKernels<float, Bf16>& outers(const Kernels& isa) {
-  return isa.outer_narrowed;
-}
-template <>
-inline const OuterKernels<float, F16>& outers(const Kernels& isa) {
-  return isa.outer_narrowed_f16;
-}
-template <>
-inline const OuterKernels<Bf16, Bf16>& outers(const Kernels& isa) {
-  return isa.outer_pairs;
-}
-template <>
-inline const OuterKernels<Bf16, float>& outers(const Kernels& isa) {
-  return isa.outer_pairs_f32;
-}
 
 namespace base {
 const Kernels& kernels();
