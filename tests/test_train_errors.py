@@ -300,6 +300,12 @@ def test_a_folder_has_one_run_at_a_time(cache, tmp_path):
     assert third.returncode == 0, third.stderr
 
 
+def heed_signals() -> None:
+    """A run obeys what its parent ignores, and a script's `&` ignores SIGINT: these tests may run under one."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_preparation(cache, tmp_path, number):
     """The test holds the lock of the cache, so that the run waits there."""
@@ -310,8 +316,9 @@ def test_a_signal_during_preparation(cache, tmp_path, number):
     with open(lock) as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         process = subprocess.Popen(
-            [*SIGMA, *args, "--out", str(tmp_path / "run")], env=env, stderr=subprocess.PIPE, text=True
-        )
+            [*SIGMA, *args, "--out", str(tmp_path / "run")], env=env, stderr=subprocess.PIPE, text=True,
+            preexec_fn=heed_signals,
+        )  # fmt: skip
         wait_for(tmp_path / "run" / "run.lock", process)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
