@@ -15,7 +15,9 @@ class Scratch {
  public:
   // Throws std::bad_alloc.
   Scratch(int threads, int64_t bytes) : stride_((bytes + 63) / 64 * 64), bytes_(threads * stride_) {
-    if (bytes_ > 0 && !(begin_ = static_cast<char*>(take_block(bytes_)))) throw std::bad_alloc();
+    if (bytes_ == 0) return;
+    begin_ = static_cast<char*>(take_block(bytes_));
+    if (!begin_) throw std::bad_alloc();
   }
   ~Scratch() {
     if (begin_) give_block(begin_, bytes_);
