@@ -75,6 +75,13 @@ void bind_experts_forward(py::module_& m, const std::string& suffix) {
                              .down_scale = at<float>(down_scale)};
       }));
 
+  m.def(("experts_inference" + suffix).c_str(),
+        [](const Experts<X, W>& e, Address index, bool is_long, Address out) {
+          return is_long ? experts_inference(e, at<int64_t>(index), at<X>(out))
+                         : experts_inference(e, at<int32_t>(index), at<X>(out));
+        },
+        no_gil());
+
   m.def(("experts_forward" + suffix).c_str(),
         [](const Experts<X, W>& e, Address hidden, Address by_slot, Address out) {
           experts_forward(e, ExpertsForward<X>{

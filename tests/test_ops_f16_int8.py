@@ -123,9 +123,5 @@ def test_quantized_weights_are_off_by_half_a_step_at_any_size(size):
 
 def test_int8_opcheck():
     x, index, weights, gate_up, down = experts_inputs(9, 6, 5, 3, 2)
-    routing = sk.group_by_expert(index, 3)
     (g, gs), (d, ds) = sk.quantize_experts(gate_up), sk.quantize_experts(down)
-    torch.library.opcheck(
-        torch.ops.sigma.moe_experts_int8.default,
-        (x, weights, routing.offsets, routing.row_map, g, gs, d, ds),
-    )
+    torch.library.opcheck(torch.ops.sigma.moe_experts_inference.default, (x, index, weights, g, d, gs, ds))

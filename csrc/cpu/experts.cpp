@@ -9,16 +9,16 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "dispatch.h"
 #include "grouped_gemm.h"
 #include "permute.h"
+#include "route.h"
 #include "scratch.h"
 
 namespace sigma::cpu {
 namespace {
-
-constexpr int64_t kColumnBlock = 64;  // of gate and of up, whose SwiGLU is taken while both are in cache
 
 template <class X, class W>
 Rows<const X> by_token(const Experts<X, W>& m, const X* base, int64_t ld) {
@@ -57,47 +57,63 @@ void to_tokens(const Experts<X, W>& m, GroupedGemm<X, W, X> g, float* by_slot, X
                             .threads = m.threads});
 }
 
+template <class X>
+void swiglu_row(const Kernels& isa, const float* gate, const float* up, X* out, int64_t columns) {
+  if constexpr (std::is_same_v<X, float>) {
+    isa.swiglu(gate, up, out, columns);
+  } else {
+    alignas(64) float row[kColumnBlock];
+    isa.swiglu(gate, up, row, columns);
+    static_cast<const RowKernels<X>&>(isa).narrow(row, out, columns);
+  }
+}
+
+// Columns i0..i1 of gate and of up for one expert's rows, and their SwiGLU; `next` as in gemm_nt_columns.
+template <class X, class W>
+void gate_up_columns(const Kernels& isa, const Experts<X, W>& m, int64_t e, int64_t i0, int64_t i1, X* hidden,
+                     const W* next) {
+  alignas(64) float tile[kRowChunk * 2 * kColumnBlock];  // where no backward wants them
+  const int64_t columns = i1 - i0, end = m.offsets[e + 1];
+  for (int64_t r0 = m.offsets[e]; r0 < end; r0 += kRowChunk) {
+    const int64_t r1 = std::min(end, r0 + kRowChunk);
+    const auto half = [&](int64_t n0, int64_t in_tile, const W* ahead) {
+      const float* const factors = m.gate_up_scale ? m.gate_up_scale + n0 : nullptr;
+      const Rows<float> kept{.base = m.gate_up + n0, .ld = 2 * m.I};
+      const Rows<float> passing{.base = tile + in_tile, .ld = 2 * kColumnBlock, .first = r0};
+      const GroupedGemm<X, W, float> g{.E = m.E,
+                                       .N = 2 * m.I,
+                                       .K = m.H,
+                                       .offsets = m.offsets,
+                                       .x = by_token(m, m.x, m.ldx),
+                                       .w = m.gate_up_proj + n0 * m.gate_up_row,
+                                       .w_expert = m.gate_up_expert,
+                                       .w_row = m.gate_up_row,
+                                       .y = m.gate_up ? kept : passing,
+                                       .scale = nullptr,
+                                       .slot_of_row = nullptr,
+                                       .threads = m.threads,
+                                       .column_scale = factors};
+      gemm_nt_columns(isa, g, e, r0, r1, 0, columns, ahead);
+      return g.y;
+    };
+    const W* const up = m.gate_up_proj + e * m.gate_up_expert + (m.I + i0) * m.gate_up_row;
+    const Rows<float> gates = half(i0, 0, up);
+    const Rows<float> ups = half(m.I + i0, kColumnBlock, r1 == end ? next : nullptr);
+    for (int64_t r = r0; r < r1; ++r) swiglu_row(isa, gates(r), ups(r), hidden + r * m.I + i0, columns);
+  }
+}
+
 template <class X, class W>
 void gate_up_and_swiglu(const Experts<X, W>& m, X* hidden) {
   const Kernels& isa = kernels();
-  const GroupedGemm<X, W, float> g{.E = m.E,
-                                   .N = 2 * m.I,
-                                   .K = m.H,
-                                   .offsets = m.offsets,
-                                   .x = by_token(m, m.x, m.ldx),
-                                   .w = m.gate_up_proj,
-                                   .w_expert = m.gate_up_expert,
-                                   .w_row = m.gate_up_row,
-                                   .y = {m.gate_up, 2 * m.I},
-                                   .scale = nullptr,
-                                   .slot_of_row = nullptr,
-                                   .threads = m.threads,
-                                   .column_scale = m.gate_up_scale};
-  const int64_t blocks = ceil_div(m.I, kColumnBlock);
-  const int at_once = tasks_at_once(m.E * blocks, m.threads);
-#pragma omp parallel for collapse(2) schedule(dynamic, at_once) \
+  const ColumnTasks tasks(m.E, m.offsets, m.I, m.threads);
+#pragma omp parallel for schedule(dynamic, tasks.at_once) \
     num_threads(m.threads) if (m.T * m.k * m.I * m.H > (1 << 15))
-  for (int64_t e = 0; e < m.E; ++e)
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t r0 = m.offsets[e], r1 = m.offsets[e + 1];
-      if (r0 == r1) continue;
-      const int64_t i0 = b * kColumnBlock, i1 = std::min(m.I, i0 + kColumnBlock);
-      const W* const w = m.gate_up_proj + e * m.gate_up_expert;
-      gemm_nt_columns(isa, g, e, r0, r1, i0, i1, w + (m.I + i0) * m.gate_up_row);
-      gemm_nt_columns(isa, g, e, r0, r1, m.I + i0, m.I + i1,
-                      i1 < m.I && at_once > 1 ? w + i1 * m.gate_up_row : nullptr);
-      for (int64_t r = r0; r < r1; ++r) {
-        const float* gate = m.gate_up + r * 2 * m.I + i0;
-        X* const out = hidden + r * m.I + i0;
-        if constexpr (std::is_same_v<X, float>) {
-          isa.swiglu(gate, gate + m.I, out, i1 - i0);
-        } else {
-          alignas(64) float row[kColumnBlock];
-          isa.swiglu(gate, gate + m.I, row, i1 - i0);
-          static_cast<const RowKernels<X>&>(isa).narrow(row, out, i1 - i0);
-        }
-      }
-    }
+  for (int64_t i = 0; i < tasks.count; ++i) {
+    const auto [e, i0, i1, continues] = tasks[i];
+    const W* const next = continues ? m.gate_up_proj + e * m.gate_up_expert + i1 * m.gate_up_row : nullptr;
+    gate_up_columns(isa, m, e, i0, i1, hidden, next);
+  }
 }
 
 // hidden = W_down^T grad_out, and from it, a row at a time: grad_gate_up, grad_weights, and in hidden's place
@@ -172,6 +188,21 @@ void experts_forward(const Experts<X, W>& m, const ExpertsForward<X>& f) {
             f.by_slot, f.out, [](const auto& g) { grouped_gemm_nt(g); });
 }
 
+template <class X, class W, class Index>
+int64_t experts_inference(Experts<X, W> m, const Index* indices, X* out) {
+  const int64_t R = m.T * m.k;
+  std::vector<int32_t> counts(m.E), offsets(m.E + 1), row_map(R);
+  const int64_t wrong =
+      group_by_expert(indices, R, m.E, counts.data(), offsets.data(), row_map.data(), m.threads);
+  if (wrong >= 0) return wrong;
+  m.offsets = offsets.data();
+  m.row_map = row_map.data();
+  m.gate_up = nullptr;
+  const Buffer hidden(R * m.I * sizeof(X)), by_slot(m.k > 1 ? R * m.H * sizeof(float) : 0);
+  experts_forward(m, {.hidden = hidden.as<X>(), .by_slot = by_slot.as<float>(), .out = out});
+  return -1;
+}
+
 template <class X, class W>
 void experts_backward(const Experts<X, W>& m, const ExpertsBackward<X, W>& b) {
   down_and_swiglu_backward(m, b);
@@ -216,14 +247,19 @@ void experts_backward(const Experts<X, W>& m, const ExpertsBackward<X, W>& b) {
                                      .threads = m.threads});
 }
 
-#define SK_INSTANTIATE(X, W)                                                     \
-  template void experts_forward(const Experts<X, W>&, const ExpertsForward<X>&); \
+#define SK_FORWARD(X, W)                                                                    \
+  template void experts_forward(const Experts<X, W>&, const ExpertsForward<X>&);            \
+  template int64_t experts_inference(Experts<X, W>, const int32_t*, std::add_pointer_t<X>); \
+  template int64_t experts_inference(Experts<X, W>, const int64_t*, std::add_pointer_t<X>);
+#define SK_INSTANTIATE(X, W) \
+  SK_FORWARD(X, W)           \
   template void experts_backward(const Experts<X, W>&, const ExpertsBackward<X, W>&);
 SK_INSTANTIATE(float, float)
 SK_INSTANTIATE(float, Bf16)
 SK_INSTANTIATE(float, F16)
 SK_INSTANTIATE(Bf16, Bf16)
+SK_FORWARD(float, Int8)
 #undef SK_INSTANTIATE
-template void experts_forward(const Experts<float, Int8>&, const ExpertsForward<float>&);
+#undef SK_FORWARD
 
 }  // namespace sigma::cpu

@@ -23,7 +23,7 @@ struct Experts {
   int64_t gate_up_expert, gate_up_row;
   const W* down_proj;  // [E, H, I]
   int64_t down_expert, down_row;
-  float* gate_up;  // [R, 2I]: before the activation; forward writes it, backward reads it
+  float* gate_up;  // [R, 2I]: before the activation; forward writes it, backward reads it; null: not kept
   int threads;
   const float* gate_up_scale = nullptr;  // [E, 2I] and [E, H]: factors of the output channels, or null;
   const float* down_scale = nullptr;     // forward alone
@@ -37,6 +37,12 @@ struct ExpertsForward {
 };
 template <class X, class W>
 void experts_forward(const Experts<X, W>& m, const ExpertsForward<X>& f);
+
+// Forward from the choice itself, for calls that nobody differentiates: m without offsets, row_map and
+// gate_up. Returns the first slot t*k + j whose index [T, k] is out of range, or -1; then nothing has been
+// written.
+template <class X, class W, class Index>
+int64_t experts_inference(Experts<X, W> m, const Index* indices, X* out);
 
 template <class X = float, class W = X>
 struct ExpertsBackward {

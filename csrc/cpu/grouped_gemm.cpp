@@ -19,7 +19,6 @@
 namespace sigma::cpu {
 namespace {
 
-constexpr int64_t kColumnBlock = 64;  // of a forward task: 64 * K weights stay in L2 across row chunks
 constexpr int64_t kWindow =
     8;  // rows of W fetched ahead together: 1.2x over one at a time (E=96, T=2048, AVX-512)
 constexpr int64_t kWidth = 1024;  // columns of a task of grouped_gemm_nn
@@ -31,54 +30,76 @@ constexpr double kSerialFlops = 1e5;  // below this a parallel region costs more
 template <class W>
 constexpr int64_t kLine = 64 / sizeof(W);  // elements in a cache line
 
+// At most kRowChunk rows in nearly equal blocks of at most `limit`.  Found once: a division costs as much as
+// ten multiply-adds.
+struct RowBlocks {
+  RowBlocks(int64_t n, int64_t limit) : count(ceil_div(n, limit)), most(count ? ceil_div(n, count) : 0) {
+    for (int64_t i = 0; i <= count; ++i) first[i] = count ? piece(n, count, i) : 0;
+  }
+  int64_t rows(int64_t i) const { return first[i + 1] - first[i]; }
+
+  int64_t count, most;
+  int64_t first[kRowChunk + 1];
+};
+
 bool is_serial(int threads, double flops) { return threads == 1 || flops < kSerialFlops; }
 
 }  // namespace
+
+ColumnTasks::ColumnTasks(int64_t E, const int32_t* offsets, int64_t N, int threads)
+    : columns(N), width(kColumnBlock) {
+  busy.reserve(std::min<int64_t>(E, offsets[E]));
+  for (int64_t e = 0; e < E; ++e)
+    if (offsets[e] < offsets[e + 1]) busy.push_back(static_cast<int32_t>(e));
+  const auto experts = static_cast<int64_t>(busy.size());
+  while (width > 16 && experts * ceil_div(N, width) < 16 * threads) width /= 2;
+  blocks = ceil_div(N, width);
+  count = experts * blocks;
+  at_once = static_cast<int>(std::clamp<int64_t>(count / (8 * threads), 1, 4));
+}
 
 template <class X, class W, class Y>
 void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t e, int64_t r0, int64_t r1,
                      int64_t n0, int64_t n1, const W* next) {
   constexpr bool kIsDirect = std::is_same_v<Y, float>;
   alignas(64) float tile[kIsDirect ? 1 : kRowChunk * kColumnBlock];  // sums, before they are rounded
+  const X* a[kRowChunk];
+  float *c[kRowChunk], scale[kRowChunk];
   const W* w = g.w + e * g.w_expert;
   for (int64_t chunk = r0; chunk < r1; chunk += kRowChunk) {
-    const int64_t rows = std::min(kRowChunk, r1 - chunk), blocks = ceil_div(rows, isa.dot_rows);
-    const int64_t most_cols = isa.dot_cols[ceil_div(rows, blocks)];
-    for (int64_t n = n0; n < n1; n += most_cols) {
-      const int64_t cols = std::min(most_cols, n1 - n);
-      // While the groups of one window are computed, each call asks for its share of the next window's lines.
-      const int64_t group = (n - n0) / most_cols, groups = kWindow / most_cols;
-      const int64_t window = n0 + (group / groups + 1) * kWindow, calls = groups * blocks;
-      const int64_t lines_a_step = ceil_div(kWindow * isa.lanes * kStep<X>, kLine<W> * calls);
-      const W* ahead = window + kWindow <= n1 ? w + window * g.w_row : window >= n1 ? next : nullptr;
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t first = piece(rows, blocks, i), count = piece(rows, blocks, i + 1) - first;
-        const X* a[kMaxBlockRows];
-        float* c[kMaxBlockRows];
-        float scale[kMaxBlockRows];
-        for (int64_t m = 0; m < count; ++m) {
-          const int64_t r = chunk + first + m;
-          a[m] = g.x(r);
-          if constexpr (kIsDirect)
-            c[m] = g.y(r) + n;
-          else
-            c[m] = tile + (first + m) * kColumnBlock + n - n0;
-          if (g.scale) scale[m] = g.scale[g.slot_of_row ? g.slot_of_row[r] : r];
-        }
-        const int64_t call = group % groups * blocks + i;
-        const DotBlock<X, W> block{
-            .a = a,
-            .b = w + n * g.w_row,
-            .ldb = g.w_row,
-            .c = c,
-            .scale = g.scale ? scale : nullptr,
-            .K = g.K,
-            .mode = Store::kWrite,
-            .prefetch = ahead ? ahead + piece(g.K / kLine<W>, calls, call) * kLine<W> : nullptr,
-            .prefetch_rows = ahead ? static_cast<int>(kWindow) : 0,
-            .prefetch_lines = static_cast<int>(lines_a_step)};
-        static_cast<const DotKernels<X, W>&>(isa).dot[count][cols](block);
-      }
+    const int64_t rows = std::min(kRowChunk, r1 - chunk);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t r = chunk + i;
+      a[i] = g.x(r);
+      if constexpr (kIsDirect)
+        c[i] = g.y(r) + n0;
+      else
+        c[i] = tile + i * kColumnBlock;
+      if (g.scale) scale[i] = g.scale[g.slot_of_row ? g.slot_of_row[r] : r];
+    }
+    const RowBlocks blocks(rows, isa.dot_rows);
+    // While the groups of one window are computed, each call asks for its share of the next window's lines.
+    const int64_t most_cols = isa.dot_cols[blocks.most], groups = kWindow / most_cols;
+    const int64_t calls = groups * blocks.count, lines = g.K / kLine<W>;
+    const int64_t lines_a_step = ceil_div(kWindow * isa.lanes * kStep<X>, kLine<W> * calls);
+    for (int64_t window = n0; window < n1; window += kWindow) {
+      const int64_t end = window + kWindow;
+      const W* ahead = end + kWindow <= n1 ? w + end * g.w_row : end >= n1 ? next : nullptr;
+      int64_t call = 0;
+      for (int64_t n = window; n < std::min(n1, end); n += most_cols)
+        for (int64_t i = 0; i < blocks.count; ++i, ++call)
+          static_cast<const DotKernels<X, W>&>(isa).dot[blocks.rows(i)][std::min(most_cols, n1 - n)](
+              {.a = a + blocks.first[i],
+               .b = w + n * g.w_row,
+               .ldb = g.w_row,
+               .c = c + blocks.first[i],
+               .column = n - n0,
+               .scale = g.scale ? scale + blocks.first[i] : nullptr,
+               .K = g.K,
+               .mode = Store::kWrite,
+               .prefetch = ahead ? ahead + piece(lines, calls, call) * kLine<W> : nullptr,
+               .prefetch_rows = ahead ? static_cast<int>(kWindow) : 0,
+               .prefetch_lines = static_cast<int>(lines_a_step)});
     }
     if (g.column_scale) {
       const float* factor = g.column_scale + e * g.N;
@@ -97,17 +118,14 @@ void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
 template <class X, class W, class Y>
 void grouped_gemm_nt(const GroupedGemm<X, W, Y>& g) {
   const Kernels& isa = kernels();
-  const int64_t blocks = ceil_div(g.N, kColumnBlock);
-  const int at_once = tasks_at_once(g.E * blocks, g.threads);
-#pragma omp parallel for collapse(2) schedule(dynamic, at_once) \
+  const ColumnTasks tasks(g.E, g.offsets, g.N, g.threads);
+#pragma omp parallel for schedule(dynamic, tasks.at_once) \
     num_threads(g.threads) if (!is_serial(g.threads, 2.0 * g.offsets[g.E] * g.N * g.K))
-  for (int64_t e = 0; e < g.E; ++e)
-    for (int64_t i = 0; i < blocks; ++i) {
-      if (g.offsets[e] == g.offsets[e + 1]) continue;
-      const int64_t n0 = i * kColumnBlock, n1 = std::min(g.N, n0 + kColumnBlock);
-      const W* const next = n1 < g.N && at_once > 1 ? g.w + e * g.w_expert + n1 * g.w_row : nullptr;
-      gemm_nt_columns(isa, g, e, g.offsets[e], g.offsets[e + 1], n0, n1, next);
-    }
+  for (int64_t i = 0; i < tasks.count; ++i) {
+    const auto [e, n0, n1, continues] = tasks[i];
+    const W* const next = continues ? g.w + e * g.w_expert + n1 * g.w_row : nullptr;
+    gemm_nt_columns(isa, g, e, g.offsets[e], g.offsets[e + 1], n0, n1, next);
+  }
 }
 
 template <class X, class W, class Y>
@@ -116,44 +134,45 @@ void gemm_nn_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
   constexpr int64_t kPanelRows = kDepth * kStep<X>;
   alignas(64) Packed<X> copy[kDepth * 64];
   const W* w = g.w + e * g.w_expert;
-  const int64_t rows = r1 - r0, blocks = ceil_div(rows, isa.axpy_rows);
-  if (g.K == 0)
-    for (int64_t r = r0; r < r1; ++r) std::fill(y(r), y(r) + n1 - n0, 0.0f);
+  const X* a[kRowChunk];
+  float* c[kRowChunk];
+  const int64_t rows = r1 - r0;
+  for (int64_t i = 0; i < rows; ++i) {
+    a[i] = g.x(r0 + i);
+    c[i] = y(r0 + i);
+    if (g.K == 0) std::fill(c[i], c[i] + n1 - n0, 0.0f);
+  }
+  const RowBlocks blocks(rows, isa.axpy_rows);
   for (int64_t k = 0; k < g.K; k += kPanelRows) {
     const int64_t depth = std::min(kPanelRows, g.K - k);
     for (int64_t n = n0; n < n1; n += isa.panel) {
       const int64_t cols = std::min<int64_t>(isa.panel, n1 - n);
       const int64_t next_lines = ceil_div(std::min<int64_t>(isa.panel, n1 - n - cols), kLine<W>);
       const W* panel = w + k * g.w_row + n;
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t first = piece(rows, blocks, i), count = piece(rows, blocks, i + 1) - first;
-        const X* a[kMaxBlockRows];
-        float* c[kMaxBlockRows];
-        for (int64_t m = 0; m < count; ++m) {
-          a[m] = g.x(r0 + first + m) + k;
-          c[m] = y(r0 + first + m) + n - n0;
-        }
+      for (int64_t i = 0; i < blocks.count; ++i) {
         // The first block of rows reads the weights and keeps them packed for the others.
-        const int64_t line = piece(next_lines, blocks, i);
+        const int64_t line = piece(next_lines, blocks.count, i);
         const auto block = [&]<class P>(const P* source, int64_t ld, Packed<X>* keep) {
           return AxpyBlock<X, P, W>{
-              .a = a,
+              .a = a + blocks.first[i],
+              .depth = k,
               .b = source,
               .ldb = ld,
               .copy = keep,
-              .c = c,
+              .c = c + blocks.first[i],
+              .column = n - n0,
               .K = depth,
               .columns = cols,
               .mode = k > 0 ? Store::kAdd : Store::kWrite,
               .prefetch = panel + cols + line * kLine<W>,
               .prefetch_ld = g.w_row,
-              .prefetch_lines = static_cast<int>(piece(next_lines, blocks, i + 1) - line)};
+              .prefetch_lines = static_cast<int>(piece(next_lines, blocks.count, i + 1) - line)};
         };
         if (i == 0)
-          static_cast<const AxpyKernels<X, W>&>(isa).axpy[count](
-              block(panel, g.w_row, blocks > 1 ? copy : nullptr));
+          static_cast<const AxpyKernels<X, W>&>(isa).axpy[blocks.rows(i)](
+              block(panel, g.w_row, blocks.count > 1 ? copy : nullptr));
         else
-          static_cast<const AxpyKernels<X, W>&>(isa).axpy_packed[count](
+          static_cast<const AxpyKernels<X, W>&>(isa).axpy_packed[blocks.rows(i)](
               block(static_cast<const Packed<X>*>(copy), isa.panel, nullptr));
       }
     }

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <vector>
 
 #include "isa/kernels.h"
 #include "rows.h"
@@ -59,11 +61,30 @@ template <class X, class W, class Y>
 void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t e, int64_t r0, int64_t r1,
                      int64_t n0, int64_t n1, const W* next);
 
-// Tasks of 64 columns that a thread takes at once: neighbours, so that it knows what comes next, while there
-// are many.
-inline int tasks_at_once(int64_t tasks, int threads) {
-  return static_cast<int>(std::clamp<int64_t>(tasks / (8 * threads), 1, 4));
-}
+constexpr int64_t kColumnBlock =
+    64;  // of a forward task, at most: 64 * K weights stay in L2 across row chunks
+
+// What a forward pass is cut into: columns of one expert that has rows.  Narrow ones where there are few, so
+// that threads end together; a thread takes neighbours, so that it knows what comes next, where there are
+// many.
+struct ColumnTasks {
+  struct Task {
+    int64_t expert, begin, end;
+    bool continues;  // the same thread most probably goes on at `end`
+  };
+
+  // Of N columns an expert.
+  ColumnTasks(int64_t E, const int32_t* offsets, int64_t N, int threads);
+  Task operator[](int64_t i) const {
+    const int64_t begin = i % blocks * width;
+    return {busy[i / blocks], begin, std::min(columns, begin + width),
+            at_once > 1 && begin + width < columns};
+  }
+
+  std::vector<int32_t> busy;
+  int64_t columns, width, blocks, count;
+  int at_once;
+};
 
 // Columns n0..n1 of one expert's rows r0..r1, at most kRowChunk of them, for grouped_gemm_nn; y begins at
 // column n0.

@@ -36,7 +36,8 @@ void scan(std::vector<int32_t>& first, int pieces, int64_t E, int32_t* counts, i
   offsets[E] = row;
 }
 
-void scatter(std::vector<int32_t>& first, const int32_t* indices, int64_t R, int64_t E, int pieces,
+template <class Index>
+void scatter(std::vector<int32_t>& first, const Index* indices, int64_t R, int64_t E, int pieces,
              int64_t per_token, int32_t* row_map) {
 #pragma omp parallel for num_threads(pieces) if (pieces > 1)
   for (int p = 0; p < pieces; ++p) {
@@ -89,7 +90,8 @@ void route_backward(const RouteBackward& r) {
                             .grad_logits = r.grad_logits + t * r.E});
 }
 
-int64_t group_by_expert(const int32_t* indices, int64_t R, int64_t E, int32_t* counts, int32_t* offsets,
+template <class Index>
+int64_t group_by_expert(const Index* indices, int64_t R, int64_t E, int32_t* counts, int32_t* offsets,
                         int32_t* row_map, int threads) {
   const int pieces = pieces_of(R, threads);
   std::vector<int32_t> first(pieces * E, 0);
@@ -109,6 +111,9 @@ int64_t group_by_expert(const int32_t* indices, int64_t R, int64_t E, int32_t* c
   scatter(first, indices, R, E, pieces, 1, row_map);
   return -1;
 }
+
+template int64_t group_by_expert(const int32_t*, int64_t, int64_t, int32_t*, int32_t*, int32_t*, int);
+template int64_t group_by_expert(const int64_t*, int64_t, int64_t, int32_t*, int32_t*, int32_t*, int);
 
 bool rises(const int32_t* offsets, int64_t E, int64_t R) {
   return offsets[0] == 0 && offsets[E] == R && std::is_sorted(offsets, offsets + E + 1);

@@ -35,8 +35,9 @@ struct RouteBackward {
 void route_backward(const RouteBackward& r);
 
 // counts, offsets and row_map from given indices.  Returns the first slot whose index is out of range, or -1;
-// then nothing has been written.
-int64_t group_by_expert(const int32_t* indices, int64_t R, int64_t E, int32_t* counts, int32_t* offsets,
+// then nothing has been written.  For int32_t and int64_t.
+template <class Index>
+int64_t group_by_expert(const Index* indices, int64_t R, int64_t E, int32_t* counts, int32_t* offsets,
                         int32_t* row_map, int threads);
 
 // Whether offsets [E+1] rise from 0 to R.

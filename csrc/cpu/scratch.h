@@ -1,9 +1,10 @@
-// Working memory of the threads of one parallel region.
+// Working memory: of the threads of one parallel region, and of one call.
 #pragma once
 
 #include <omp.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <new>
 
 #include "memory.h"
@@ -35,6 +36,36 @@ class Scratch {
  private:
   int64_t stride_, bytes_;
   char* begin_ = nullptr;
+};
+
+// `bytes` for one call, whose contents are undefined: of malloc, or of the kept blocks where malloc would ask
+// the system for fresh pages each time.
+class Buffer {
+ public:
+  // Throws std::bad_alloc.
+  explicit Buffer(int64_t bytes) : bytes_(bytes) {
+    begin_ = is_block() ? take_block(bytes) : std::malloc(bytes + 1);
+    if (!begin_) throw std::bad_alloc();
+  }
+  ~Buffer() {
+    if (is_block())
+      give_block(begin_, bytes_);
+    else
+      std::free(begin_);
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(begin_);
+  }
+
+ private:
+  bool is_block() const { return bytes_ >= int64_t{32} << 20; }
+
+  int64_t bytes_;
+  void* begin_;
 };
 
 }  // namespace sigma::cpu

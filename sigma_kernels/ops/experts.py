@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sigma_kernels import reference
 from sigma_kernels.backends import Backend, register_table, select
+from sigma_kernels.ops import experts_cpu
 from sigma_kernels.ops.library import (
     REFERENCE,
     STORED,
@@ -21,16 +22,11 @@ from sigma_kernels.ops.library import (
     check_routing,
     check_shape,
     define,
-    empty,
-    gemm_kernel,
-    matrices,
+    is_recorded,
     once,
-    operand,
     risen,
-    rounded,
     saturated,
     slots,
-    widened,
 )
 from sigma_kernels.routing import Routing
 
@@ -84,9 +80,12 @@ def moe_experts(
         raise ValueError(
             f"{op}: at least one expert must be there and chosen, found E={E}, k={top_k_index.shape[1]}"
         )
-    _, offsets, row_map = torch.ops.sigma.group_by_expert(saturated(top_k_index), E)
-    out, _ = _Experts.apply(hidden_states, top_k_weights, offsets, row_map, gate_up_proj, down_proj)
-    return out.to(dtype)
+    if is_recorded(hidden_states, top_k_weights, gate_up_proj, down_proj):
+        _, offsets, row_map = torch.ops.sigma.group_by_expert(saturated(top_k_index), E)
+        out, _ = _Experts.apply(hidden_states, top_k_weights, offsets, row_map, gate_up_proj, down_proj)
+    else:
+        out = inference(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, None, None)
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 def experts_of_routing(
@@ -111,8 +110,12 @@ def experts_of_routing(
     check_offsets(op, "routing.offsets", routing.offsets, E, "hidden_states", hidden_states)
     check_shape(op, "hidden_states", hidden_states, (T, H))
     check_shape(op, "gate_up_proj", gate_up_proj, (E, 2 * I, H))
-    out, _ = _Experts.apply(hidden_states, weights, routing.offsets, routing.row_map, gate_up_proj, down_proj)
-    return out.to(dtype)
+    inputs = hidden_states, weights, routing.offsets, routing.row_map, gate_up_proj, down_proj
+    if is_recorded(hidden_states, weights, gate_up_proj, down_proj):
+        out, _ = _Experts.apply(*inputs)
+    else:
+        out, _ = torch.ops.sigma.moe_experts(*inputs, saves=False)
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 class _Experts(torch.autograd.Function):
@@ -189,94 +192,36 @@ def _place(parameter: Tensor) -> Tensor | None:
     return grad if fits and grad.device == parameter.device else None
 
 
-def _native_experts(
-    x: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    row_map: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up: Tensor,
-    scales: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> Any:
-    (T, H), (E, _, I) = x.shape, down_proj.shape
-    return gemm_kernel("Experts", x, down_proj)(
-        T, H, I, E, weights.shape[1], x.data_ptr(), x.stride(0), offsets.data_ptr(), row_map.data_ptr(),
-        weights.data_ptr(), gate_up_proj.data_ptr(), gate_up_proj.stride(0), gate_up_proj.stride(1),
-        down_proj.data_ptr(), down_proj.stride(0), down_proj.stride(1), gate_up.data_ptr(), torch.get_num_threads(),
-        *(0 if scale is None else scale.data_ptr() for scale in scales),
-    )  # fmt: skip
-
-
-def forward_cpu(
-    x: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    row_map: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    scales: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[Tensor, Tensor]:
-    dtype = x.dtype
-    x, weights = operand(x, down_proj), widened(weights.contiguous())
-    gate_up_proj, down_proj = matrices(gate_up_proj), matrices(down_proj)
-    (T, H), R, I, f32 = x.shape, row_map.shape[0], down_proj.shape[2], torch.float32
-    out, gate_up, hidden = empty(x, T, H), empty(x, R, 2 * I, dtype=f32), empty(x, R, I)
-    by_slot = empty(x, R, H, dtype=f32) if R > T else out
-    native = _native_experts(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up, scales)
-    gemm_kernel("experts_forward", x, down_proj)(
-        native, hidden.data_ptr(), by_slot.data_ptr(), out.data_ptr()
-    )
-    return rounded(out, dtype), gate_up
-
-
-def _backward_cpu(
-    grad_out: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    row_map: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up: Tensor,
-    needed: list[bool],
-    into: tuple[Tensor | None, Tensor | None] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = x.dtype
-    grad_out, x, weights = operand(grad_out), operand(x), widened(weights.contiguous())
-    gate_up_proj, down_proj = matrices(gate_up_proj), matrices(down_proj)
-    (T, H), R, I = x.shape, row_map.shape[0], down_proj.shape[2]
-    grad_weights = torch.empty_like(weights)
-    grad_x = empty(x, T, H) if needed[0] else x.new_empty(0)
-    of_gate_up, of_down = into or (
-        empty(p, *p.shape) if n else None for p, n in zip((gate_up_proj, down_proj), needed[1:], strict=True)
-    )
-    grad_gate_up, hidden = empty(x, R, 2 * I), empty(x, R, I)
-    by_slot = empty(x, R, H, dtype=torch.float32) if R > T else grad_x
-    native = _native_experts(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up)
-    gemm_kernel("experts_backward", x, down_proj)(
-        native, grad_out.data_ptr(), grad_out.stride(0), grad_gate_up.data_ptr(), hidden.data_ptr(),
-        by_slot.data_ptr(), grad_weights.data_ptr(), grad_x.data_ptr() if needed[0] else 0,
-        0 if of_gate_up is None else of_gate_up.data_ptr(), 0 if of_down is None else of_down.data_ptr(),
-        into is not None,
-    )  # fmt: skip
-    grad_x = rounded(grad_x, dtype) if needed[0] else grad_x.to(dtype)
-    nothing = x.new_empty(0, dtype=dtype)
-    return (
-        grad_x,
-        rounded(grad_weights, dtype),
-        nothing if into or of_gate_up is None else of_gate_up,
-        nothing if into or of_down is None else of_down,
-    )
-
-
 def _reference_from_rows(
-    x: Tensor, weights: Tensor, offsets: Tensor, row_map: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+    x: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    row_map: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    saves: bool = True,
 ) -> tuple[Tensor, Tensor]:
     top_k = weights.shape[1]
     gate_up = reference.grouped_gemm(reference.permute(x, row_map, top_k), gate_up_proj, offsets)
     y = reference.grouped_gemm(reference.swiglu(gate_up), down_proj, offsets)
-    return reference.unpermute(y, row_map, weights, top_k), gate_up
+    return reference.unpermute(y, row_map, weights, top_k), gate_up[: None if saves else 0]
+
+
+def _inference_reference(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
+) -> Tensor:
+    def whole(weight: Tensor, scale: Tensor | None) -> Tensor:
+        return weight if scale is None else weight.to(x.dtype) * scale[..., None]
+
+    _, offsets, row_map = torch.ops.sigma.group_by_expert(saturated(index), down_proj.shape[0])
+    proj = whole(gate_up_proj, gate_up_scale), whole(down_proj, down_scale)
+    return _reference_from_rows(x, weights, offsets, row_map, *proj)[0]
 
 
 def _backward_reference(
@@ -298,11 +243,15 @@ def _backward_reference(
 
 
 register_table("moe_experts", [
-    Backend("cpu", forward_cpu, STORED, "cpu"),
+    Backend("cpu", experts_cpu.forward, STORED, "cpu"),
     Backend("reference", _reference_from_rows, REFERENCE, by_name=True),
 ])  # fmt: skip
+register_table("moe_experts_inference", [
+    Backend("cpu", experts_cpu.inference, STORED, "cpu"),
+    Backend("reference", _inference_reference, REFERENCE, by_name=True),
+])  # fmt: skip
 register_table("moe_experts_backward", [
-    Backend("cpu", _backward_cpu, STORED, "cpu"),
+    Backend("cpu", experts_cpu.backward, STORED, "cpu"),
     Backend("reference", _backward_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 
@@ -314,18 +263,24 @@ def _order(offsets: Tensor, row_map: Tensor) -> tuple[Tensor, Tensor]:
 
 _INPUTS = "Tensor x, Tensor weights, Tensor offsets, Tensor row_map, Tensor gate_up_proj, Tensor down_proj"
 define(
-    f"moe_experts({_INPUTS}) -> (Tensor, Tensor)",
-    lambda x, weights, offsets, row_map, *proj: select("moe_experts", x)(
-        x, weights, *_order(offsets, row_map), *proj
+    f"moe_experts({_INPUTS}, bool saves=True) -> (Tensor, Tensor)",
+    lambda x, weights, offsets, row_map, *rest: select("moe_experts", x)(
+        x, weights, *_order(offsets, row_map), *rest
     ),
-    lambda x, weights, offsets, row_map, gate_up, down: (
+    lambda x, weights, offsets, row_map, gate_up, down, saves=True: (
         x.new_empty(x.shape),
         x.new_empty(
-            row_map.shape[0],
+            row_map.shape[0] if saves else 0,
             gate_up.shape[1],
             dtype=torch.promote_types(x.dtype, torch.float32),
         ),
     ),
+)
+inference = define(
+    "moe_experts_inference(Tensor x, Tensor index, Tensor weights, Tensor gate_up_proj, Tensor down_proj, "
+    "Tensor? gate_up_scale, Tensor? down_scale) -> Tensor",
+    lambda x, *rest: select("moe_experts_inference", x)(x, *rest),
+    lambda x, *rest: x.new_empty(x.shape),
 )
 define(
     f"moe_experts_backward(Tensor grad_out, {_INPUTS}, Tensor gate_up, bool[] needed)"

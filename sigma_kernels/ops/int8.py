@@ -1,25 +1,10 @@
 """The expert layer with weights of one byte: forward only, for decoding, whose time is that of reading the weights."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from sigma_kernels import reference
-from sigma_kernels.backends import Backend, register_table, select
-from sigma_kernels.ops.experts import forward_cpu
-from sigma_kernels.ops.library import (
-    REFERENCE,
-    STORED,
-    check_device,
-    check_float,
-    check_index,
-    check_shape,
-    define,
-    risen,
-    saturated,
-    slots,
-)
+from sigma_kernels.ops.experts import inference
+from sigma_kernels.ops.library import check_device, check_float, check_index, check_shape, has_tangent
 
 
 def quantize_experts(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,81 +85,8 @@ def moe_experts_int8(
     check_device(op, "top_k_index", top_k_index, "hidden_states", hidden_states)
     if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
         raise RuntimeError(f"{op}: forward only, call it under torch.no_grad()")
-    _, offsets, row_map = torch.ops.sigma.group_by_expert(saturated(top_k_index), E)
-    inputs = (
-        hidden_states,
-        top_k_weights,
-        offsets,
-        row_map,
-        gate_up_proj,
-        gate_up_scale,
-        down_proj,
-        down_scale,
+    if has_tangent(hidden_states) or has_tangent(top_k_weights):
+        raise NotImplementedError(f"{op}: forward only, it has no jvp")
+    return inference(
+        hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_scale, down_scale
     )
-    return (torch.ops.sigma.moe_experts_int8 if torch.compiler.is_compiling() else _ForwardOnly.apply)(
-        *inputs
-    )
-
-
-class _ForwardOnly(torch.autograd.Function):
-    """Forward-mode differentiation of a bare operation answers with zeros; of this it is refused."""
-
-    @staticmethod
-    def forward(*inputs: Tensor) -> Tensor:
-        return torch.ops.sigma.moe_experts_int8(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-
-def _int8_cpu(
-    x: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    row_map: Tensor,
-    gate_up_proj: Tensor,
-    gate_up_scale: Tensor,
-    down_proj: Tensor,
-    down_scale: Tensor,
-) -> Tensor:
-    scales = gate_up_scale.contiguous(), down_scale.contiguous()
-    return forward_cpu(x, weights, offsets, row_map, gate_up_proj, down_proj, scales)[0]
-
-
-def _int8_reference(
-    x: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    row_map: Tensor,
-    gate_up_proj: Tensor,
-    gate_up_scale: Tensor,
-    down_proj: Tensor,
-    down_scale: Tensor,
-) -> Tensor:
-    top_k = weights.shape[1]
-    gate_up = reference.grouped_gemm(
-        reference.permute(x, row_map, top_k), gate_up_proj.to(x.dtype) * gate_up_scale[..., None], offsets
-    )
-    y = reference.grouped_gemm(
-        reference.swiglu(gate_up), down_proj.to(x.dtype) * down_scale[..., None], offsets
-    )
-    return reference.unpermute(y, row_map, weights, top_k)
-
-
-register_table("moe_experts_int8", [
-    Backend("cpu", _int8_cpu, STORED, "cpu"),
-    Backend("reference", _int8_reference, REFERENCE, by_name=True),
-])  # fmt: skip
-define(
-    "moe_experts_int8(Tensor x, Tensor weights, Tensor offsets, Tensor row_map, Tensor gate_up_proj, "
-    "Tensor gate_up_scale, Tensor down_proj, Tensor down_scale) -> Tensor",
-    lambda x, weights, offsets, row_map, *proj: select("moe_experts_int8", x)(
-        x,
-        weights,
-        risen("moe_experts_int8", "offsets", offsets, "row_map", row_map),
-        slots("moe_experts_int8", row_map),
-        *proj,
-    ),
-    lambda x, *rest: x.new_empty(x.shape),
-)

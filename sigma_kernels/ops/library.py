@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from sigma_kernels import _C
 from sigma_kernels.routing import Routing
@@ -21,12 +22,26 @@ _LARGE = (
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register one operation: its schema, its implementation for all devices, and its shapes."""
     name = schema.split("(")[0]
     LIB.define(schema)
     LIB.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sigma::{name}", fake, lib=LIB)
+    return getattr(torch.ops.sigma, name).default
+
+
+def is_recorded(*inputs: Any) -> bool:
+    """Whether a call on these must go through autograd; under torch.no_grad() it need not, and costs less.
+
+    Decoding pays for every function on the way: its weights, streamed, leave none of them in a cache.
+    """
+    return torch.is_grad_enabled() or any(isinstance(x, Tensor) and has_tangent(x) for x in inputs)
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode differentiation runs and x takes part: a bare operation answers it with zeros."""
+    return not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None
 
 
 def differentiable(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> Callable[..., Any]:
@@ -36,7 +51,7 @@ def differentiable(name: str, backward: Callable[..., Any], setup: Callable[...,
     forward-mode differentiation answers with zeros; what this returns does the first and refuses the second.
     """
     torch.library.register_autograd(f"sigma::{name}", backward, setup_context=setup, lib=LIB)
-    op = getattr(torch.ops.sigma, name)
+    op = getattr(torch.ops.sigma, name).default
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -47,7 +62,12 @@ def differentiable(name: str, backward: Callable[..., Any], setup: Callable[...,
 
     Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]
     Differentiable.__name__ = Differentiable.__qualname__ = name
-    return lambda *inputs: (op if torch.compiler.is_compiling() else Differentiable.apply)(*inputs)
+
+    def call(*inputs: Any) -> Any:
+        is_bare = torch.compiler.is_compiling() or not is_recorded(*inputs)
+        return op(*inputs) if is_bare else Differentiable.apply(*inputs)
+
+    return call
 
 
 class _Once(torch.autograd.Function):
@@ -150,6 +170,11 @@ def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
     out = empty(y, *y.shape, dtype=dtype)
     native("narrow", dtype)(*y.shape, y.data_ptr(), out.data_ptr(), torch.get_num_threads())
     return out
+
+
+def address(x: Tensor | None) -> int:
+    """Where x begins; 0 where there is none."""
+    return 0 if x is None else x.data_ptr()
 
 
 def rows(x: Tensor) -> Tensor:

@@ -168,18 +168,18 @@ def _group_cpu(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
         torch.get_num_threads(),
     )
     if wrong >= 0:
-        raise ValueError(_out_of_range(indices, num_experts, wrong))
+        raise ValueError(out_of_range(indices, num_experts, wrong))
     return out
 
 
 def _group_reference(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     wrong = ((indices < 0) | (indices >= num_experts)).reshape(-1).nonzero()
     if len(wrong):
-        raise ValueError(_out_of_range(indices, num_experts, int(wrong[0])))
+        raise ValueError(out_of_range(indices, num_experts, int(wrong[0])))
     return reference.group_by_expert(indices, num_experts)
 
 
-def _out_of_range(indices: Tensor, num_experts: int, slot: int) -> str:
+def out_of_range(indices: Tensor, num_experts: int, slot: int) -> str:
     found, token = int(indices.reshape(-1)[slot]), slot // indices.shape[1]
     limit = torch.iinfo(torch.int32)
     beyond = " or beyond" if found in (limit.min, limit.max) else ""

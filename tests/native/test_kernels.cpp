@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <thread>
 #include <type_traits>
@@ -44,6 +45,11 @@ using Half = __fp16;  // GCC 12 has no _Float16 in C++ there
 using Half = _Float16;
 #endif
 float to_float(F16 x) { return static_cast<float>(std::bit_cast<Half>(x.bits)); }
+
+void expect(const char* what, bool is_true) {
+  is_true ? ++passed : ++failed;
+  if (!is_true) std::printf("wrong: %s\n", what);
+}
 
 // Rounds x itself, so that what is checked against sees the same numbers.
 template <class W>
@@ -178,7 +184,8 @@ void test_int8(const Case& c, const std::vector<int32_t>& offsets, int64_t R) {
 }
 
 template <class X, class W>
-void test_experts(const Case& c, const std::vector<int32_t>& offsets, const std::vector<int32_t>& row_map) {
+void test_experts(const Case& c, const std::vector<int32_t>& indices, const std::vector<int32_t>& offsets,
+                  const std::vector<int32_t>& row_map) {
   const int64_t T = c.T, H = c.H, I = c.I, E = c.E, k = c.k, R = T * k;
   const double noise =
       std::is_same_v<X, Bf16> ? 1.0 / 128 : 0;  // of the activation, rounded between two GEMMs
@@ -239,6 +246,12 @@ void test_experts(const Case& c, const std::vector<int32_t>& offsets, const std:
       }
     }
   check("experts_forward", out, want, noise);
+  std::vector<X> again = unwritten(T * H, X{});
+  std::vector<int64_t> wide_indices(indices.begin(), indices.end());
+  expect("experts_inference", experts_inference(m, wide_indices.data(), again.data()) == -1 &&
+                                  std::memcmp(again.data(), out.data(), T * H * sizeof(X)) == 0);
+  wide_indices[R - 1] = int64_t{1} << 32;
+  expect("the wrong index", experts_inference(m, wide_indices.data(), again.data()) == R - 1);
   Floats grad_w(R, NAN);
   std::vector<X> grad_gate_up = unwritten(R * 2 * I, X{}), grad_x = unwritten(T * H, X{});
   std::vector<W> grad_w1 = unwritten(w1.size(), W{}), grad_w2 = unwritten(w2.size(), W{});
@@ -361,11 +374,6 @@ void test_route(const Case& c) {
     }
 }
 
-void expect(const char* what, bool is_true) {
-  is_true ? ++passed : ++failed;
-  if (!is_true) std::printf("wrong: %s\n", what);
-}
-
 void test_blocks() {
   constexpr int64_t MiB = int64_t{1} << 20;
   auto take = [](int64_t bytes) {
@@ -476,10 +484,10 @@ int main(int count, char**) {
     test_gemms<float, F16>(c, offsets, R);
     test_gemms<Bf16, Bf16>(c, offsets, R);
     test_int8(c, offsets, R);
-    test_experts<float, float>(c, offsets, row_map);
-    test_experts<float, Bf16>(c, offsets, row_map);
-    test_experts<float, F16>(c, offsets, row_map);
-    test_experts<Bf16, Bf16>(c, offsets, row_map);
+    test_experts<float, float>(c, indices, offsets, row_map);
+    test_experts<float, Bf16>(c, indices, offsets, row_map);
+    test_experts<float, F16>(c, indices, offsets, row_map);
+    test_experts<Bf16, Bf16>(c, indices, offsets, row_map);
     test_permute<float>(c, row_map);
     test_permute<Bf16>(c, row_map);
     test_permute<F16>(c, row_map);

@@ -154,7 +154,7 @@ void dot_block(const DotBlock<A, W>& d) {
   if (k < K) step(k, [n = K - k](const auto* p) SK_STEP { return load_step_partial<A>(p, n); });
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
-    float* c = d.c[m];
+    float* c = d.c[m] + d.column;
     const float factor = d.scale ? d.scale[m] : 1.0f;
     float value[NR];
     constexpr int kByFour = NR / 4 * 4;
@@ -173,7 +173,7 @@ SK_INLINE void axpy_body(const AxpyBlock<A, P, W>& d) {
   Vec sum[MR][kPanelVecs] = {};
   const A* a[MR];
 #pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) a[m] = d.a[m];
+  for (int m = 0; m < MR; ++m) a[m] = d.a[m] + d.depth;
   const P* b = d.b;
   Packed<A>* copy = d.copy;
   const W* prefetch = d.prefetch;
@@ -207,7 +207,7 @@ SK_INLINE void axpy_body(const AxpyBlock<A, P, W>& d) {
   }
   if (k < d.K) step(k, 1);
 #pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) put_row<kPanelVecs>(d.c[m], sum[m], d.columns, d.mode);
+  for (int m = 0; m < MR; ++m) put_row<kPanelVecs>(d.c[m] + d.column, sum[m], d.columns, d.mode);
 }
 
 template <int MR, class A, class P, class W>

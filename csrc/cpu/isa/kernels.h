@@ -56,7 +56,8 @@ struct DotBlock {
   const A* const* a;  // rows of A
   const W* b;         // rows of B, ldb apart
   int64_t ldb;
-  float* const* c;     // rows of C
+  float* const* c;  // rows of C, whose column `column` is written first
+  int64_t column;
   const float* scale;  // a factor for each row of C, or null
   int64_t K;
   Store mode;
@@ -71,11 +72,13 @@ struct DotBlock {
 // `P` is how the panel is stored: as W, ldb between its rows, or packed.
 template <class A, class P, class W>
 struct AxpyBlock {
-  const A* const* a;
+  const A* const* a;  // rows of A, from their element `depth` on
+  int64_t depth;
   const P* b;  // [K rows, ldb apart], columns of the panel
   int64_t ldb;
   Packed<A>* copy;  // where to keep the panel, packed to its width, or null
-  float* const* c;
+  float* const* c;  // rows of C, from their element `column` on
+  int64_t column;
   int64_t K;
   int64_t columns;  // of the panel, 1 .. its width
   Store mode;
