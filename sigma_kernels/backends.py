@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ def _short(dtype: torch.dtype) -> str:
 def register_table(op: str, rows: Sequence[Backend]) -> Sequence[Backend]:
     """Enter an operation's rows where `backends()` finds them."""
     _tables[op] = rows
+    _first.cache_clear()
     return rows
 
 
@@ -58,10 +60,15 @@ def select(op: str, data: Tensor) -> Callable[..., Any]:
 
     Raises: RuntimeError naming every row's obstacle if none can.
     """
-    for row in _candidates(op):
-        if row.obstacle(data.dtype, data.device.type) is None:
-            return row.run
-    raise RuntimeError(refusal(op, data))
+    row = _first(op, data.dtype, data.device.type, _forced)
+    if row is None:
+        raise RuntimeError(refusal(op, data))
+    return row.run
+
+
+@cache
+def _first(op: str, dtype: torch.dtype, device: str, _forced: str | None) -> Backend | None:
+    return next((row for row in _candidates(op) if row.obstacle(dtype, device) is None), None)
 
 
 def refusal(op: str, data: Tensor) -> str | None:

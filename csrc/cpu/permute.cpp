@@ -22,17 +22,21 @@ void permute(const Permute& p) {
 template <class Y, class O>
 void combine(const Combine<Y, O>& c) {
   const RowKernels<Y>& rows = kernels();
+  const auto source = [&](int64_t s) { return c.y + (c.row_of_slot ? c.row_of_slot[s] : s) * c.ldy; };
+  const auto weight = [&](int64_t s) { return c.weights ? c.weights[s] : 1.0f; };
   const auto add_up = [&](int64_t t, int64_t h, int64_t columns, float* sum) {
-    for (int j = 0; j < c.k; ++j) {
-      const int64_t s = t * c.k + j;
-      const Y* y = c.y + (c.row_of_slot ? c.row_of_slot[s] : s) * c.ldy + h;
-      const float weight = c.weights ? c.weights[s] : 1.0f;
-      j == 0 ? rows.scale(y, weight, sum, columns) : rows.add_scaled(y, weight, sum, columns);
-    }
+    for (int64_t s = t * c.k; s < (t + 1) * c.k; ++s)
+      (s == t * c.k ? rows.scale_wide : rows.add_scaled)(source(s) + h, weight(s), sum, columns);
   };
 #pragma omp parallel for schedule(static) num_threads(c.threads) if (c.T * c.H * c.k * 4 > kSerialBytes)
   for (int64_t t = 0; t < c.T; ++t) {
     O* const out = c.out + t * c.H;
+    if constexpr (std::is_same_v<Y, O>) {
+      if (c.k == 1) {
+        rows.scale(source(t), weight(t), out, c.H);
+        continue;
+      }
+    }
     if constexpr (std::is_same_v<O, float>) {
       add_up(t, 0, c.H, out);
     } else {
@@ -56,16 +60,7 @@ void combine_backward(const CombineBackward<Y>& c) {
     const Y* grad_out = c.grad_out + s / c.k * c.ld_grad;
     if (c.grad_weights) c.grad_weights[s] = rows.dot(grad_out, c.y + r * c.ldy, c.H);
     if (!c.grad_y) continue;
-    if constexpr (std::is_same_v<Y, float>) {
-      rows.scale(grad_out, c.weights[s], c.grad_y + r * c.H, c.H);
-    } else {
-      float scaled[kPiece];
-      for (int64_t h = 0; h < c.H; h += kPiece) {
-        const int64_t columns = std::min(kPiece, c.H - h);
-        rows.scale(grad_out + h, c.weights[s], scaled, columns);
-        rows.narrow(scaled, c.grad_y + r * c.H + h, columns);
-      }
-    }
+    rows.scale(grad_out, c.weights[s], c.grad_y + r * c.H, c.H);
   }
 }
 

@@ -40,7 +40,7 @@ void fill_gemm(GemmKernels<A, W>& t) {
 }
 template <class T>
 void fill_rows(RowKernels<T>& t) {
-  t = {scale_row<T>, add_scaled_row<T>, dot_row<T>, widen_row<T>, narrow_row<T>};
+  t = {scale_row<T, T>, scale_row<T, float>, add_scaled_row<T>, dot_row<T>, widen_row<T>, narrow_row<T>};
 }
 
 const Kernels& kernels() {

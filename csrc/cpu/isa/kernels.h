@@ -141,7 +141,8 @@ struct OuterKernels {
 // Whole rows, stored as T, summed as floats.
 template <class T>
 struct RowKernels {
-  void (*scale)(const T* x, float factor, float* y, int64_t n);       // y = factor * x
+  void (*scale)(const T* x, float factor, T* y, int64_t n);           // y = factor * x
+  void (*scale_wide)(const T* x, float factor, float* y, int64_t n);  // the same, not rounded
   void (*add_scaled)(const T* x, float factor, float* y, int64_t n);  // y += factor * x
   float (*dot)(const T* x, const T* y, int64_t n);
   void (*widen)(const T* x, float* y, int64_t n);

@@ -30,10 +30,10 @@ inline void pair_rows(const Bf16* even, const Bf16* odd, Pair* y, int64_t n) {
                   n - i);
 }
 
-template <class T>
-void scale_row(const T* x, float factor, float* y, int64_t n) {
+template <class T, class Y>
+void scale_row(const T* x, float factor, Y* y, int64_t n) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i) * factor);
+  for (; i + kLanes <= n; i += kLanes) store_sum(y + i, load(x + i) * factor);
   if (i < n) store_partial(y + i, load_partial(x + i, n - i) * factor, n - i);
 }
 

@@ -293,12 +293,47 @@ SK_INLINE void add_lanes4(const Vec* v, float* out) {
 #endif
 }
 
+// Lane i of the result is lane from[i] of v.
+template <class V>
+SK_INLINE V shuffled(V v, IVec from) {
+#if defined(__clang__)
+  V out;
+  for (int i = 0; i < kLanes; ++i) out[i] = v[from[i]];
+  return out;
+#else
+  return __builtin_shuffle(v, from);
+#endif
+}
+
+// Lane i of the result is lane i + by of v, cyclically.
+template <class V>
+SK_INLINE V turned(V v, int by) {
+  static constexpr int32_t lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  IVec from;
+  memcpy(&from, lanes, sizeof(from));
+  return shuffled(v, (from + by) & (kLanes - 1));
+}
+
 SK_INLINE float max_lane(Vec v) {
-  float lane[SK_LANES];
-  memcpy(lane, &v, sizeof(lane));
-  float best = lane[0];
-  for (int i = 1; i < SK_LANES; ++i) best = lane[i] > best ? lane[i] : best;
-  return best;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    const Vec other = turned(v, half);
+    v = other > v ? other : v;
+  }
+  return v[0];
+}
+
+// Bit i: whether lane i is true, which is -1.
+SK_INLINE uint32_t true_lanes(IVec is) {
+#if defined(__AVX512DQ__) && SK_LANES == 16
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(is));
+#elif defined(__AVX__) && SK_LANES == 8
+  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(is)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(is[i] & 1) << i;
+  return bits;
+#endif
 }
 
 // e^x to 2 ulp for x in [-87.3, 88.3], clamped outside; NaN stays NaN.
