@@ -76,9 +76,10 @@ void bind_experts_forward(py::module_& m, const std::string& suffix) {
       }));
 
   m.def(("experts_inference" + suffix).c_str(),
-        [](const Experts<X, W>& e, Address index, bool is_long, Address out) {
-          return is_long ? experts_inference(e, at<int64_t>(index), at<X>(out))
-                         : experts_inference(e, at<int32_t>(index), at<X>(out));
+        [](const Experts<X, W>& e, Address index, bool is_long, Address weights, Address out) {
+          const auto* const w = at<RoutingWeight<W>>(weights);
+          return is_long ? experts_inference(e, at<int64_t>(index), w, at<X>(out))
+                         : experts_inference(e, at<int32_t>(index), w, at<X>(out));
         },
         no_gil());
 

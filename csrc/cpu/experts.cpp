@@ -189,12 +189,15 @@ void experts_forward(const Experts<X, W>& m, const ExpertsForward<X>& f) {
 }
 
 template <class X, class W, class Index>
-int64_t experts_inference(Experts<X, W> m, const Index* indices, X* out) {
+int64_t experts_inference(Experts<X, W> m, const Index* indices, const RoutingWeight<W>* weights, X* out) {
   const int64_t R = m.T * m.k;
   std::vector<int32_t> counts(m.E), offsets(m.E + 1), row_map(R);
   const int64_t wrong =
       group_by_expert(indices, R, m.E, counts.data(), offsets.data(), row_map.data(), m.threads);
   if (wrong >= 0) return wrong;
+  const Buffer wide(R * sizeof(float));
+  static_cast<const RowKernels<RoutingWeight<W>>&>(kernels()).widen(weights, wide.as<float>(), R);
+  m.weights = wide.as<float>();
   m.offsets = offsets.data();
   m.row_map = row_map.data();
   m.gate_up = nullptr;
@@ -247,10 +250,12 @@ void experts_backward(const Experts<X, W>& m, const ExpertsBackward<X, W>& b) {
                                      .threads = m.threads});
 }
 
-#define SK_FORWARD(X, W)                                                                    \
-  template void experts_forward(const Experts<X, W>&, const ExpertsForward<X>&);            \
-  template int64_t experts_inference(Experts<X, W>, const int32_t*, std::add_pointer_t<X>); \
-  template int64_t experts_inference(Experts<X, W>, const int64_t*, std::add_pointer_t<X>);
+#define SK_FORWARD(X, W)                                                                     \
+  template void experts_forward(const Experts<X, W>&, const ExpertsForward<X>&);             \
+  template int64_t experts_inference(Experts<X, W>, const int32_t*, const RoutingWeight<W>*, \
+                                     std::add_pointer_t<X>);                                 \
+  template int64_t experts_inference(Experts<X, W>, const int64_t*, const RoutingWeight<W>*, \
+                                     std::add_pointer_t<X>);
 #define SK_INSTANTIATE(X, W) \
   SK_FORWARD(X, W)           \
   template void experts_backward(const Experts<X, W>&, const ExpertsBackward<X, W>&);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "isa/kernels.h"
 
@@ -38,11 +39,15 @@ struct ExpertsForward {
 template <class X, class W>
 void experts_forward(const Experts<X, W>& m, const ExpertsForward<X>& f);
 
-// Forward from the choice itself, for calls that nobody differentiates: m without offsets, row_map and
-// gate_up. Returns the first slot t*k + j whose index [T, k] is out of range, or -1; then nothing has been
-// written.
+// How routing weights are stored beside the experts' weights.
+template <class W>
+using RoutingWeight = std::conditional_t<std::is_same_v<W, Int8>, float, W>;
+
+// Forward from the choice itself, for calls that nobody differentiates: m without offsets, row_map, weights
+// and gate_up.  Returns the first slot t*k + j whose index [T, k] is out of range, or -1; then nothing has
+// been written.
 template <class X, class W, class Index>
-int64_t experts_inference(Experts<X, W> m, const Index* indices, X* out);
+int64_t experts_inference(Experts<X, W> m, const Index* indices, const RoutingWeight<W>* weights, X* out);
 
 template <class X = float, class W = X>
 struct ExpertsBackward {

@@ -61,13 +61,15 @@ def inference(
     down_scale: Tensor | None,
 ) -> Tensor:
     dtype = x.dtype
-    x, index, weights = operand(x, down_proj), index.contiguous(), widened(weights.contiguous())
+    x, index, weights = operand(x, down_proj), index.contiguous(), weights.contiguous()
+    if weights.dtype != down_proj.dtype:  # beside integers
+        weights = widened(weights)
     gate_up_proj, down_proj = matrices(gate_up_proj), matrices(down_proj)
     scales = [None if scale is None else scale.contiguous() for scale in (gate_up_scale, down_scale)]
     out = empty(x, *x.shape)
     native = _native(x, weights, None, None, gate_up_proj, down_proj, None, *scales)
     wrong = gemm_kernel("experts_inference", x, down_proj)(
-        native, index.data_ptr(), index.dtype == torch.int64, out.data_ptr()
+        native, index.data_ptr(), index.dtype == torch.int64, weights.data_ptr(), out.data_ptr()
     )
     if wrong >= 0:
         raise ValueError(out_of_range(index, down_proj.shape[0], wrong))

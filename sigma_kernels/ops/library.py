@@ -226,10 +226,11 @@ def check_size(op: str, name: str, size: int) -> None:
 
 def check_shape(op: str, name: str, tensor: Tensor, wanted: tuple[int | str, ...]) -> None:
     """wanted names free dimensions by a letter and fixes others by a number."""
-    shape = tuple(tensor.shape)
-    if len(shape) != len(wanted) or any(
-        isinstance(w, int) and w != s for w, s in zip(wanted, shape, strict=True)
-    ):
+    shape = tensor.shape
+    fits = len(shape) == len(wanted)
+    for want, size in zip(wanted, shape, strict=False):
+        fits = fits and (want == size or isinstance(want, str))
+    if not fits:
         text = ", ".join(map(str, wanted))
         raise ValueError(f"{op}: {name} must be [{text}], found {list(shape)}")
 

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# docs/results/instructions.md: instructions of each micro-kernel in every instruction set of this processor.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+page=${1:-docs/results/instructions.md}
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+cmake -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DSIGMA_TESTS=ON >/dev/null
+cmake --build "$build" -j "$(nproc)" --target count_instructions >/dev/null
+{
+  cat <<EOF
+# Instructions of the micro-kernels
+
+Made by \`bench/native/instructions.sh\` on $(date +%F): $(c++ --version | head -1). Each call was stepped through, so the
+figures do not depend on what else the machine does. \`multiply-adds\`: vector instructions that the FLOPs need at the
+width of the instruction set; \`least\`: for each of them, what a loop of multiply-adds and loads of their operands takes
+in the largest block. Tasks are those of shape A: K = 1,024, 21 rows an expert, 64 columns. Below \`least\` a load is part
+of its multiply-add; above it, rows do not divide into largest blocks, sums are added up across lanes and stored, weights
+are widened or asked for ahead.
+
+EOF
+  for isa in base avx2 avx512 avx512bf16; do
+    SIGMA_ISA=$isa "$build/count_instructions" || echo "$isa: not on this processor" >&2
+  done
+} >"$build/page.md"
+mv "$build/page.md" "$page"
