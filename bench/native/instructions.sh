@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# docs/results/instructions.md: instructions of each micro-kernel in every instruction set of this processor.
+# docs/results/instructions.md: instructions of each micro-kernel in the wide instruction sets of this processor.
+# Takes minutes: a step costs microseconds.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 page=${1:-docs/results/instructions.md}
@@ -14,12 +15,12 @@ cmake --build "$build" -j "$(nproc)" --target count_instructions >/dev/null
 Made by \`bench/native/instructions.sh\` on $(date +%F): $(c++ --version | head -1). Each call was stepped through, so the
 figures do not depend on what else the machine does. \`multiply-adds\`: vector instructions that the FLOPs need at the
 width of the instruction set; \`least\`: for each of them, what a loop of multiply-adds and loads of their operands takes
-in the largest block. Tasks are those of shape A: K = 1,024, 21 rows an expert, 64 columns. Below \`least\` a load is part
-of its multiply-add; above it, rows do not divide into largest blocks, sums are added up across lanes and stored, weights
-are widened or asked for ahead.
+in the largest block. Everything is 256 deep; tasks have 64 columns and the 21 rows an expert of shape A. Below
+\`least\` a load is part of its multiply-add; above it, rows do not divide into largest blocks, sums are added up across
+lanes and stored, weights are widened, paired or asked for ahead.
 
 EOF
-  for isa in base avx2 avx512 avx512bf16; do
+  for isa in avx2 avx512 avx512bf16; do
     SIGMA_ISA=$isa "$build/count_instructions" || echo "$isa: not on this processor" >&2
   done
 } >"$build/page.md"
