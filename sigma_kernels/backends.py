@@ -67,7 +67,8 @@ def select(op: str, data: Tensor) -> Callable[..., Any]:
 
 
 @cache
-def _first(op: str, dtype: torch.dtype, device: str, _forced: str | None) -> Backend | None:
+def _first(op: str, dtype: torch.dtype, device: str, forced: str | None) -> Backend | None:
+    """`forced` is the module's: an argument so that it is part of the cache's key."""
     return next((row for row in _candidates(op) if row.obstacle(dtype, device) is None), None)
 
 

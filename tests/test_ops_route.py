@@ -101,3 +101,16 @@ def test_narrow_logits_are_computed_in_f32(dtype):
     got.weights.backward(grad)
     want.weights.backward(grad.float())
     assert torch.equal(logits.grad, wide.grad.to(dtype))
+
+
+@pytest.mark.parametrize("E", [2, 20, 40])
+@pytest.mark.parametrize("k", [1, 2])
+def test_nan_ranks_as_minus_infinity(k, E):
+    """Defends: the choice among NaN and -inf alone, where the maximum is -inf and k = 1 looks for its place."""
+    nan, low = float("nan"), float("-inf")
+    for head in ([nan, low], [low, nan], [nan, nan], [low, low]):
+        logits = torch.full((1, E), nan)
+        logits[0, :2] = torch.tensor(head)
+        assert torch.equal(
+            sk.route(logits, k).indices.long(), reference.route(logits.double(), k).indices.long()
+        )

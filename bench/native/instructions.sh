@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 page=${1:-docs/results/instructions.md}
 build=$(mktemp -d)
-trap 'rm -rf "$build"' EXIT
+trap 'rm -rf "$build" "$page.new"' EXIT
 cmake -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DSIGMA_TESTS=ON >/dev/null
 cmake --build "$build" -j "$(nproc)" --target count_instructions >/dev/null
 {
@@ -21,7 +21,14 @@ lanes and stored, weights are widened, paired or asked for ahead.
 
 EOF
   for isa in avx2 avx512 avx512bf16; do
-    SIGMA_ISA=$isa "$build/count_instructions" || echo "$isa: not on this processor" >&2
+    if SIGMA_ISA=$isa "$build/count_instructions" 2>"$build/errors"; then
+      continue
+    elif grep -q "can't run here" "$build/errors"; then
+      echo "$isa: not on this processor" >&2
+    else
+      cat "$build/errors" >&2
+      exit 1
+    fi
   done
-} >"$build/page.md"
-mv "$build/page.md" "$page"
+} >"$page.new"
+mv "$page.new" "$page"

@@ -78,8 +78,9 @@ void gate_up_columns(const Kernels& isa, const Experts<X, W>& m, int64_t e, int6
     const int64_t r1 = std::min(end, r0 + kRowChunk);
     const auto half = [&](int64_t n0, int64_t in_tile, const W* ahead) {
       const float* const factors = m.gate_up_scale ? m.gate_up_scale + n0 : nullptr;
-      const Rows<float> kept{.base = m.gate_up + n0, .ld = 2 * m.I};
-      const Rows<float> passing{.base = tile + in_tile, .ld = 2 * kColumnBlock, .first = r0};
+      const Rows<float> y = m.gate_up
+                                ? Rows<float>{.base = m.gate_up + n0, .ld = 2 * m.I}
+                                : Rows<float>{.base = tile + in_tile, .ld = 2 * kColumnBlock, .first = r0};
       const GroupedGemm<X, W, float> g{.E = m.E,
                                        .N = 2 * m.I,
                                        .K = m.H,
@@ -88,13 +89,13 @@ void gate_up_columns(const Kernels& isa, const Experts<X, W>& m, int64_t e, int6
                                        .w = m.gate_up_proj + n0 * m.gate_up_row,
                                        .w_expert = m.gate_up_expert,
                                        .w_row = m.gate_up_row,
-                                       .y = m.gate_up ? kept : passing,
+                                       .y = y,
                                        .scale = nullptr,
                                        .slot_of_row = nullptr,
                                        .threads = m.threads,
                                        .column_scale = factors};
       gemm_nt_columns(isa, g, e, r0, r1, 0, columns, ahead);
-      return g.y;
+      return y;
     };
     const W* const up = m.gate_up_proj + e * m.gate_up_expert + (m.I + i0) * m.gate_up_row;
     const Rows<float> gates = half(i0, 0, up);

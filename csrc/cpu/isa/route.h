@@ -1,8 +1,8 @@
 // The choice of experts for one token, and its gradient.
 //
 // Without a bias the order of the scores is the order of the logits, so the choice is made on the logits:
-// exact, however flat the scores.  NaN ranks last, ties go to the lower index.  Bound: one read of the
-// logits.
+// exact, however flat the scores.  NaN ranks as -infinity, ties go to the lower index.  Bound: one read of
+// the logits.
 #pragma once
 
 #include "kernels.h"
@@ -72,18 +72,18 @@ inline void sigmoid_row(const float* x, float* y, int64_t n) {
   if (i < n) store_partial(y + i, sigmoid(load_partial(x + i, n - i)), n - i);
 }
 
-// Where the first of those that equal the row's maximum is; 0 where all are NaN.
+SK_INLINE float nan_last(float x) { return x == x ? x : -__builtin_inff(); }
+SK_INLINE Vec nan_last(Vec x) { return x == x ? x : broadcast(-__builtin_inff()); }
+
+// Where the first of those that equal the row's maximum is.
 inline int32_t first_of(float max, const float* x, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    if (const uint32_t is = true_lanes(load(x + i) == max))
+    if (const uint32_t is = true_lanes(nan_last(load(x + i)) == max))
       return static_cast<int32_t>(i + __builtin_ctz(is));
-  for (; i < n; ++i)
-    if (x[i] == max) return static_cast<int32_t>(i);
-  return 0;
+  while (nan_last(x[i]) != max) ++i;
+  return static_cast<int32_t>(i);
 }
-
-SK_INLINE float nan_last(float x) { return x == x ? x : -__builtin_inff(); }
 
 // The k largest, in order: insertion into a short sorted list.
 inline void top_k_of_many(const float* x, int64_t n, int k, int32_t* indices) {
@@ -111,8 +111,7 @@ inline void top_k(const float* x, int64_t n, int k, int32_t* indices) {
   };
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t left = n - i;
-    Vec next = left >= kLanes ? load(x + i) : load_partial(x + i, left);
-    next = next == next ? next : broadcast(-__builtin_inff());
+    const Vec next = nan_last(left >= kLanes ? load(x + i) : load_partial(x + i, left));
     const Vec last = shuffled(best, IVec{} + (k - 1));
     uint32_t rises = true_lanes(~(next <= last));
     if (left < kLanes) rises &= (1u << left) - 1;
