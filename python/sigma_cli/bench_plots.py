@@ -109,8 +109,10 @@ def draw_roofline(axes: Axes, dtype: str, races: Sequence[Race]) -> None:
 
 
 def name_slope(axes: Axes) -> None:
-    """The name of the slanted roof, above and along it."""
+    """The name of the slanted roof, above and along it, where an octave of it is in view."""
     (left, ridge, _), (low, high, _) = axes.lines[0].get_data()
+    if ridge < 2 * max(left, axes.get_xlim()[0]):
+        return
     (x0, y0), (x1, y1) = axes.transData.transform([(left, low), (ridge, high)])
     axes.annotate(f"read bandwidth, measured: {low / left:.1f} GB/s", (math.sqrt(left * ridge), math.sqrt(low * high)),
                   xytext=(-5, 7), textcoords="offset points", rotation=math.degrees(math.atan2(y1 - y0, x1 - x0)),
