@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import shapes
 import torch
-from race import OURS, Race, absent, first_calls, record
+from race import FEW_ROUNDS, OURS, Race, absent, first_calls, record
 from torch import Tensor
 
 import sigma_kernels as sk
@@ -56,8 +56,9 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
     """race(group, ours, shape=..., peer=..., bound_dense=...): who is checked, then run in turns and recorded.
 
     check:  called with each candidate's name and first result, before the clock; bounds are not checked.
-    limits: rounds of those too slow for all; once: those timed in their first call alone; apart: those with threads
-            of their own; missing: reasons of those who take no part.
+    limits: rounds of those too slow for all, FEW_ROUNDS where the first call took longer than SLOW_S; once: those
+            timed in their first call alone; apart: those with threads of their own; missing: reasons of those who
+            take no part.
     calls:  so many a turn, where one is too short for the clock.
     flops, moved: of one call, for GF/s and GB/s.  index: whom the tokens go to, for the rows per expert.
     """
@@ -82,7 +83,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
         note: str = "",
         **others: Callable[[], object],
     ) -> None:
-        times, reasons = first_calls({OURS: ours, **others}, check, once)
+        times, reasons, slow = first_calls({OURS: ours, **others}, check, once)
         assert OURS not in reasons, reasons[OURS]
         rounds = config.getoption("--rounds")
         regular = {
@@ -90,7 +91,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
             for name, call in others.items()
             if name not in once and name not in reasons
         }
-        turns = Race(regular, rounds, limits or {}, apart)
+        turns = Race(regular, rounds, dict.fromkeys(slow, FEW_ROUNDS) | dict(limits or {}), apart)
         benchmark.group = "/".join(part for part in (group, str(shape), load, memory) if part)
         benchmark.pedantic(repeated(ours, calls), setup=turns.until_ours, rounds=rounds, iterations=1)
         turns.finish()

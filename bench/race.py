@@ -10,6 +10,7 @@ from typing import Any
 OURS = "sigma"
 BOUND = "bound_"  # candidates whose name starts so are limits, not rivals, and compute something else
 BESIDE = "beside_"  # neither: timed in the same turns to be compared with
+SLOW_S, FEW_ROUNDS = 3.0, 3  # who needs so long for a call runs in so many rounds: its median is in no doubt
 REST_S = 0.1  # threads that wait by spinning have gone to sleep by then
 
 
@@ -67,12 +68,13 @@ def first_calls(
     check: Callable[[str, Any], None] | None,
     once: Collection[str] = (),
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[dict[str, list[float]], dict[str, str]]:
+) -> tuple[dict[str, list[float]], dict[str, str], list[str]]:
     """Call everyone once, before any clock that counts, and check what they answer; bounds are not checked.
 
-    Returns: the times of those in `once`, who are too slow to be called again, and of those who raise CannotRun the
-    reasons.
+    Returns: the times of those in `once`, who are too slow to be called again, of those who raise CannotRun the
+    reasons, and who took longer than SLOW_S.
     """
+    slow = []
     times: dict[str, list[float]] = {}
     reasons: dict[str, str] = {}
     for name, call in calls.items():
@@ -82,11 +84,14 @@ def first_calls(
         except CannotRun as error:
             reasons[name] = str(error)
             continue
+        took = clock() - start
         if name in once:
-            times[name] = [clock() - start]
+            times[name] = [took]
+        elif took > SLOW_S and name != OURS:
+            slow.append(name)
         if check is not None and not name.startswith((BOUND, BESIDE)):
             check(name, result)
-    return times, reasons
+    return times, reasons, slow
 
 
 def record(name: str, times: list[float], calls: int = 1) -> dict[str, object]:

@@ -76,6 +76,58 @@ def test_route(race, shape, direction):
     )
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_route_and_losses(race, shape):
+    """A step of training: the choice, the balance and z losses, and one gradient of the logits from all three."""
+    logits = logits_of(shape).requires_grad_()
+    k, E = shape.k, shape.E
+    grad_weights = torch.randn(shape.T, k, generator=torch.Generator().manual_seed(1))
+
+    def step(weights, balance, z):
+        (grad,) = torch.autograd.grad((weights, balance + 1e-3 * z), logits, (grad_weights, torch.ones(())))
+        return weights.detach(), grad
+
+    def fused():
+        routing, sums = sk.route_with_sums(logits, k)
+        return step(
+            routing.weights, sk.nn.load_balancing_loss(sums, routing.counts), sk.nn.router_z_loss(sums)
+        )
+
+    def apart():
+        routing = sk.route(logits, k)
+        balance = sk.nn.load_balancing_loss(logits, routing.counts)
+        return step(routing.weights, balance, sk.nn.router_z_loss(logits))
+
+    def in_torch():
+        p = logits.softmax(-1)
+        weights, indices = p.topk(k)
+        counts = torch.bincount(indices.flatten(), minlength=E)
+        indices.flatten().argsort(stable=True)
+        balance = E * (counts / counts.sum() * p.mean(0)).sum()
+        return step(weights, balance, logits.logsumexp(-1).square().mean())
+
+    wide = logits.detach().double().requires_grad_()
+    weights, *sums = sk.reference.route(wide, k).weights, *sk.reference.router_sums(wide)
+    counts = sk.route(logits.detach(), k).counts
+    loss = E / shape.T * (counts / counts.sum() * sums[0]).sum() + 1e-3 * sums[1] / shape.T
+    (want,) = torch.autograd.grad(
+        (weights, loss), wide, (grad_weights.double(), torch.ones((), dtype=torch.float64))
+    )
+    race(
+        "route_and_losses/forward+backward/f32",
+        fused,
+        shape=shape,
+        check=lambda who, got: oracle.assert_agrees(who, got, [weights.detach().float(), want.float()], E),
+        calls=CALLS,
+        moved=2 * logits.nbytes,
+        index=sk.route(logits.detach(), k).indices,
+        note="the same losses by sk.route and torch's operations (apart), and by torch alone with counts and order",
+        bound_copy=bounds.copy(logits.detach()),
+        sk_route_and_losses_apart=apart,
+        torch_softmax_topk_argsort_losses=in_torch,
+    )
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)

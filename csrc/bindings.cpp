@@ -228,7 +228,7 @@ PYBIND11_MODULE(_C, m) {
       "route",
       [](int64_t T, int64_t E, int k, Address logits, int64_t ld, Address bias, bool is_softmax,
          bool is_normalized, Address indices, Address weights, Address counts, Address offsets,
-         Address row_map, int threads) {
+         Address row_map, int threads, bool sums_softmax, Address probabilities, Address square) {
         route({.T = T,
                .E = E,
                .k = k,
@@ -242,14 +242,18 @@ PYBIND11_MODULE(_C, m) {
                .counts = at<int32_t>(counts),
                .offsets = at<int32_t>(offsets),
                .row_map = at<int32_t>(row_map),
-               .threads = threads});
+               .threads = threads,
+               .sums_softmax = sums_softmax,
+               .probabilities = at<float>(probabilities),
+               .square = at<float>(square)});
       },
       no_gil());
 
   m.def(
       "route_backward",
       [](int64_t T, int64_t E, int k, Address logits, int64_t ld, bool is_softmax, bool is_normalized,
-         Address indices, Address grad_weights, Address grad_logits, int threads) {
+         Address indices, Address grad_weights, Address grad_logits, int threads, bool sums_softmax,
+         Address grad_probabilities, Address grad_square) {
         route_backward({.T = T,
                         .E = E,
                         .k = k,
@@ -260,7 +264,10 @@ PYBIND11_MODULE(_C, m) {
                         .indices = at<int32_t>(indices),
                         .grad_weights = at<float>(grad_weights),
                         .grad_logits = at<float>(grad_logits),
-                        .threads = threads});
+                        .threads = threads,
+                        .sums_softmax = sums_softmax,
+                        .grad_probabilities = at<float>(grad_probabilities),
+                        .grad_square = at<float>(grad_square)});
       },
       no_gil());
 

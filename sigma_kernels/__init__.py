@@ -17,11 +17,13 @@ from sigma_kernels.ops.int8 import moe_experts_int8, quantize_experts
 from sigma_kernels.ops.library import empty_cache
 from sigma_kernels.ops.permute import permute, unpermute
 from sigma_kernels.ops.route import group_by_expert, route
-from sigma_kernels.routing import Routing
+from sigma_kernels.ops.route_with_sums import route_with_sums
+from sigma_kernels.routing import RouterSums, Routing
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RouterSums",
     "Routing",
     "accumulate_grad",
     "backend",
@@ -35,5 +37,6 @@ __all__ = [
     "permute",
     "quantize_experts",
     "route",
+    "route_with_sums",
     "unpermute",
 ]

@@ -32,3 +32,19 @@ class Routing(NamedTuple):
     @property
     def num_experts(self) -> int:
         return self.counts.shape[0]
+
+
+class RouterSums(NamedTuple):
+    """What balance losses read of a router's scores, summed over T tokens.
+
+    Attributes:
+        probabilities: [E], the sum of the router's probabilities; differentiable.
+        square: [], the sum of the squared log-sum-exps of the logits; differentiable.
+        tokens: T.
+        score: "softmax", or "sigmoid" where probabilities are sigmoids divided by their sum.
+    """
+
+    probabilities: Tensor
+    square: Tensor
+    tokens: int
+    score: str

@@ -52,7 +52,7 @@ def test_a_rival_that_cannot_run_is_a_line_with_its_reason():
     def refuses():
         raise CannotRun("no f32")
 
-    times, reasons = first_calls({"sigma": lambda: 1, "them": refuses}, None)
+    times, reasons, _ = first_calls({"sigma": lambda: 1, "them": refuses}, None)
     assert (times, reasons) == ({}, {"them": "no f32"})
     race = a_race(candidates=[record("sigma", [0.1]), absent("them", reasons["them"])])
     assert lines(race)[1] == ("them", "no f32", "", "", "", "", "")
@@ -70,8 +70,23 @@ def test_a_wrong_candidate_ends_the_race_and_bounds_are_not_asked():
 
 def test_those_too_slow_are_timed_in_their_first_call():
     clock = itertools.count().__next__
-    times, _ = first_calls({"slow": lambda: 1, "fast": lambda: 1}, None, {"slow"}, clock)
+    times, _, slow = first_calls({"slow": lambda: 1, "fast": lambda: 1}, None, {"slow"}, clock)
+    assert slow == []
     assert times == {"slow": [1]}
+
+
+def test_those_that_need_seconds_run_in_few_rounds():
+    clock = itertools.count(0, 4).__next__
+    _, _, slow = first_calls({"sigma": lambda: 1, "them": lambda: 1}, None, clock=clock)
+    assert slow == ["them"], "ours runs in all rounds, however slow"
+
+
+def test_the_page_begins_with_our_share_of_the_higher_bound():
+    candidates = [record("sigma", [0.1]), record("bound_dense", [0.09]), record("bound_read", [0.02])]
+    candidates += [record("slower", [0.4]), record("faster", [0.2]), absent("gone", "no")]
+    rows = bench.shares([a_race(candidates=candidates), a_race()])
+    assert rows == [("layer/forward/f32, A, balanced", "100.0", "90.0", "dense", "90%", "faster", "2.00")]
+    assert "| 90% | faster | 2.00 |" in page(document(a_race(candidates=candidates)))
 
 
 def test_the_oracle_knows_right_from_slightly_wrong():
@@ -203,7 +218,7 @@ def test_every_group_races_and_is_written(tmp_path, monkeypatch):
     assert groups == {
         "layer/forward", "layer/forward+backward", "sweep-T/forward", "sweep-T/forward+backward", "decode/forward",
         "grouped_gemm/x@W.T", "grouped_gemm/a.T@b", "route/forward", "permute/forward", "unpermute/forward",
-        "router_end/forward",
+        "router_end/forward", "route_and_losses/forward+backward",
     }  # fmt: skip
     for race in found["races"]:
         assert set(race) == {

@@ -43,6 +43,17 @@ def opcheck_cases():
             True,
             True,
         ),
+        "route_with_sums": (torch.randn(5, 7, requires_grad=True), 2, True, False, bias, False),
+        "route_with_sums_backward": (
+            torch.randn(5, 2),
+            torch.randn(7),
+            torch.randn(()),
+            torch.randn(5, 7),
+            torch.zeros(5, 2, dtype=torch.int32),
+            False,
+            True,
+            True,
+        ),
         "group_by_expert": (index.int(), 3),
         "permute": (x, routing.row_map, 1),
         "unpermute": (y, routing.row_map, weights, 1),
@@ -63,6 +74,11 @@ def test_opcheck(name):
     opcheck(getattr(OPS, name.split()[0]).default, opcheck_cases()[name])
 
 
+def with_sums(logits, score, normalize):
+    routing, sums = sk.route_with_sums(logits, 2, score=score, normalize=normalize, balance_score=score)
+    return routing.weights, sums.probabilities, sums.square
+
+
 def test_gradcheck_in_f64():
     """Defends: the wiring of each backward: order, needs_input_grad, saved tensors."""
     x, index, weights, gate_up, down = experts(torch.float64)
@@ -73,6 +89,7 @@ def test_gradcheck_in_f64():
             assert torch.autograd.gradcheck(
                 lambda l, s=score, n=normalize: sk.route(l, 2, score=s, normalize=n).weights, logits
             )
+            assert torch.autograd.gradcheck(lambda l, s=score, n=normalize: with_sums(l, s, n), logits)
     assert torch.autograd.gradcheck(lambda x, w: sk.grouped_gemm(x, w, OFFSETS), (x, gate_up))
 
 
@@ -216,6 +233,11 @@ WRONG = [
     ),
     (lambda: sk.nn.MoE(0, 4, 3), ValueError, "TopKRouter: hidden_size must be at least 1, found 0"),
     (lambda: sk.nn.MoE(4, 4, 0), ValueError, "TopKRouter: num_experts must be at least 1, found 0"),
+    (
+        lambda: sk.route_with_sums(LOGITS, balance_score="softmaxx"),
+        ValueError,
+        "route_with_sums: balance_score must be 'softmax' or 'sigmoid', found 'softmaxx'",
+    ),
     (
         lambda: sk.nn.load_balancing_loss(LOGITS, torch.ones(6), score="softmaxx"),
         ValueError,

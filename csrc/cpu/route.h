@@ -16,6 +16,12 @@ struct Route {
   float* weights;    // [T, k]
   int32_t *counts, *offsets, *row_map;
   int threads;
+  // What balance losses read, taken in the same pass: over all tokens, the sum of their probabilities (of a
+  // softmax, or of sigmoids divided by their sum) and of the squares of log sum exp logits.  Null: not
+  // wanted.
+  bool sums_softmax = true;
+  float* probabilities = nullptr;  // [E]
+  float* square = nullptr;         // []
 };
 
 void route(const Route& r);
@@ -30,6 +36,10 @@ struct RouteBackward {
   const float* grad_weights;
   float* grad_logits;  // [T, E] contiguous
   int threads;
+  // By the sums of Route; null: they were not asked for.
+  bool sums_softmax = true;
+  const float* grad_probabilities = nullptr;  // [E]
+  const float* grad_square = nullptr;         // []
 };
 
 void route_backward(const RouteBackward& r);

@@ -26,6 +26,7 @@ SCHEMA = 1
 ENVIRONMENT = ("MALLOC_", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "SIGMA_ISA", "SIGMA_BACKEND", "OMP_", "KMP_", "GOMP_",
                "MKL_")  # fmt: skip
 PACKAGES = ("transformers", "numpy", "ggml-python", "kt-kernel")
+SHARES = ("race", "ours, ms", "bound, ms", "of", "share", "best peer", "over ours")
 COLUMNS = ("who", "median, ms", "fastest, ms", "rounds", "over ours", "GF/s", "GB/s")
 
 
@@ -165,6 +166,22 @@ def lines(race: dict[str, Any]) -> list[tuple[str, ...]]:
     return out
 
 
+def shares(races: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Of each race that has bounds: ours, the bound that lies highest, our share of it, and the best peer."""
+    out = []
+    for race in races:
+        ours, *others = (c for c in race["candidates"] if "median_s" in c)
+        bounds = [c for c in others if c["kind"] == "bound"]
+        if not bounds:
+            continue
+        bound = max(bounds, key=lambda c: c["median_s"])
+        peers = sorted((c["median_s"], c["name"]) for c in others if c["kind"] == "peer")
+        best = (peers[0][1], f"{peers[0][0] / ours['median_s']:.2f}") if peers else ("", "")
+        out.append((title(race), milliseconds(ours["median_s"]), milliseconds(bound["median_s"]), bound["name"],
+                    f"{bound['median_s'] / ours['median_s']:.0%}", *best))  # fmt: skip
+    return out
+
+
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.1f}" if seconds >= 0.01 else f"{seconds * 1e3:.3f}"
 
@@ -196,6 +213,12 @@ def rich_table(race: dict[str, Any]) -> Table:
     return table
 
 
+def table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of markdown."""
+    head = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return head + ["| " + " | ".join(row) + " |" for row in rows]
+
+
 def page(document: dict[str, Any], plots: Sequence[str] = ()) -> str:
     about = document["environment"]
     variables = [f"{name}={value}" for name, value in about["variables"].items()]
@@ -218,9 +241,11 @@ def page(document: dict[str, Any], plots: Sequence[str] = ()) -> str:
     for name in plots:
         kind = Path(name).stem.rsplit("-", 1)[-1]
         parts += ["", f"![{kind}]({name})"]
+    if rows := shares(document["races"]):
+        parts += ["", "## Shares of the bounds", "", "The bound is the higher of a race's bounds, measured in its "
+                  "turns: no kernel that needs both takes less.", "", *table(SHARES, rows)]  # fmt: skip
     for race in document["races"]:
-        parts += ["", f"## {title(race)}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-        parts += ["| " + " | ".join(row) + " |" for row in lines(race)]
+        parts += ["", f"## {title(race)}", "", *table(COLUMNS, lines(race))]
         if text := remarks(race):
             parts += ["", text]
     return "\n".join(parts) + "\n"

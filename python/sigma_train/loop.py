@@ -183,12 +183,12 @@ class Trainer:
         r = self.config.router
         total: Tensor | float = 0.0
         for moe in self.model.moe_layers():
-            logits, counts = moe.last_logits, moe.last_routing.counts
+            sums, counts = moe.last_sums, moe.last_routing.counts
             if r.balance in ("loss", "global") and r.balance_coef:
                 counts = sk_nn.global_counts(counts) if r.balance == "global" else counts
-                total = total + r.balance_coef * sk_nn.load_balancing_loss(logits, counts, score=r.aux_score)
+                total = total + r.balance_coef * sk_nn.load_balancing_loss(sums, counts)
             if r.z_coef:
-                total = total + r.z_coef * sk_nn.router_z_loss(logits)
+                total = total + r.z_coef * sk_nn.router_z_loss(sums)
         return total
 
     def _validate(self) -> None:

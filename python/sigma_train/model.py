@@ -84,6 +84,7 @@ class Block(nn.Module):
                 normalize=r.normalize and top_k > 1,  # over one expert it would cut the router's gradient
                 use_bias=r.balance == "bias",
                 output_scale=r.output_scale,
+                balance_score=r.aux_score,
             )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

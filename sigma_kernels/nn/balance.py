@@ -12,9 +12,10 @@ from torch import Tensor
 from sigma_kernels.nn.router import TopKRouter
 from sigma_kernels.ops.library import check_shape
 from sigma_kernels.ops.route import Score, check_score
+from sigma_kernels.routing import RouterSums
 
 
-def load_balancing_loss(logits: Tensor, counts: Tensor, *, score: Score = "softmax") -> Tensor:
+def load_balancing_loss(scores: Tensor | RouterSums, counts: Tensor, *, score: Score | None = None) -> Tensor:
     """E * sum_i f_i * p_i: 1 where f or p is uniform, E where one expert has everything.
 
     Fedus et al. 2021 (arXiv 2101.03961, equation 4), with f divided by k, so that the value does not depend on it.
@@ -23,21 +24,28 @@ def load_balancing_loss(logits: Tensor, counts: Tensor, *, score: Score = "softm
     specialise by sequence.
 
     Args:
-        logits: [T, E].
+        scores: logits [T, E], or what `sk.route_with_sums` summed of them in the pass that routed: the same loss, and
+            its gradient is part of the router's one backward pass.
         counts: [E], of these tokens or of the global batch.
-        score: what p is made of; a sigmoid's scores are divided by their sum.
+        score: what p is made of, "softmax" where not given; a sigmoid's scores are divided by their sum.  Sums have
+            theirs.
     Raises: ValueError for a shape or a score.
     """
     op = "load_balancing_loss"
-    check_score(op, score)
-    check_shape(op, "logits", logits, ("T", "E"))
-    check_shape(op, "counts", counts, (logits.shape[1],))
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    # Sigmoids over their sum, in logarithms: where all underflow their ratios do not.
-    p = (wide if score == "softmax" else F.logsigmoid(wide)).softmax(-1)
+    if isinstance(scores, RouterSums):
+        sums, T = scores.probabilities, scores.tokens
+        if score not in (None, scores.score):
+            raise ValueError(f"{op}: score is {score!r}, the sums are of {scores.score!r}")
+    else:
+        check_score(op, score or "softmax")
+        check_shape(op, "logits", scores, ("T", "E"))
+        wide, T = _wide(scores), scores.shape[0]
+        # Sigmoids over their sum, in logarithms: where all underflow their ratios do not.
+        sums = (F.logsigmoid(wide) if score == "sigmoid" else wide).softmax(-1).sum(0)
+    check_shape(op, "counts", counts, (sums.shape[0],))
     # An empty batch has no imbalance; its mean would be NaN.
-    f = counts.to(p.dtype) / counts.sum().clamp(min=1)
-    return logits.shape[1] * (f * (p.sum(0) / max(1, p.shape[0]))).sum()
+    f = counts.to(sums.dtype) / counts.sum().clamp(min=1)
+    return sums.shape[0] / max(1, T) * (f * sums).sum()
 
 
 def global_counts(counts: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
@@ -48,11 +56,21 @@ def global_counts(counts: Tensor, group: "dist.ProcessGroup | None" = None) -> T
     return total
 
 
-def router_z_loss(logits: Tensor) -> Tensor:
-    """mean_t (log sum_i exp logits[t, i])^2, which keeps logits small (Zoph et al. 2022, arXiv 2202.08906, eq. 5)."""
-    if logits.shape[0] == 0:
-        return logits.sum()
-    return logits.logsumexp(-1).square().mean()
+def router_z_loss(scores: Tensor | RouterSums) -> Tensor:
+    """mean_t (log sum_i exp logits[t, i])^2, which keeps logits small (Zoph et al. 2022, arXiv 2202.08906, eq. 5).
+
+    Args:
+        scores: logits [T, E], or the sums of `sk.route_with_sums`.
+    """
+    if isinstance(scores, RouterSums):
+        return scores.square / max(1, scores.tokens)
+    if scores.shape[0] == 0:
+        return scores.sum()
+    return scores.logsumexp(-1).square().mean()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @torch.no_grad()

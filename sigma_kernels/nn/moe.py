@@ -2,27 +2,30 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sigma_kernels.nn.experts import Experts
 from sigma_kernels.nn.router import TopKRouter
 from sigma_kernels.ops.route import Score
-from sigma_kernels.routing import Routing
+from sigma_kernels.routing import RouterSums, Routing
 
 
 class MoE(nn.Module):
     """out[t] = output_scale * sum_j w[t, j] * expert_{index[t, j]}(x[t]), with w and index from the router.
 
-    After a forward, `last_routing` and `last_logits` hold what the router decided, for balance losses and metrics.
+    After a forward, `last_routing` and `last_logits` hold what the router decided, and with gradients enabled
+    `last_sums` what balance losses take: their gradient is then part of the router's one backward pass.
 
     Args:
         top_k: experts per token; `forward(x, top_k=...)` overrides it for one call.
-        score, normalize, use_bias: as in TopKRouter.
+        score, normalize, use_bias, balance_score: as in TopKRouter.
         output_scale: a constant on the routing weights.
     """
 
     last_routing: Routing | None = None
     last_logits: Tensor | None = None
+    last_sums: RouterSums | None = None
 
     def __init__(
         self,
@@ -35,13 +38,15 @@ class MoE(nn.Module):
         normalize: bool = False,
         use_bias: bool = False,
         output_scale: float = 1.0,
+        balance_score: Score | None = None,
         **factory: Any,
     ) -> None:
         super().__init__()
         self.output_scale = output_scale
         self.router = TopKRouter(
-            hidden_size, num_experts, top_k, score=score, normalize=normalize, use_bias=use_bias, **factory
-        )
+            hidden_size, num_experts, top_k, score=score, normalize=normalize, use_bias=use_bias,
+            balance_score=balance_score, **factory,
+        )  # fmt: skip
         self.experts = Experts(hidden_size, intermediate_size, num_experts, **factory)
 
     def forward(self, x: Tensor, top_k: int | None = None) -> Tensor:
@@ -54,8 +59,11 @@ class MoE(nn.Module):
         if x.dim() == 0 or x.shape[-1] != H:
             raise ValueError(f"MoE: x must be [..., {H}], found {list(x.shape)}")
         flat = x.reshape(-1, H)
-        routing, logits = self.router(flat, top_k)
-        self.last_routing, self.last_logits = routing, logits
+        if torch.is_grad_enabled():
+            routing, logits, sums = self.router.forward_with_sums(flat, top_k)
+        else:
+            (routing, logits), sums = self.router(flat, top_k), None
+        self.last_routing, self.last_logits, self.last_sums = routing, logits, sums
         weights = routing.weights.to(self.experts.down_proj.dtype)
         if self.output_scale != 1.0:
             weights = weights * self.output_scale

@@ -3,7 +3,6 @@
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sigma_kernels import _C, reference
@@ -11,6 +10,7 @@ from sigma_kernels.backends import Backend, register_table, select
 from sigma_kernels.ops.library import (
     NATIVE,
     REFERENCE,
+    address,
     check_device,
     check_float,
     check_index,
@@ -51,27 +51,34 @@ def route(
     Raises: TypeError for a dtype, ValueError for a shape, top_k or score.
     Cost: one read of the logits; no sort; no host synchronisation.
     """
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"route: logits must be [T, E] with E > 0, found {list(logits.shape)}")
-    if not logits.dtype.is_floating_point:
-        raise TypeError(f"route: logits must be floating point, found {logits.dtype}")
-    E = logits.shape[1]
-    if not 1 <= top_k <= E:
-        raise ValueError(f"route: top_k must lie in 1..{E} (E={E}), found {top_k}")
-    check_score("route", score)
-    if bias is not None:
-        check_shape("route", "bias", bias, (E,))
-        check_device("route", "bias", bias, "logits", logits)
-        bias = bias.detach().to(torch.promote_types(logits.dtype, torch.float32))
-    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    wide, bias = checked("route", logits, top_k, score, bias)
     # The operation answers with the weights first: opcheck adds all outputs onto the first, which must be a float.
     weights, indices, *order = _route(wide, top_k, score == "softmax", normalize, bias)
     return Routing(indices, weights.to(logits.dtype), *order)
 
 
-def check_score(op: str, score: str) -> None:
+def checked(
+    op: str, logits: Tensor, top_k: int, score: str, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits and bias as the operations take them: f32 or f64, the bias without a gradient."""
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"{op}: logits must be [T, E] with E > 0, found {list(logits.shape)}")
+    if not logits.dtype.is_floating_point:
+        raise TypeError(f"{op}: logits must be floating point, found {logits.dtype}")
+    E = logits.shape[1]
+    if not 1 <= top_k <= E:
+        raise ValueError(f"{op}: top_k must lie in 1..{E} (E={E}), found {top_k}")
+    check_score(op, score)
+    if bias is not None:
+        check_shape(op, "bias", bias, (E,))
+        check_device(op, "bias", bias, "logits", logits)
+        bias = bias.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, bias
+
+
+def check_score(op: str, score: str, name: str = "score") -> None:
     if score not in ("softmax", "sigmoid"):
-        raise ValueError(f"{op}: score must be 'softmax' or 'sigmoid', found {score!r}")
+        raise ValueError(f"{op}: {name} must be 'softmax' or 'sigmoid', found {score!r}")
 
 
 def group_by_expert(indices: Tensor, num_experts: int, weights: Tensor | None = None) -> Routing:
@@ -100,16 +107,27 @@ def group_by_expert(indices: Tensor, num_experts: int, weights: Tensor | None = 
 def _route_cpu(
     logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
-    T, E = logits.shape
+    out = route_outputs(logits, top_k)
+    route_cpu(logits, top_k, softmax, normalize, bias, out)
+    return out
+
+
+NO_SUMS = (True, 0, 0)
+
+
+def route_cpu(
+    logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None, out: tuple[Tensor, ...],
+    sums: tuple[bool, int, int] = NO_SUMS,
+) -> None:  # fmt: skip
+    """Fill `route_outputs`, and what `sums` points to: of softmax or sigmoid, the probabilities and the square."""
     logits = rows(logits)
     bias = None if bias is None else bias.contiguous()
-    out = weights, indices, counts, offsets, row_map = _route_outputs(logits, top_k)
+    weights, indices, counts, offsets, row_map = out
     _C.route(
-        T, E, top_k, logits.data_ptr(), logits.stride(0), 0 if bias is None else bias.data_ptr(), softmax, normalize,
+        *logits.shape, top_k, logits.data_ptr(), logits.stride(0), address(bias), softmax, normalize,
         indices.data_ptr(), weights.data_ptr(), counts.data_ptr(), offsets.data_ptr(), row_map.data_ptr(),
-        torch.get_num_threads(),
+        torch.get_num_threads(), *sums,
     )  # fmt: skip
-    return out
 
 
 def _route_reference(
@@ -120,7 +138,7 @@ def _route_reference(
     return routing.weights, routing.indices, *routing[2:]
 
 
-def _route_outputs(logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
+def route_outputs(logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
     T, E = logits.shape
     int32 = torch.int32
     return (
@@ -140,7 +158,7 @@ def _route_backward_cpu(
     grad_logits = logits.new_empty(T, E)
     _C.route_backward(
         T, E, indices.shape[1], logits.data_ptr(), logits.stride(0), softmax, normalize, indices.data_ptr(),
-        grad_weights.data_ptr(), grad_logits.data_ptr(), torch.get_num_threads(),
+        grad_weights.data_ptr(), grad_logits.data_ptr(), torch.get_num_threads(), *NO_SUMS,
     )  # fmt: skip
     return grad_logits
 
@@ -150,10 +168,7 @@ def _route_backward_reference(
 ) -> Tensor:
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
-        if normalize:
-            weights = (leaf if softmax else F.logsigmoid(leaf)).gather(1, indices.long()).softmax(-1)
-        else:
-            weights = (leaf.softmax(-1) if softmax else leaf.sigmoid()).gather(1, indices.long())
+        weights = reference.weights_of(leaf, indices, "softmax" if softmax else "sigmoid", normalize)
     return torch.autograd.grad(weights, leaf, grad_weights)[0]
 
 
@@ -215,7 +230,7 @@ define(
     "route(Tensor logits, int top_k, bool softmax, bool normalize, Tensor? bias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda logits, *rest: select("route", logits)(logits, *rest),
-    lambda logits, top_k, softmax, normalize, bias: _route_outputs(logits, top_k),
+    lambda logits, top_k, softmax, normalize, bias: route_outputs(logits, top_k),
 )
 define(
     "route_backward(Tensor grad_weights, Tensor logits, Tensor indices, bool softmax, bool normalize) -> Tensor",

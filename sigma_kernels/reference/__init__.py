@@ -3,7 +3,7 @@
 from sigma_kernels.reference.experts import moe_experts
 from sigma_kernels.reference.grouped_gemm import grouped_gemm, grouped_outer
 from sigma_kernels.reference.permute import permute, unpermute
-from sigma_kernels.reference.route import group_by_expert, route
+from sigma_kernels.reference.route import group_by_expert, route, router_sums, weights_of
 from sigma_kernels.reference.swiglu import swiglu
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "moe_experts",
     "permute",
     "route",
+    "router_sums",
     "swiglu",
     "unpermute",
+    "weights_of",
 ]

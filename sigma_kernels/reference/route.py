@@ -29,12 +29,25 @@ def route(
     Without a bias the logits give the order: the same in exact arithmetic, and exact where p rounds.  NaN ranks last.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    p = wide.softmax(-1) if score == "softmax" else wide.sigmoid()
-    choice = wide.detach() if bias is None else p.detach() + bias
+    choice = wide.detach()
+    if bias is not None:
+        choice = (choice.softmax(-1) if score == "softmax" else choice.sigmoid()) + bias
     choice = choice.masked_fill(choice.isnan(), -torch.inf)
     indices = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    weights = p.gather(1, indices)
-    if normalize:  # p / sum of p, in logarithms: where all p underflow their ratios do not
-        log_p = wide if score == "softmax" else F.logsigmoid(wide)
-        weights = log_p.gather(1, indices).softmax(-1)
+    weights = weights_of(wide, indices, score, normalize)
     return Routing(indices.int(), weights.to(logits.dtype), *group_by_expert(indices, logits.shape[1]))
+
+
+def weights_of(logits: Tensor, indices: Tensor, score: str, normalize: bool) -> Tensor:
+    """p of the chosen [T, k]; divided by their sum in logarithms: where all p underflow their ratios do not."""
+    if normalize:
+        log_p = logits if score == "softmax" else F.logsigmoid(logits)
+        return log_p.gather(1, indices.long()).softmax(-1)
+    p = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    return p.gather(1, indices.long())
+
+
+def router_sums(logits: Tensor, score: str = "softmax") -> tuple[Tensor, Tensor]:
+    """sum_t q[t] [E] and sum_t (log sum_e exp logits[t, e])^2; q: softmax, or sigmoids divided by their sum."""
+    log_p = logits if score == "softmax" else F.logsigmoid(logits)
+    return log_p.softmax(-1).sum(0), logits.logsumexp(-1).square().sum()

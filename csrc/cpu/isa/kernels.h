@@ -99,6 +99,14 @@ struct OuterBlock {
   Store mode;
 };
 
+// What balance losses read of one token's scores: q, its probabilities, and the log of its logits' sum of
+// exps.
+struct RouteSums {
+  bool is_softmax;       // q = softmax(logits); else sigmoids divided by their sum
+  float* probabilities;  // [E], q is added; null: no sums are wanted
+  float* q;              // scratch [E]
+};
+
 struct RouteRow {
   const float* logits;
   const float* bias;  // [E] or null
@@ -109,6 +117,7 @@ struct RouteRow {
   float* p;          // scratch [E], only where there is a bias
   int32_t* indices;  // [k]
   float* weights;    // [k]
+  RouteSums sums;
 };
 
 struct RouteRowBackward {
@@ -119,7 +128,11 @@ struct RouteRowBackward {
   bool is_normalized;
   const int32_t* indices;
   const float* grad_weights;
-  float* grad_logits;  // [E]
+  float* grad_logits;               // [E]
+  bool sums_softmax;                // as in RouteSums
+  const float* grad_probabilities;  // [E]; null: the sums were not asked for
+  float grad_square;                // of the sum over tokens of the square of the log
+  float* q;                         // scratch [E], where there is a grad_probabilities
 };
 
 // The families of micro-kernels by their operands.  Each entry is for as many rows of the block, and in dot
@@ -174,7 +187,7 @@ struct Kernels : GemmKernels<float, float>,
   // Also returns sum_i grad_out[i] * out[i], the gradient of a factor on the row, and writes factor * out.
   float (*swiglu_backward)(const float* grad_out, const float* gate, const float* up, float factor,
                            float* grad_gate, float* grad_up, float* scaled_out, int64_t n);
-  void (*route_row)(const RouteRow&);
+  float (*route_row)(const RouteRow&);  // the log of the sum of exps, where sums are wanted
   void (*route_row_backward)(const RouteRowBackward&);
 };
 

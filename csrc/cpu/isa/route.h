@@ -48,16 +48,59 @@ inline float row_max(const float* x, int64_t n) {
   return best;
 }
 
-inline float sum_exp(const float* x, float shift, int64_t n) {
+// The sum of f over a row, which f is given a vector at a time; its last may be partial.  The same order for
+// all.
+template <class F>
+SK_INLINE float sum_row(int64_t n, const F& f) {
   Vec sum{};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum += exp(load(x + i) - shift);
+  for (; i + kLanes <= n; i += kLanes) sum += f(i, kLanes);
   float total = add_lanes(sum);
   if (i < n) {
-    const Vec tail = exp(load_partial(x + i, n - i) - shift);
+    const Vec tail = f(i, n - i);
     for (int64_t j = 0; j < n - i; ++j) total += tail[j];
   }
   return total;
+}
+
+SK_INLINE Vec load_up_to(const float* p, int64_t n) { return n >= kLanes ? load(p) : load_partial(p, n); }
+SK_INLINE void store_up_to(float* p, Vec v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  store_partial(p, v, n);
+}
+
+inline float sum_exp(const float* x, float shift, int64_t n) {
+  return sum_row(n, [&](int64_t i, int64_t left) SK_STEP { return exp(load_up_to(x + i, left) - shift); });
+}
+
+// The same, and each term kept.
+inline float sum_kept_exp(const float* x, float shift, float* y, int64_t n) {
+  return sum_row(n, [&](int64_t i, int64_t left) SK_STEP {
+    const Vec v = exp(load_up_to(x + i, left) - shift);
+    store_up_to(y + i, v, left);
+    return v;
+  });
+}
+
+// y_i = sigmoid(x_i) e^-min(max, 0), as scaled_sigmoid, and their sum.
+inline float sum_kept_sigmoid(const float* x, float max, float* y, int64_t n) {
+  const float shift = max < 0.0f ? max : 0.0f;
+  return sum_row(n, [&](int64_t i, int64_t left) SK_STEP {
+    const Vec l = load_up_to(x + i, left);
+    const Vec v = l > 0.0f ? sigmoid(l) : exp(l - shift) / (1.0f + exp(l));
+    store_up_to(y + i, v, left);
+    return v;
+  });
+}
+
+inline float dot(const float* x, const float* y, int64_t n) {
+  return sum_row(
+      n, [&](int64_t i, int64_t left) SK_STEP { return load_up_to(x + i, left) * load_up_to(y + i, left); });
+}
+
+inline void add_scaled(const float* x, float factor, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes)
+    store_up_to(y + i, load_up_to(y + i, n - i) + load_up_to(x + i, n - i) * factor, n - i);
 }
 
 inline void exp_scaled(const float* x, float shift, float factor, float* y, int64_t n) {
@@ -123,9 +166,24 @@ inline void top_k(const float* x, int64_t n, int k, int32_t* indices) {
   memcpy(indices, &at, static_cast<size_t>(k) * sizeof(int32_t));
 }
 
-inline void route_row(const RouteRow& r) {
-  float max = row_max(r.logits, r.E), inverse_sum = 1.0f;
-  if (r.is_softmax && !(r.is_normalized && !r.bias)) inverse_sum = 1.0f / sum_exp(r.logits, max, r.E);
+// Adds one token's probabilities to the sums over tokens, from the exps that the choice needs anyway where it
+// can. Returns the sum of exps.
+inline float add_to_sums(const RouteRow& r, float max) {
+  const RouteSums& s = r.sums;
+  const float exps = s.is_softmax ? sum_kept_exp(r.logits, max, s.q, r.E) : sum_exp(r.logits, max, r.E);
+  const float total = s.is_softmax ? exps : sum_kept_sigmoid(r.logits, max, s.q, r.E);
+  add_scaled(s.q, 1.0f / total, s.probabilities, r.E);
+  return exps;
+}
+
+inline float route_row(const RouteRow& r) {
+  float max = row_max(r.logits, r.E), inverse_sum = 1.0f, exps = 1.0f;
+  if (r.sums.probabilities)
+    exps = add_to_sums(r, max);
+  else if (r.is_softmax && !(r.is_normalized && !r.bias))
+    exps = sum_exp(r.logits, max, r.E);
+  const float log_of_sum = r.sums.probabilities ? max + __builtin_logf(exps) : 0.0f;
+  if (r.is_softmax) inverse_sum = 1.0f / exps;
   const float* ranked = r.logits;
   if (r.bias) {
     if (r.is_softmax)
@@ -150,29 +208,51 @@ inline void route_row(const RouteRow& r) {
   } else {
     for (int j = 0; j < r.k; ++j) r.weights[j] = chosen_score(r, j, max);
   }
-  if (!r.is_normalized) return;
-  float total = 0.0f;
-  for (int j = 0; j < r.k; ++j) total += r.weights[j];
-  for (int j = 0; j < r.k; ++j) r.weights[j] /= total;
+  if (r.is_normalized) {
+    float total = 0.0f;
+    for (int j = 0; j < r.k; ++j) total += r.weights[j];
+    for (int j = 0; j < r.k; ++j) r.weights[j] /= total;
+  }
+  return log_of_sum;
 }
 
-// softmax: dl_i = p_i (g_i - sum_j g_j p_j), g zero off the chosen; normalised: the same over the chosen
-// alone. sigmoid: dl_j = g_j s_j (1 - s_j); normalised, w_j = s_j / S: dl_j = (g_j - sum_l g_l w_l) w_j (1 -
-// s_j).
-inline void route_row_backward(const RouteRowBackward& r) {
-  if (r.is_softmax && !r.is_normalized) {
-    const float max = row_max(r.logits, r.E), inverse_sum = 1.0f / sum_exp(r.logits, max, r.E);
+// The gradient by the logits of three things at once: the weights of the chosen (g, zero off them), the sum
+// over tokens of the probabilities q (c), and that of the squares of z = log sum exp logits (d).
+//   weights, softmax       dl_i = p_i (g_i - sum_j g_j p_j); normalised: the same over the chosen alone
+//   weights, sigmoid       dl_j = g_j s_j (1 - s_j); normalised, w_j = s_j / S: (g_j - sum_l g_l w_l) w_j (1
+//   - s_j) probabilities, softmax dl_i = q_i (c_i - sum_j c_j q_j) of divided sigmoids    dl_i = q_i (c_i -
+//   sum_j c_j q_j) (1 - s_i) squares                dl_i = 2 d z p_i
+// Whatever has p as its factor shares one pass.
+inline void softmax_backward(const RouteRowBackward& r, bool has_weights, const float* c) {
+  const float max = row_max(r.logits, r.E);
+  float* const out = r.grad_logits;
+  if (!c && r.grad_square == 0.0f) {  // then no term is wanted but the chosen's
+    const float inverse_sum = 1.0f / sum_exp(r.logits, max, r.E);
     float inner = 0.0f;
     for (int j = 0; j < r.k; ++j)
       inner += r.grad_weights[j] * exp(broadcast(r.logits[r.indices[j]] - max))[0] * inverse_sum;
-    exp_scaled(r.logits, max, -inner * inverse_sum, r.grad_logits, r.E);
+    exp_scaled(r.logits, max, -inner * inverse_sum, out, r.E);
     for (int j = 0; j < r.k; ++j) {
       const float p = exp(broadcast(r.logits[r.indices[j]] - max))[0] * inverse_sum;
-      r.grad_logits[r.indices[j]] = p * (r.grad_weights[j] - inner);
+      out[r.indices[j]] = p * (r.grad_weights[j] - inner);
     }
     return;
   }
-  memset(r.grad_logits, 0, static_cast<size_t>(r.E) * sizeof(float));
+  const float sum = sum_kept_exp(r.logits, max, r.q, r.E), inverse_sum = 1.0f / sum;
+  const float square = 2.0f * r.grad_square * (max + __builtin_logf(sum));
+  float inner = c ? dot(r.q, c, r.E) : 0.0f;
+  for (int j = 0; has_weights && j < r.k; ++j) inner += r.grad_weights[j] * r.q[r.indices[j]];
+  const float shift = square - inner * inverse_sum;
+  for (int64_t i = 0; i < r.E; i += kLanes) {
+    const int64_t left = r.E - i;
+    const Vec by_q = c ? load_up_to(c + i, left) + shift : broadcast(shift);
+    store_up_to(out + i, load_up_to(r.q + i, left) * inverse_sum * by_q, left);
+  }
+  for (int j = 0; has_weights && j < r.k; ++j)
+    out[r.indices[j]] += r.q[r.indices[j]] * inverse_sum * r.grad_weights[j];
+}
+
+inline void add_chosen_backward(const RouteRowBackward& r) {
   const float max = max_of_chosen(r);
   float total = 0.0f, inner = 0.0f;
   if (r.is_normalized) {
@@ -181,10 +261,32 @@ inline void route_row_backward(const RouteRowBackward& r) {
   }
   for (int j = 0; j < r.k; ++j) {
     const int32_t e = r.indices[j];
-    const float slope = r.is_softmax ? 1.0f : 1.0f - scalar_sigmoid(r.logits[e]);
+    const float slope = r.is_softmax ? 1.0f : scalar_sigmoid(-r.logits[e]);  // 1 - s, without cancellation
     const float grad_score = r.is_normalized ? (r.grad_weights[j] - inner) / total : r.grad_weights[j];
-    r.grad_logits[e] = grad_score * chosen_score(r, j, max) * slope;
+    r.grad_logits[e] += grad_score * chosen_score(r, j, max) * slope;
   }
+}
+
+inline void add_divided_sigmoids_backward(const RouteRowBackward& r) {
+  const float total = sum_kept_sigmoid(r.logits, row_max(r.logits, r.E), r.q, r.E);
+  const float inner = dot(r.q, r.grad_probabilities, r.E) / total;
+  for (int64_t i = 0; i < r.E; i += kLanes) {
+    const int64_t left = r.E - i;
+    const Vec slope = sigmoid(-load_up_to(r.logits + i, left));
+    const Vec grad = load_up_to(r.q + i, left) / total * (load_up_to(r.grad_probabilities + i, left) - inner);
+    store_up_to(r.grad_logits + i, load_up_to(r.grad_logits + i, left) + grad * slope, left);
+  }
+}
+
+inline void route_row_backward(const RouteRowBackward& r) {
+  const bool weights_of_all = r.is_softmax && !r.is_normalized;
+  const float* const c = r.sums_softmax ? r.grad_probabilities : nullptr;
+  if (weights_of_all || c || r.grad_square != 0.0f)
+    softmax_backward(r, weights_of_all, c);
+  else
+    memset(r.grad_logits, 0, static_cast<size_t>(r.E) * sizeof(float));
+  if (!weights_of_all) add_chosen_backward(r);
+  if (r.grad_probabilities && !r.sums_softmax) add_divided_sigmoids_backward(r);
 }
 
 }  // namespace sigma::SK_NS
