@@ -111,7 +111,8 @@ void count_gemms(const std::string& types) {
                                                                     .mode = Store::kWrite,
                                                                     .prefetch = nullptr,
                                                                     .prefetch_rows = 0,
-                                                                    .prefetch_lines = 0});
+                                                                    .prefetch_lines = 0,
+                                                                    .prefetch_steps = 0});
        });
   line("forward " + types + ", 21 rows", kRows * kColumns * kDepth / lanes, least_of_block(tall, wide),
        [&] { gemm_nt_columns(isa, task, 0, 0, kRows, 0, kColumns, static_cast<const W*>(nullptr)); });
@@ -121,13 +122,11 @@ void count_gemms(const std::string& types) {
            gemm_nn_columns(isa, task, 0, 0, kRows, 0, kColumns,
                            Rows<float>{.base = y.data(), .ld = kColumns});
          });
-    const Packed<X>*left[kRows], *right[kRows];
     const int64_t steps = ceil_div(kRows, kStep<X>);
-    for (int64_t i = 0; i < steps; ++i) left[i] = packed.data(), right[i] = packed.data() + isa.panel;
     line("weight gradient " + types + ", 21 rows", rows * panel_vectors * steps,
          least_of_block(rows, panel_vectors), [&] {
-           static_cast<const OuterKernels<X, W>&>(isa).outer[rows]({.a = left,
-                                                                    .b = right,
+           static_cast<const OuterKernels<X, W>&>(isa).outer[rows]({.a = packed.data(),
+                                                                    .b = packed.data(),
                                                                     .c = w.data(),
                                                                     .ldc = kDepth,
                                                                     .R = steps,

@@ -9,7 +9,6 @@
 #include "grouped_gemm.h"
 
 #include <algorithm>
-#include <atomic>
 #include <type_traits>
 #include <vector>
 
@@ -19,16 +18,13 @@
 namespace sigma::cpu {
 namespace {
 
-constexpr int64_t kWindow =
+constexpr int kWindow =
     8;  // rows of W fetched ahead together: 1.2x over one at a time (E=96, T=2048, AVX-512)
 constexpr int64_t kWidth = 1024;  // columns of a task of grouped_gemm_nn
 constexpr int64_t kDepth =
     32;  // rows of W per panel: 2.3x over 128 (same shape); the prefetcher follows 32 pages
-constexpr int64_t kOuterRows = 256;   // contraction of the weight gradient per pass
-constexpr double kSerialFlops = 1e5;  // below this a parallel region costs more than it saves
-
-template <class W>
-constexpr int64_t kLine = 64 / sizeof(W);  // elements in a cache line
+constexpr int64_t kAhead =
+    64;  // columns of a panel's rows fetched ahead together: four lines of f32, whatever the panel's width
 
 // At most kRowChunk rows in nearly equal blocks of at most `limit`.  Found once: a division costs as much as
 // ten multiply-adds.
@@ -41,8 +37,6 @@ struct RowBlocks {
   int64_t count, most;
   int64_t first[kRowChunk + 1];
 };
-
-bool is_serial(int threads, double flops) { return threads == 1 || flops < kSerialFlops; }
 
 }  // namespace
 
@@ -98,8 +92,12 @@ void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
                .K = g.K,
                .mode = Store::kWrite,
                .prefetch = ahead ? ahead + piece(lines, calls, call) * kLine<W> : nullptr,
-               .prefetch_rows = ahead ? static_cast<int>(kWindow) : 0,
-               .prefetch_lines = static_cast<int>(lines_a_step)});
+               .prefetch_rows = kWindow,
+               .prefetch_lines = static_cast<int>(lines_a_step),
+               .prefetch_steps =
+                   ahead ? ceil_div(kWindow * (piece(lines, calls, call + 1) - piece(lines, calls, call)),
+                                    lines_a_step)
+                         : 0});
     }
     if (g.column_scale) {
       const float* factor = g.column_scale + e * g.N;
@@ -143,37 +141,44 @@ void gemm_nn_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
     if (g.K == 0) std::fill(c[i], c[i] + n1 - n0, 0.0f);
   }
   const RowBlocks blocks(rows, isa.axpy_rows);
+  const int64_t panels = kAhead / isa.panel, calls = panels * blocks.count;
   for (int64_t k = 0; k < g.K; k += kPanelRows) {
     const int64_t depth = std::min(kPanelRows, g.K - k);
-    for (int64_t n = n0; n < n1; n += isa.panel) {
-      const int64_t cols = std::min<int64_t>(isa.panel, n1 - n);
-      const int64_t next_lines = ceil_div(std::min<int64_t>(isa.panel, n1 - n - cols), kLine<W>);
-      const W* panel = w + k * g.w_row + n;
-      for (int64_t i = 0; i < blocks.count; ++i) {
-        // The first block of rows reads the weights and keeps them packed for the others.
-        const int64_t line = piece(next_lines, blocks.count, i);
-        const auto block = [&]<class P>(const P* source, int64_t ld, Packed<X>* keep) {
-          return AxpyBlock<X, P, W>{
-              .a = a + blocks.first[i],
-              .depth = k,
-              .b = source,
-              .ldb = ld,
-              .copy = keep,
-              .c = c + blocks.first[i],
-              .column = n - n0,
-              .K = depth,
-              .columns = cols,
-              .mode = k > 0 ? Store::kAdd : Store::kWrite,
-              .prefetch = panel + cols + line * kLine<W>,
-              .prefetch_ld = g.w_row,
-              .prefetch_lines = static_cast<int>(piece(next_lines, blocks.count, i + 1) - line)};
-        };
-        if (i == 0)
-          static_cast<const AxpyKernels<X, W>&>(isa).axpy[blocks.rows(i)](
-              block(panel, g.w_row, blocks.count > 1 ? copy : nullptr));
-        else
-          static_cast<const AxpyKernels<X, W>&>(isa).axpy_packed[blocks.rows(i)](
-              block(static_cast<const Packed<X>*>(copy), isa.panel, nullptr));
+    for (int64_t group = n0; group < n1; group += kAhead) {
+      // While the panels of one group are computed, each call asks for its share of the next group's lines.
+      const bool turns = group + kAhead >= n1;
+      const W* const ahead = w + (turns ? k + depth : k) * g.w_row + (turns ? n0 : group + kAhead);
+      const int64_t wanted = turns ? (k + depth < g.K ? n1 - n0 : 0) : n1 - group - kAhead;
+      const int64_t lines = ceil_div(std::min(kAhead, wanted), kLine<W>);
+      int64_t call = 0;
+      for (int64_t n = group; n < std::min(n1, group + kAhead); n += isa.panel) {
+        const int64_t cols = std::min<int64_t>(isa.panel, n1 - n);
+        for (int64_t i = 0; i < blocks.count; ++i, ++call) {
+          // The first block of rows reads the weights and keeps them packed for the others.
+          const int64_t line = piece(lines, calls, call);
+          const auto block = [&]<class P>(const P* source, int64_t ld, Packed<X>* keep) {
+            return AxpyBlock<X, P, W>{
+                .a = a + blocks.first[i],
+                .depth = k,
+                .b = source,
+                .ldb = ld,
+                .copy = keep,
+                .c = c + blocks.first[i],
+                .column = n - n0,
+                .K = depth,
+                .columns = cols,
+                .mode = k > 0 ? Store::kAdd : Store::kWrite,
+                .prefetch = ahead + line * kLine<W>,
+                .prefetch_ld = g.w_row,
+                .prefetch_lines = static_cast<int>(piece(lines, calls, call + 1) - line)};
+          };
+          if (i == 0)
+            static_cast<const AxpyKernels<X, W>&>(isa).axpy[blocks.rows(i)](
+                block(w + k * g.w_row + n, g.w_row, blocks.count > 1 ? copy : nullptr));
+          else
+            static_cast<const AxpyKernels<X, W>&>(isa).axpy_packed[blocks.rows(i)](
+                block(static_cast<const Packed<X>*>(copy), isa.panel, nullptr));
+        }
       }
     }
   }
@@ -209,113 +214,6 @@ void grouped_gemm_nn(const GroupedGemm<X, W, Y>& g) {
       }
 }
 
-namespace {
-
-// The rows of one operand that a task contracts over, at most kOuterRows: where they lie, or packed in pairs.
-template <class X>
-struct Contraction {
-  const Packed<X>* row[kOuterRows];
-
-  // Columns c0..c1 of rows r0..r0+rows; `pairs` has room for them where they are packed.
-  Contraction(const Kernels& isa, const Rows<const X>& x, int64_t r0, int64_t rows, int64_t c0, int64_t c1,
-              [[maybe_unused]] Packed<X>* pairs) {
-    for (int64_t i = 0; i * kStep<X> < rows; ++i) {
-      const int64_t r = r0 + i * kStep<X>;
-      if constexpr (kStep<X> == 1) {
-        row[i] = x(r) + c0;
-      } else {
-        Pair* const packed = pairs + i * (c1 - c0);
-        isa.pair_rows(x(r) + c0, r + 1 < r0 + rows ? x(r + 1) + c0 : nullptr, packed, c1 - c0);
-        row[i] = packed;
-      }
-    }
-  }
-};
-
-// Rows m0..m1 of one expert's gradient, written to or added to c [m1 - m0, ldc].
-template <class X, class W, class C>
-void outer_rows(const Kernels& isa, const GroupedOuter<X, W>& g, int64_t e, int64_t m0, int64_t m1, C* c,
-                int64_t ldc, bool adds, bool streams, Packed<X>* pairs) {
-  const int64_t r0 = g.offsets[e], r1 = g.offsets[e + 1];
-  int64_t chunk = r0;
-  do {  // once even without rows: the gradient of an idle expert is zero, not unwritten
-    const int64_t rows = std::min(kOuterRows, r1 - chunk), steps = ceil_div(rows, kStep<X>);
-    const Store mode = adds || chunk > r0                 ? Store::kAdd
-                       : streams && r1 - r0 <= kOuterRows ? Store::kStream
-                                                          : Store::kWrite;
-    const Contraction<X> a_rows(isa, g.a, chunk, rows, m0, m1, pairs);
-    const Contraction<X> b_rows(isa, g.b, chunk, rows, 0, g.B, pairs + steps * (m1 - m0));
-    const Packed<X>*a[kOuterRows], *b[kOuterRows];
-    for (int64_t m = m0; m < m1; m += isa.axpy_rows) {
-      const int64_t count = std::min<int64_t>(isa.axpy_rows, m1 - m);
-      for (int64_t i = 0; i < steps; ++i) a[i] = a_rows.row[i] + (m - m0);
-      for (int64_t n = 0; n < g.B; n += isa.panel) {
-        for (int64_t i = 0; i < steps; ++i) b[i] = b_rows.row[i] + n;
-        static_cast<const OuterKernels<X, C>&>(isa).outer[count](
-            {.a = a,
-             .b = b,
-             .c = c + (m - m0) * ldc + n,
-             .ldc = ldc,
-             .R = steps,
-             .columns = std::min<int64_t>(isa.panel, g.B - n),
-             .mode = mode});
-      }
-    }
-    chunk += kOuterRows;
-  } while (chunk < r1);
-}
-
-// A narrow gradient of an expert with many rows is summed in f32 and rounded once, as one with few rows is.
-template <class X, class W>
-void outer_rows_rounded_once(const Kernels& isa, const GroupedOuter<X, W>& g, int64_t e, int64_t m0,
-                             int64_t m1, float* sum, Packed<X>* pairs) {
-  W* const out = g.out + e * g.out_expert;
-  for (int64_t m = m0; g.adds && m < m1; ++m)
-    static_cast<const RowKernels<W>&>(isa).widen(out + m * g.out_row, sum + (m - m0) * g.B, g.B);
-  outer_rows(isa, g, e, m0, m1, sum, g.B, g.adds, false, pairs);
-  for (int64_t m = m0; m < m1; ++m)
-    static_cast<const RowKernels<W>&>(isa).narrow(sum + (m - m0) * g.B, out + m * g.out_row, g.B);
-}
-
-}  // namespace
-
-template <class X, class W>
-void grouped_outer(const GroupedOuter<X, W>& g) {
-  const Kernels& isa = kernels();
-  // Packing b in pairs costs a task what it saves only if it is used for many rows of the result.
-  const int64_t height = (kStep<X> == 1 ? 8 : 40) * isa.axpy_rows, blocks = ceil_div(g.A, height);
-  const int64_t misaligned = reinterpret_cast<uintptr_t>(g.out) % 64 + g.out_row % kLine<W> +
-                             g.out_expert % kLine<W> + g.B % kLine<W>;
-  const bool streams = misaligned == 0;
-  int64_t most = 0;
-  for (int64_t e = 0; e < g.E; ++e) most = std::max<int64_t>(most, g.offsets[e + 1] - g.offsets[e]);
-  const bool has_sums = !std::is_same_v<W, float> && most > kOuterRows;
-  const int64_t tall = std::min(height, g.A), sum_floats = has_sums ? tall * g.B : 0;
-  const int64_t pairs_a_row = kStep<X> == 2 ? ceil_div(std::min(most, kOuterRows), 2) : 0;
-  const Scratch scratch(g.threads, (sum_floats + pairs_a_row * (tall + g.B)) * 4);
-#pragma omp parallel num_threads( \
-        g.threads) if (!is_serial(g.threads, 2.0 * g.offsets[g.E] * g.A * g.B + g.E * g.A * g.B))
-  {
-#pragma omp for collapse(2) schedule(dynamic)
-    for (int64_t e = 0; e < g.E; ++e)
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t rows = g.offsets[e + 1] - g.offsets[e];
-        const int64_t m0 = i * height, m1 = std::min(g.A, m0 + height);
-        if (g.adds && rows == 0) continue;
-        Packed<X>* const pairs = scratch.mine<Packed<X>>(sum_floats);
-        if constexpr (!std::is_same_v<W, float>) {
-          if (rows > kOuterRows) {
-            outer_rows_rounded_once(isa, g, e, m0, m1, scratch.mine<float>(), pairs);
-            continue;
-          }
-        }
-        outer_rows(isa, g, e, m0, m1, g.out + e * g.out_expert + m0 * g.out_row, g.out_row, g.adds, streams,
-                   pairs);
-      }
-    std::atomic_thread_fence(std::memory_order_seq_cst);  // streaming stores are weakly ordered
-  }
-}
-
 #define SK_INSTANTIATE(X, W, Y)                                                                         \
   template void gemm_nt_columns(const Kernels&, const GroupedGemm<X, W, Y>&, int64_t, int64_t, int64_t, \
                                 int64_t, int64_t, const W*);                                            \
@@ -329,10 +227,6 @@ SK_INSTANTIATE(float, F16, float)
 SK_INSTANTIATE(Bf16, Bf16, Bf16)
 SK_INSTANTIATE(Bf16, Bf16, float)
 #undef SK_INSTANTIATE
-template void grouped_outer(const GroupedOuter<float, float>&);
-template void grouped_outer(const GroupedOuter<float, Bf16>&);
-template void grouped_outer(const GroupedOuter<float, F16>&);
-template void grouped_outer(const GroupedOuter<Bf16, Bf16>&);
 // Forward alone: weights of one byte are not trained.
 template void gemm_nt_columns(const Kernels&, const GroupedGemm<float, Int8, float>&, int64_t, int64_t,
                               int64_t, int64_t, int64_t, const Int8*);

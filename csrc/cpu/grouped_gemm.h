@@ -52,6 +52,12 @@ struct GroupedOuter {
 template <class X, class W>
 void grouped_outer(const GroupedOuter<X, W>& g);
 
+template <class W>
+constexpr int64_t kLine = 64 / sizeof(W);  // elements in a cache line
+
+// Below 1e5 FLOPs a parallel region costs more than it saves.
+inline bool is_serial(int threads, double flops) { return threads == 1 || flops < 1e5; }
+
 // Pieces of these, for schedules that fuse more.
 constexpr int64_t kRowChunk = 128;  // rows of x that stay in L2 while the columns pass
 

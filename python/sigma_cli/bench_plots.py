@@ -72,7 +72,7 @@ def draw_roofline(axes: Axes, dtype: str, races: Sequence[Race]) -> None:
     ]
     left = min(x for x, _ in points) / 1.8
     right = max(max(x for x, _ in points) * 1.8, 3 * dense / read)
-    lowest, top = min([*speeds, left * read]) / 1.2, dense * 2.2
+    lowest, top = min([*speeds, left * read]) / 1.2, max(dense, *speeds) * 2.2
     bottom = lowest / (top / lowest) ** (BAND / (1 - BAND))  # the labels stand below the lowest point
     ridge = dense / read
     axes.plot([left, ridge, right], [left * read, dense, dense], color="black", linewidth=1.5)

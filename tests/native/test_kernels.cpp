@@ -329,11 +329,14 @@ void test_permute(const Case& c, const std::vector<int32_t>& row_map) {
 void test_route(const Case& c) {
   const int64_t T = c.T, E = c.E;
   for (const int k : {1, static_cast<int>(E)})
-    for (int mode = 0; mode < 8; ++mode) {
+    for (int mode = 0; mode < 32; ++mode) {
       const bool is_softmax = mode & 1, is_normalized = mode & 2, has_bias = mode & 4;
+      const bool has_sums = mode & 8, sums_softmax = mode & 16;
+      if (sums_softmax && !has_sums) continue;
       const Floats logits = random_floats(T * E), bias = random_floats(E), grad_w = random_floats(T * k);
+      const Floats grad_sums = random_floats(E), grad_square = random_floats(1);
       std::vector<int32_t> indices(T * k), counts(E), offsets(E + 1), row_map(T * k);
-      Floats weights(T * k, NAN), grad(T * E, NAN);
+      Floats weights(T * k, NAN), grad(T * E, NAN), sums(E, NAN), square(1, NAN);
       route({.T = T,
              .E = E,
              .k = k,
@@ -347,7 +350,10 @@ void test_route(const Case& c) {
              .counts = counts.data(),
              .offsets = offsets.data(),
              .row_map = row_map.data(),
-             .threads = 2});
+             .threads = 2,
+             .sums_softmax = sums_softmax,
+             .probabilities = has_sums ? sums.data() : nullptr,
+             .square = has_sums ? square.data() : nullptr});
       route_backward({.T = T,
                       .E = E,
                       .k = k,
@@ -358,20 +364,45 @@ void test_route(const Case& c) {
                       .indices = indices.data(),
                       .grad_weights = grad_w.data(),
                       .grad_logits = grad.data(),
-                      .threads = 2});
-      std::vector<double> want(T * k);
+                      .threads = 2,
+                      .sums_softmax = sums_softmax,
+                      .grad_probabilities = has_sums ? grad_sums.data() : nullptr,
+                      .grad_square = has_sums ? grad_square.data() : nullptr});
+      std::vector<double> want(T * k), want_grad(T * E), want_sums(E), want_square(1);
       for (int64_t t = 0; t < T; ++t) {
-        double all = 0, chosen = 0;
-        const auto score = [&](int64_t e) {
-          const double l = logits[t * E + e];
-          return is_softmax ? std::exp(l) : 1 / (1 + std::exp(-l));
-        };
-        for (int64_t e = 0; e < E; ++e) all += score(e);
+        const auto exp_of = [&](int64_t e) { return std::exp(double{logits[t * E + e]}); };
+        const auto sigmoid_of = [&](int64_t e) { return 1 / (1 + 1 / exp_of(e)); };
+        const auto score = [&](int64_t e) { return is_softmax ? exp_of(e) : sigmoid_of(e); };
+        const auto share = [&](int64_t e) { return sums_softmax ? exp_of(e) : sigmoid_of(e); };
+        double all = 0, chosen = 0, exps = 0, shares = 0, inner = 0, inner_sums = 0;
+        for (int64_t e = 0; e < E; ++e) all += score(e), exps += exp_of(e), shares += share(e);
         for (int j = 0; j < k; ++j) chosen += score(indices[t * k + j]);
-        for (int j = 0; j < k; ++j)
+        for (int64_t e = 0; e < E; ++e) inner_sums += grad_sums[e] * share(e) / shares;
+        for (int j = 0; j < k; ++j) {
           want[t * k + j] = score(indices[t * k + j]) / (is_normalized ? chosen : is_softmax ? all : 1);
+          inner += grad_w[t * k + j] * want[t * k + j];
+        }
+        double* const g = &want_grad[t * E];
+        if (!is_softmax && !is_normalized) inner = 0;
+        for (int64_t e = 0; is_softmax && !is_normalized && e < E; ++e) g[e] -= score(e) / all * inner;
+        for (int j = 0; j < k; ++j) {
+          const int64_t e = indices[t * k + j];
+          const double slope = is_softmax ? 1 : 1 - sigmoid_of(e);
+          g[e] += want[t * k + j] * slope * (grad_w[t * k + j] - (is_normalized ? inner : 0));
+        }
+        for (int64_t e = 0; has_sums && e < E; ++e) {
+          const double slope = sums_softmax ? 1 : 1 - sigmoid_of(e);
+          g[e] += share(e) / shares * (grad_sums[e] - inner_sums) * slope;
+          g[e] += 2 * grad_square[0] * std::log(exps) * exp_of(e) / exps;
+          want_sums[e] += share(e) / shares;
+        }
+        want_square[0] += std::log(exps) * std::log(exps);
       }
       check("route", weights, want);
+      check("route_backward", grad, want_grad);
+      if (!has_sums) continue;
+      check("sums of route", sums, want_sums);
+      check("squares of route", square, want_square);
     }
 }
 

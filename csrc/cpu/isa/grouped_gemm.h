@@ -137,10 +137,11 @@ void dot_block(const DotBlock<A, W>& d) {
     }
   };
   const W* ahead = d.prefetch;
-  const int lines = d.prefetch_rows ? d.prefetch_lines : 0;
+  const int lines = d.prefetch_lines;
   int row = d.prefetch_rows;
   int64_t k = 0;
-  for (; k + kElements <= K; k += kElements) {
+  const int64_t asks = d.prefetch_steps * kElements;
+  for (; k + kElements <= (asks < K ? asks : K); k += kElements) {
     for (int l = 0; l < lines; ++l) {
       __builtin_prefetch(ahead, 0, 2);
       ahead += ldb;
@@ -151,6 +152,7 @@ void dot_block(const DotBlock<A, W>& d) {
     }
     step(k, [](const auto* p) SK_STEP { return load_step<A>(p); });
   }
+  for (; k + kElements <= K; k += kElements) step(k, [](const auto* p) SK_STEP { return load_step<A>(p); });
   if (k < K) step(k, [n = K - k](const auto* p) SK_STEP { return load_step_partial<A>(p, n); });
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -221,14 +223,15 @@ void axpy_block(const AxpyBlock<A, P, W>& d) {
   }
 }
 
-template <int MR, bool kIsFull, class A, class W>
-SK_INLINE void outer_body(const OuterBlock<A, W>& d) {
+template <int MR, class A, class W>
+void outer_block(const OuterBlock<A, W>& d) {
   using V = typename VecOf<A>::type;
   Vec sum[MR][kPanelVecs] = {};
-  for (int64_t r = 0; r < d.R; ++r) {
+  const Packed<A>*a = d.a, *b = d.b;
+  for (int64_t r = 0; r < d.R; ++r, a += kAxpyRows, b += kPanel) {
     V w[kPanelVecs];
-    load_row<kPanelVecs>(w, d.b[r], d.columns, kIsFull);
-    const Packed<A>* a = d.a[r];
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVecs; ++v) w[v] = load(b + v * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
       const V x = broadcast(a[m]);
@@ -238,11 +241,6 @@ SK_INLINE void outer_body(const OuterBlock<A, W>& d) {
   }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) put_row<kPanelVecs>(d.c + m * d.ldc, sum[m], d.columns, d.mode);
-}
-
-template <int MR, class A, class W>
-void outer_block(const OuterBlock<A, W>& d) {
-  return d.columns == kPanel ? outer_body<MR, true>(d) : outer_body<MR, false>(d);
 }
 
 }  // namespace sigma::SK_NS

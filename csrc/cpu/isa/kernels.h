@@ -64,8 +64,9 @@ struct DotBlock {
   // Weights that come later, for the cache: a window of rows ldb apart, walked down, then a line along.  Many
   // short streams at once keep the hardware's own prefetcher busy; row after row would not.
   const W* prefetch;
-  int prefetch_rows;   // of the window, 0: none
-  int prefetch_lines;  // a step of the contraction
+  int prefetch_rows;       // of the window
+  int prefetch_lines;      // a step of the contraction,
+  int64_t prefetch_steps;  // in so many of its first, 0: none
 };
 
 // A block of rows of A times a panel of B that is contiguous along the output.
@@ -87,11 +88,11 @@ struct AxpyBlock {
   int prefetch_lines;
 };
 
-// A block of A^T B: the sum over rows of outer products.  For bf16 operands a row is a packed pair of rows.
+// A block of A^T B: the sum over R rows of outer products.  For bf16 operands a row is a packed pair of rows.
 template <class A, class W>
 struct OuterBlock {
-  const Packed<A>* const* a;  // R rows, already at the block's first column
-  const Packed<A>* const* b;
+  const Packed<A>* a;  // [R, axpy_rows], packed
+  const Packed<A>* b;  // [R, panel], packed
   W* c;
   int64_t ldc;
   int64_t R;
