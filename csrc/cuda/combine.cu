@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Combine<T> c) {
   for (int64_t t = blockIdx.x * int64_t{kWarps} + warp(); t < c.tokens; t += gridDim.x * int64_t{kWarps}) {
     each_part<V>(c.H, [&]<int N>(int64_t column) {
       float sum[N] = {};
+#pragma unroll 2  // unrolled by four, which ptxas would rather, registers spill
       for (int j = 0; j < c.k; ++j) {
         const int64_t slot = t * c.k + j, row = c.row_of_slot ? c.row_of_slot[slot] : slot;
         if (row < 0) continue;
