@@ -10,13 +10,6 @@ namespace {
 constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int64_t kMaxBlocks = 1 << 20;
 
-// f(column, number of columns from there) for what a lane has of a row of H, V at once and then one by one.
-template <int V, class F>
-__device__ void each_part(int64_t H, F f) {
-  for (int64_t c = int64_t{lane()} * V; c + V <= H; c += kWarp * V) f.template operator()<V>(c);
-  if (V > 1 && H / V * V + lane() < H) f.template operator()<1>(H / V * V + lane());
-}
-
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) combine_kernel(Combine<T> c) {
   for (int64_t t = blockIdx.x * int64_t{kWarps} + warp(); t < c.tokens; t += gridDim.x * int64_t{kWarps}) {
@@ -63,11 +56,6 @@ __global__ void __launch_bounds__(kThreads) combine_backward_kernel(CombineBackw
     dot = warp_sum(dot);
     if (lane() == 0) c.grad_weights[slot] = dot;
   }
-}
-
-template <class T>
-bool has_vectors(const T* x, int64_t ld) {
-  return is_aligned(x, 16) && ld % kVector<T> == 0;  // null, where there is no such operand, is aligned
 }
 
 }  // namespace

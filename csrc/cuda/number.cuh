@@ -57,4 +57,16 @@ struct alignas(sizeof(T) * N) Vector {
 template <class T>
 constexpr int kVector = 16 / sizeof(T);  // elements of the widest load
 
+template <class T>
+bool has_vectors(const T* x, int64_t ld) {
+  return is_aligned(x, 16) && ld % kVector<T> == 0;  // null, where there is no such operand, is aligned
+}
+
+// f<n>(column) for what a lane has of a row of H, n = V at once and then one by one.
+template <int V, class F>
+__device__ void each_part(int64_t H, F f) {
+  for (int64_t c = int64_t{lane()} * V; c + V <= H; c += kWarp * V) f.template operator()<V>(c);
+  if (V > 1 && H / V * V + lane() < H) f.template operator()<1>(H / V * V + lane());
+}
+
 }  // namespace sigma::cuda
