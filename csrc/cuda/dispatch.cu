@@ -1,6 +1,6 @@
 // Packing is one pass over the rows: a warp finds its row's segment and copies it.  Bound: bytes.
+#include "copy_row.cuh"
 #include "dispatch.h"
-#include "launch.cuh"
 
 namespace sigma::cuda {
 namespace {
@@ -9,8 +9,7 @@ constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int64_t kMaxBlocks = 1 << 20;
 
 // The last rank whose first row is not beyond r.
-__device__ int rank_of_row(const Pack& p, int64_t r) {
-  const int experts = p.E / p.ranks;
+__device__ int rank_of_row(const Pack& p, int experts, int32_t r) {
   int low = 0, high = p.ranks;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -20,8 +19,7 @@ __device__ int rank_of_row(const Pack& p, int64_t r) {
 }
 
 template <class Unit>
-__global__ void __launch_bounds__(kThreads) pack_kernel(Pack p) {
-  const int experts = p.E / p.ranks;
+__global__ void __launch_bounds__(kThreads) pack_kernel(Pack p, int experts) {
   if (blockIdx.x == 0)
     for (int rank = threadIdx.x; rank < p.ranks; rank += kThreads) {
       const int32_t rows = p.offsets[(rank + 1) * experts] - p.offsets[rank * experts];
@@ -29,21 +27,17 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(Pack p) {
       p.rank_counts[rank] = sent;
       if (sent < rows) atomicAdd(p.dropped, rows - sent);
     }
-  const int64_t units = p.row_bytes / static_cast<int64_t>(sizeof(Unit));
   for (int64_t r = blockIdx.x * int64_t{kWarps} + warp(); r < p.R; r += gridDim.x * int64_t{kWarps}) {
     int64_t place = r;
     if (p.capacity) {
-      const int rank = rank_of_row(p, r);
+      const int rank = rank_of_row(p, experts, static_cast<int32_t>(r));
       const int64_t at = r - p.offsets[rank * experts];
       place = at < p.capacity ? rank * p.capacity + at : -1;
     }
     const int32_t slot = p.row_map[r];
     if (lane() == 0) p.place_of_slot[slot] = static_cast<int32_t>(place);
     if (place < 0) continue;
-    const auto* const x = reinterpret_cast<const Unit*>(p.x + int64_t{slot / p.k} * p.ldx_bytes);
-    auto* const out = reinterpret_cast<Unit*>(p.out + place * p.row_bytes);
-#pragma unroll 4
-    for (int64_t i = lane(); i < units; i += kWarp) out[i] = x[i];
+    copy_row<Unit>(p.x + int64_t{slot / p.k} * p.ldx_bytes, p.out + place * p.row_bytes, p.row_bytes);
   }
 }
 
@@ -96,19 +90,9 @@ __global__ void __launch_bounds__(kThreads) plan_receive_kernel(PlanReceive p) {
 cudaError_t pack(const Pack& p, cudaStream_t stream) {
   if (p.ranks < 1 || p.E % p.ranks) return cudaErrorInvalidValue;
   if (const cudaError_t error = cudaMemsetAsync(p.dropped, 0, sizeof(int32_t), stream)) return error;
-  const auto fits = [&](int64_t bytes) {
-    return is_aligned(p.x, bytes) && is_aligned(p.out, bytes) && p.ldx_bytes % bytes == 0 &&
-           p.row_bytes % bytes == 0;
-  };
   const dim3 grid(smaller(larger(ceil_div(p.R, kWarps), 1), kMaxBlocks));  // one block writes the counts
-  if (fits(16))
-    SK_LAUNCH(pack_kernel<uint4>, grid, kThreads, 0, stream, p);
-  else if (fits(4))
-    SK_LAUNCH(pack_kernel<uint32_t>, grid, kThreads, 0, stream, p);
-  else if (fits(2))
-    SK_LAUNCH(pack_kernel<uint16_t>, grid, kThreads, 0, stream, p);
-  else
-    SK_LAUNCH(pack_kernel<uint8_t>, grid, kThreads, 0, stream, p);
+  with_unit(p.x, p.ldx_bytes, p.out, p.row_bytes,
+            [&]<class Unit>() { SK_LAUNCH(pack_kernel<Unit>, grid, kThreads, 0, stream, p, p.E / p.ranks); });
   return cudaGetLastError();
 }
 
