@@ -86,6 +86,11 @@ inline std::vector<float> unwritten(int64_t n) {
   return std::vector<float>(n, std::numeric_limits<float>::quiet_NaN());
 }
 
+template <class T>
+bool has_same_bytes(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
 // |got - want| <= bound * (typical size + |want|), the typical size being `terms` at least: that of the terms
 // whose sum a result is, where they may cancel.
 template <class T, class ToFloat>

@@ -43,7 +43,7 @@ void test_copying() {
   std::vector<Stamp> stamps(kBlocks * kRounds, {-1, -1, -1, -1});
   const Copying c{kBlocks, kRounds, kSlice, from.data(), to.data(), stamps.data()};
   expect(run_copying(c, nullptr) == cudaSuccess && is_in_order(stamps, kRounds), "stamps of copying");
-  expect(std::memcmp(from.data(), to.data(), from.size() * sizeof(uint4)) == 0, "slices copied");
+  expect(check::has_same_bytes(from, to), "slices copied");
 }
 
 }  // namespace

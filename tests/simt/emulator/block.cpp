@@ -272,6 +272,9 @@ void run(const void* kernel, dim3 grid, dim3 block, size_t smem, const std::func
 
 cudaError_t cudaGetLastError() { return std::exchange(simt::last_error, cudaSuccess); }
 
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
+
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
