@@ -35,6 +35,6 @@ def _cuda() -> str:
         built = "kernels not built (pip install . -C cmake.define.SIGMA_CUDA=ON)"
     else:
         driver = native.driver_version()
-        seen = f"driver for {driver}" if driver else "no driver here"
-        built = f"kernels built with {native.runtime_version()}, {seen}"
+        seen = f"driver for CUDA {driver}" if driver else "no driver here"
+        built = f"kernels built with CUDA {native.runtime_version()}, {seen}"
     return f"{built}; {'a GPU' if torch.cuda.is_available() else 'none'} seen by torch"

@@ -132,9 +132,10 @@ def main() -> int:
     for (source, architecture), kernels in zip(jobs, results, strict=True):
         found = faults(kernels, WANTED[source.name])
         passed, failed = passed + len(kernels), failed + len(found)
-        most = max(k.registers for k in kernels)
+        most, spilled = max(k.registers for k in kernels), sum(k.spilled for k in kernels)
         print(
-            f"{source.name:20} sm_{architecture:<4} {len(kernels):2} kernels, {most:3} registers at most, no spills"
+            f"{source.name:20} sm_{architecture:<4} {len(kernels):2} kernels, "
+            f"{most:3} registers at most, {spilled} bytes spilled"
         )
         for k in kernels if verbose else ():
             print(f"    {k.registers:3} registers  {k.name}")
