@@ -13,6 +13,9 @@
 #include "cpu/memory.h"
 #include "cpu/permute.h"
 #include "cpu/route.h"
+#if defined(SIGMA_CUDA)
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 using namespace sigma::cpu;
@@ -318,4 +321,9 @@ PYBIND11_MODULE(_C, m) {
   bind_combine<F16>(m, "_f16");
   bind_convert<Bf16>(m, "_bf16");
   bind_convert<F16>(m, "_f16");
+
+#if defined(SIGMA_CUDA)
+  auto cuda = m.def_submodule("cuda", "Kernels of csrc/cuda, on a stream.");
+  sigma::cuda::bind(cuda);
+#endif
 }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NAMES = ("cpu", "reference")
+NAMES = ("cuda", "cpu", "reference")
 
 _forced: str | None = None
 _tables: dict[str, Sequence["Backend"]] = {}
@@ -25,6 +25,7 @@ class Backend:
     """One row of an operation's table: an implementation and the calls it supports.
 
     A row that is `by_name` runs in float32 only where it is forced: the reference is a definition, not a stand-in.
+    `missing` says why a row can't run at all in this installation.
     """
 
     name: str
@@ -32,9 +33,12 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     device: str | None = None
     by_name: bool = False
+    missing: str | None = None
 
     def obstacle(self, dtype: torch.dtype, device: str) -> str | None:
         """Why this row can't run such a call, or None if it can."""
+        if self.missing:
+            return self.missing
         if self.device not in (None, device):
             return f"it runs on {self.device}, the data lie on {device}"
         if dtype not in self.dtypes:
@@ -114,7 +118,8 @@ def backends() -> dict[str, dict[str, str]]:
     """For each operation and backend, what it runs on this machine: {op: {backend: dtypes and device}}."""
     return {
         op: {
-            row.name: f"{', '.join(map(_short, row.dtypes))} on {row.device or 'any device'}" for row in rows
+            row.name: row.missing or f"{', '.join(map(_short, row.dtypes))} on {row.device or 'any device'}"
+            for row in rows
         }
         for op, rows in sorted(_tables.items())
     }

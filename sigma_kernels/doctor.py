@@ -19,7 +19,7 @@ def report() -> str:
         f"python         {platform.python_version()} on {platform.machine()}",
         f"isa            {isa} ({sk._C.lanes()} lanes); this processor supports {', '.join(supported)}",
         f"huge pages     {huge.read_text().strip() if huge.exists() else 'not offered by this system'}",
-        f"cuda           {'seen by torch' if torch.cuda.is_available() else 'none seen by torch'}",
+        f"cuda           {_cuda()}",
         "",
     ]
     if isa == "base":
@@ -27,3 +27,14 @@ def report() -> str:
     for op, rows in sk.backends().items():
         lines.append(f"{op:22} " + "; ".join(f"{name}: {what}" for name, what in rows.items()))
     return "\n".join(lines)
+
+
+def _cuda() -> str:
+    native = getattr(sk._C, "cuda", None)
+    if native is None:
+        built = "kernels not built (pip install . -C cmake.define.SIGMA_CUDA=ON)"
+    else:
+        driver = native.driver_version()
+        seen = f"driver for CUDA {driver}" if driver else "no driver here"
+        built = f"kernels built with CUDA {native.runtime_version()}, {seen}"
+    return f"{built}; {'a GPU' if torch.cuda.is_available() else 'none'} seen by torch"

@@ -154,6 +154,7 @@ def test_functional_transforms_work_or_say_that_they_do_not():
 
 X, INDEX, WEIGHTS, GATE_UP, DOWN = (t.detach() for t in experts())
 LOGITS = torch.randn(4, 6)
+NO_CUDA = "it runs on cuda, the data lie on cpu" if hasattr(sk._C, "cuda") else "built without CUDA"
 WRONG = [
     (lambda: sk.route(torch.randn(4)), ValueError, "route: logits must be [T, E] with E > 0, found [4]"),
     (lambda: sk.route(LOGITS.long()), TypeError, "route: logits must be floating point, found torch.int64"),
@@ -168,7 +169,8 @@ WRONG = [
     (
         lambda: sk.permute(X.to(torch.float8_e4m3fn), sk.group_by_expert(INDEX, 3)),
         RuntimeError,
-        "no backend can run permute here: 'cpu': it takes float32, bfloat16, float16, not float8_e4m3fn; "
+        f"no backend can run permute here: 'cuda': {NO_CUDA}; "
+        "'cpu': it takes float32, bfloat16, float16, not float8_e4m3fn; "
         "'reference': it takes float32, float64, not float8_e4m3fn (sigma doctor shows the table)",
     ),
     (
@@ -219,7 +221,7 @@ WRONG = [
     (
         lambda: sk.backend("metal").__enter__(),
         ValueError,
-        "backend: backend must be one of cpu, reference, found 'metal'",
+        "backend: backend must be one of cuda, cpu, reference, found 'metal'",
     ),
     (
         lambda: sk.nn.TopKRouter(4, 3, top_k=5),

@@ -192,6 +192,24 @@ def way(experts: torch.nn.Module) -> str:
     return f"two GEMMs: {', '.join(named)}" if named else "fused"
 
 
+def moved_by_one_ulp(model, experts, inputs, grads):
+    """How far each of eager's own gradients goes where the experts' weights change in their last place.
+
+    Gradients of some families are small differences of large terms: rounding that the layer's result cannot show, of
+    theirs as of ours, stands out there.
+    """
+    weights = [p for module in experts for p in module.parameters()]
+    before = [p.detach().clone() for p in weights]
+    with torch.no_grad():
+        for p in weights:
+            p *= 1 + torch.finfo(p.dtype).eps * torch.randint(-1, 2, p.shape)
+    _, other = outputs_and_grads(model, experts, inputs)
+    with torch.no_grad():
+        for p, old in zip(weights, before, strict=True):
+            p.copy_(old)
+    return {key: float((other[key] - grad).abs().max()) for key, grad in grads.items()}
+
+
 def test_every_class_is_in_the_table():
     sources = [path.read_text() for path in MODELS.glob("*/modeling_*.py")]
     assert len(FOUND) == sum(source.count("\n@use_experts_implementation") for source in sources)
@@ -207,6 +225,7 @@ def test_model_equals_eager(name, top_k, monkeypatch):
     inputs = INPUTS.get(name, {"input_ids": TOKENS})
     model.set_experts_implementation("eager")
     want, want_grads = outputs_and_grads(model, experts, inputs)
+    moved = moved_by_one_ulp(model, experts, inputs, want_grads)
 
     called, fused = [], []
 
@@ -233,7 +252,8 @@ def test_model_equals_eager(name, top_k, monkeypatch):
     for key, grad in got_grads.items():
         # A router normalised over its one expert has gradient zero: what is left there is rounding of larger terms.
         scale = want_grads[key].abs().max() + 1e-2 * largest
-        assert (grad - want_grads[key]).abs().max() <= 4 * tolerance(torch.float32, 64) * scale, key
+        bound = max(4 * tolerance(torch.float32, 64) * scale, 8 * moved[key])
+        assert (grad - want_grads[key]).abs().max() <= bound, key
 
 
 def test_page_lists_no_other():

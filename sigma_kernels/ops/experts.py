@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sigma_kernels import reference
 from sigma_kernels.backends import Backend, register_table, select
-from sigma_kernels.ops import experts_cpu
+from sigma_kernels.ops import cuda, experts_cpu, experts_cuda
 from sigma_kernels.ops.library import (
     REFERENCE,
     STORED,
@@ -243,14 +243,17 @@ def _backward_reference(
 
 
 register_table("moe_experts", [
+    cuda.row(experts_cuda.forward, cuda.TENSOR_CORE),
     Backend("cpu", experts_cpu.forward, STORED, "cpu"),
     Backend("reference", _reference_from_rows, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("moe_experts_inference", [
+    cuda.row(experts_cuda.inference, cuda.TENSOR_CORE),
     Backend("cpu", experts_cpu.inference, STORED, "cpu"),
     Backend("reference", _inference_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("moe_experts_backward", [
+    cuda.row(experts_cuda.backward, cuda.TENSOR_CORE),
     Backend("cpu", experts_cpu.backward, STORED, "cpu"),
     Backend("reference", _backward_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
@@ -272,7 +275,7 @@ define(
         x.new_empty(
             row_map.shape[0] if saves else 0,
             gate_up.shape[1],
-            dtype=torch.promote_types(x.dtype, torch.float32),
+            dtype=x.dtype if x.is_cuda else torch.promote_types(x.dtype, torch.float32),
         ),
     ),
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sigma_kernels import reference
 from sigma_kernels.backends import Backend, register_table, select
+from sigma_kernels.ops import cuda
 from sigma_kernels.ops.library import (
     REFERENCE,
     STORED,
@@ -112,10 +113,12 @@ def _grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 
 register_table("grouped_gemm", [
+    cuda.row(cuda.grouped_gemm, cuda.TENSOR_CORE),
     Backend("cpu", _grouped_gemm_cpu, STORED, "cpu"),
     Backend("reference", _grouped_gemm_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("grouped_outer", [
+    cuda.row(cuda.grouped_outer, cuda.TENSOR_CORE),
     Backend("cpu", _grouped_outer_cpu, STORED, "cpu"),
     Backend("reference", _grouped_outer_reference, REFERENCE, by_name=True),
 ])  # fmt: skip

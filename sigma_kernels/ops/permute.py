@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sigma_kernels import _C, reference
 from sigma_kernels.backends import Backend, register_table, select
+from sigma_kernels.ops import cuda
 from sigma_kernels.ops.library import (
     REFERENCE,
     STORED,
@@ -108,14 +109,17 @@ def _unpermute_backward_reference(
 
 
 register_table("permute", [
+    cuda.row(cuda.permute, STORED),
     Backend("cpu", _permute_cpu, STORED, "cpu"),
     Backend("reference", reference.permute, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("unpermute", [
+    cuda.row(cuda.unpermute, STORED),
     Backend("cpu", _unpermute_cpu, STORED, "cpu"),
     Backend("reference", reference.unpermute, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("unpermute_backward", [
+    cuda.row(cuda.unpermute_backward, STORED),
     Backend("cpu", _unpermute_backward_cpu, STORED, "cpu"),
     Backend("reference", _unpermute_backward_reference, REFERENCE, by_name=True),
 ])  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sigma_kernels import _C, reference
 from sigma_kernels.backends import Backend, register_table, select
+from sigma_kernels.ops import cuda
 from sigma_kernels.ops.library import (
     NATIVE,
     REFERENCE,
@@ -213,15 +214,18 @@ def _group_outputs(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
 
 
 register_table("route", [
+    cuda.row(cuda.route, NATIVE),
     Backend("cpu", _route_cpu, NATIVE, "cpu"),
     Backend("reference", _route_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("route_backward", [
+    cuda.row(cuda.route_backward, NATIVE),
     Backend("cpu", _route_backward_cpu, NATIVE, "cpu"),
     Backend("reference", _route_backward_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 INDEX = (torch.int32,)
 register_table("group_by_expert", [
+    cuda.row(cuda.group_by_expert, INDEX),
     Backend("cpu", _group_cpu, INDEX, "cpu"),
     Backend("reference", _group_reference, INDEX, by_name=True),
 ])  # fmt: skip

@@ -1,0 +1,183 @@
+"""The operations on csrc/cuda: memory for what a launcher is asked for, and the call, on torch's current stream.
+
+Nothing here looks at a value on the device, so nothing waits for it, and a CUDA graph can capture every call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sigma_kernels import _C
+from sigma_kernels.backends import Backend
+
+TENSOR_CORE = (torch.bfloat16, torch.float16)
+SUFFIX = {torch.float32: "", torch.bfloat16: "_bf16", torch.float16: "_f16"}
+
+_native: Any = getattr(_C, "cuda", None)
+
+
+def row(run: Callable[..., Any], dtypes: tuple[torch.dtype, ...]) -> Backend:
+    """The row of an operation's table."""
+    missing = "built without CUDA" if _native is None else None
+    return Backend("cuda", run, dtypes, "cuda", missing=missing)
+
+
+def launch(name: str, data: Tensor, *arguments: Any) -> None:
+    """Launch on the stream that torch uses now on the device of `data`."""
+    with torch.cuda.device(data.device):
+        getattr(_native, name)(*arguments, torch.cuda.current_stream(data.device).cuda_stream)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _workspace(like: Tensor, num_bytes: int) -> Tensor:
+    return like.new_empty(num_bytes, dtype=torch.uint8)
+
+
+def _check_experts(op: str, E: int, most: int) -> None:
+    if most < E:
+        raise ValueError(f"{op}: backend 'cuda' takes at most {most} experts, found E={E}")
+
+
+def route(
+    logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    T, E = logits.shape
+    _check_experts("route", E, _native.max_experts)
+    logits = _rows(logits)
+    bias = None if bias is None else bias.contiguous()
+    int32 = torch.int32
+    weights, indices = logits.new_empty(T, top_k), logits.new_empty(T, top_k, dtype=int32)
+    counts, offsets = logits.new_empty(E, dtype=int32), logits.new_empty(E + 1, dtype=int32)
+    row_map = logits.new_empty(T * top_k, dtype=int32)
+    workspace = _workspace(logits, _native.route_workspace(T, E))
+    launch(
+        "route", logits, T, E, top_k, logits.data_ptr(), logits.stride(0), _address(bias), softmax, normalize,
+        indices.data_ptr(), weights.data_ptr(), counts.data_ptr(), offsets.data_ptr(), row_map.data_ptr(),
+        workspace.data_ptr(),
+    )  # fmt: skip
+    return weights, indices, counts, offsets, row_map
+
+
+def route_backward(
+    grad_weights: Tensor, logits: Tensor, indices: Tensor, softmax: bool, normalize: bool
+) -> Tensor:
+    T, E = logits.shape
+    _check_experts("route_backward", E, _native.max_experts)
+    logits, grad_weights, indices = _rows(logits), grad_weights.contiguous(), indices.contiguous()
+    grad_logits = logits.new_empty(T, E)
+    launch(
+        "route_backward", logits, T, E, indices.shape[1], logits.data_ptr(), logits.stride(0), softmax, normalize,
+        indices.data_ptr(), grad_weights.data_ptr(), grad_logits.data_ptr(),
+    )  # fmt: skip
+    return grad_logits
+
+
+def group_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check_experts("group_by_expert", num_experts, _native.max_groups)
+    indices = indices.contiguous()
+    R = indices.numel()
+    counts, offsets = indices.new_empty(num_experts), indices.new_empty(num_experts + 1)
+    row_map = indices.new_empty(R)
+    workspace = _workspace(indices, _native.group_workspace(R, num_experts))
+    launch(
+        "group_by_expert", indices, R, num_experts, indices.data_ptr(), counts.data_ptr(), offsets.data_ptr(),
+        row_map.data_ptr(), workspace.data_ptr(),
+    )  # fmt: skip
+    return counts, offsets, row_map
+
+
+def permute(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
+    x = _rows(x)
+    R, H = row_map.shape[0], x.shape[1]
+    out = x.new_empty(R, H)
+    launch(
+        "copy_rows", x, R, H * x.itemsize, x.data_ptr(), x.stride(0) * x.itemsize, row_map.data_ptr(), top_k,
+        out.data_ptr(), H * x.itemsize, 0,
+    )  # fmt: skip
+    return out
+
+
+def unpermute(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
+    row_of_slot = torch.empty_like(row_map)
+    launch("invert", y, row_map.data_ptr(), row_map.shape[0], row_of_slot.data_ptr())
+    return combine(y, row_of_slot, weights, top_k)
+
+
+def combine(y: Tensor, row_of_slot: Tensor | None, weights: Tensor | None, top_k: int) -> Tensor:
+    y = _rows(y)
+    T, H = y.shape[0] // top_k, y.shape[1]
+    weights = None if weights is None else weights.float().contiguous()
+    out = y.new_empty(T, H)
+    launch(
+        "combine" + SUFFIX[y.dtype], y, T, H, top_k, y.data_ptr(), y.stride(0), _address(row_of_slot),
+        _address(weights), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def unpermute_backward(
+    grad_out: Tensor, y: Tensor, row_map: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_out, y, factors = _rows(grad_out), _rows(y), weights.float().contiguous()
+    grad_y, grad_weights = y.new_empty(y.shape), torch.empty_like(factors)
+    launch(
+        "combine_backward" + SUFFIX[y.dtype], y, *y.shape, weights.shape[1], grad_out.data_ptr(),
+        grad_out.stride(0), y.data_ptr(), y.stride(0), row_map.data_ptr(), factors.data_ptr(), grad_y.data_ptr(),
+        grad_weights.data_ptr(),
+    )  # fmt: skip
+    return grad_y, grad_weights.to(weights.dtype)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    transposed: bool,
+    gather: tuple[Tensor | None, int] = (None, 1),
+    scatter: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """One product per expert; rows of x taken by (slot of row, k), rows of y and their factors by slot."""
+    x, weight = _rows(x), weight if weight.stride(-1) == 1 else weight.contiguous()
+    E, N, K = weight.shape if transposed else (weight.shape[0], weight.shape[2], weight.shape[1])
+    index, divisor = gather
+    R = x.shape[0] if index is None else index.shape[0]
+    y = x.new_empty(R, N)
+    launch(
+        "grouped_gemm" + SUFFIX[x.dtype], x, R, E, N, K, offsets.data_ptr(), x.data_ptr(), x.stride(0),
+        _address(index), divisor, weight.data_ptr(), weight.stride(0), weight.stride(1), transposed, y.data_ptr(),
+        _address(scatter), _address(scale),
+    )  # fmt: skip
+    return y
+
+
+def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, transpose_weight: bool) -> Tensor:
+    if weight.stride(-1) != 1 and weight.stride(-2) == 1:  # the same numbers, lying the other way
+        weight, transpose_weight = weight.transpose(1, 2), not transpose_weight
+    return product(x, weight, offsets, transpose_weight)
+
+
+def grouped_outer(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    accumulate: bool,
+    gather_a: tuple[Tensor | None, int] = (None, 1),
+    gather_b: tuple[Tensor | None, int] = (None, 1),
+) -> None:
+    a, b = _rows(a), _rows(b)
+    launch(
+        "grouped_outer" + SUFFIX[a.dtype], a, *out.shape, offsets.data_ptr(), a.data_ptr(), a.stride(0),
+        _address(gather_a[0]), gather_a[1], b.data_ptr(), b.stride(0), _address(gather_b[0]), gather_b[1],
+        out.data_ptr(), accumulate,
+    )  # fmt: skip
