@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -48,3 +49,19 @@ class RouterSums(NamedTuple):
     square: Tensor
     tokens: int
     score: str
+
+
+def empty_routing(logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    """Memory for a Routing of logits [T, E], the weights first."""
+    T, E = logits.shape
+    indices = logits.new_empty(T, top_k, dtype=torch.int32)
+    return logits.new_empty(T, top_k), indices, *empty_order(indices, E)
+
+
+def empty_order(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for counts, offsets and row_map of int32 indices."""
+    return (
+        indices.new_empty(num_experts),
+        indices.new_empty(num_experts + 1),
+        indices.new_empty(indices.numel()),
+    )

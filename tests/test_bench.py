@@ -12,7 +12,7 @@ import torch
 from sigma_cli import bench
 from sigma_cli.bench import lines, page, remarks, rich_table
 from sigma_cli.bench_plots import apart, pictures
-from sigma_train.errors import WrongInput
+from sigma_train.errors import Stopped, WrongInput
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import oracle
@@ -73,6 +73,24 @@ def test_those_too_slow_are_timed_in_their_first_call():
     times, _, slow = first_calls({"slow": lambda: 1, "fast": lambda: 1}, None, {"slow"}, clock)
     assert slow == []
     assert times == {"slow": [1]}
+
+
+def test_a_run_that_is_stopped_writes_its_races(tmp_path, monkeypatch):
+    """Defends: an hour of races lost to a signal, or a page that does not say what it lacks."""
+
+    def stopped(command, **_):
+        target = Path(command[command.index("--race-json") + 1])
+        target.write_text(json.dumps({"races": [a_race()]}))
+        raise Stopped(15)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(bench.subprocess, "run", stopped)
+    with pytest.raises(Stopped):
+        bench.run("layer", True, 1, None, tmp_path / "page.md", tmp_path / "page.json")
+    assert json.loads((tmp_path / "page.json").read_text())["stopped"]
+    text = (tmp_path / "page.md").read_text()
+    assert "The run was stopped; the races that it did not come to are missing." in text
+    assert "## layer/forward/f32, A, balanced" in text
 
 
 def test_those_that_need_seconds_run_in_few_rounds():

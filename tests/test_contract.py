@@ -241,6 +241,36 @@ WRONG = [
         "route_with_sums: balance_score must be 'softmax' or 'sigmoid', found 'softmaxx'",
     ),
     (
+        lambda: sk.route_with_sums(torch.randn(4)),
+        ValueError,
+        "route_with_sums: logits must be [T, E] with E > 0, found [4]",
+    ),
+    (
+        lambda: sk.route_with_sums(LOGITS.long()),
+        TypeError,
+        "route_with_sums: logits must be floating point, found torch.int64",
+    ),
+    (
+        lambda: sk.route_with_sums(LOGITS, bias=torch.ones(6, device="meta")),
+        ValueError,
+        "route_with_sums: bias must lie where logits does, on cpu, found meta",
+    ),
+    (
+        lambda: sk.nn.MoE(4, 4, 3, balance_score=""),
+        ValueError,
+        "TopKRouter: balance_score must be 'softmax' or 'sigmoid', found ''",
+    ),
+    (
+        lambda: sk.nn.load_balancing_loss(LOGITS, torch.ones(6), score=""),
+        ValueError,
+        "load_balancing_loss: score must be 'softmax' or 'sigmoid', found ''",
+    ),
+    (
+        lambda: sk.nn.load_balancing_loss(sk.route_with_sums(LOGITS)[1], torch.ones(5)),
+        ValueError,
+        "load_balancing_loss: counts must be [6], found [5]",
+    ),
+    (
         lambda: sk.nn.load_balancing_loss(LOGITS, torch.ones(6), score="softmaxx"),
         ValueError,
         "load_balancing_loss: score must be 'softmax' or 'sigmoid', found 'softmaxx'",

@@ -252,7 +252,8 @@ def test_model_equals_eager(name, top_k, monkeypatch):
     for key, grad in got_grads.items():
         # A router normalised over its one expert has gradient zero: what is left there is rounding of larger terms.
         scale = want_grads[key].abs().max() + 1e-2 * largest
-        bound = max(4 * tolerance(torch.float32, 64) * scale, 8 * moved[key])
+        usual = 4 * tolerance(torch.float32, 64) * scale
+        bound = min(max(usual, 8 * moved[key]), 2 * usual)  # however far a choice that flips moves it
         assert (grad - want_grads[key]).abs().max() <= bound, key
 
 

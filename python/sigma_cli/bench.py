@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from sigma_train.errors import WrongInput
+from sigma_train.errors import Stopped, WrongInput
 from sigma_train.files import atomic_file, write_text
 
 import sigma_kernels as sk
@@ -54,9 +54,17 @@ def run(
         command += ["--rounds", str(rounds), "--race-json", str(target), "--benchmark-quiet", *extra]
         command += ["--quick"] if quick else []
         command += ["--threads", str(threads)] if threads else []
-        result = subprocess.run(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, check=False)
+        stopped = None
+        try:
+            code = subprocess.run(
+                command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, check=False
+            ).returncode
+        except Stopped as error:  # the races that are over are written all the same
+            stopped, code = error, 1
         found = json.loads(target.read_text()) if target.exists() else {"races": []}
     if not found["races"]:
+        if stopped:
+            raise stopped
         return 1
     arguments = [group, *(["--quick"] if quick else []), "--rounds", str(rounds)]
     arguments += ["--threads", str(threads)] if threads else []
@@ -66,6 +74,7 @@ def run(
         "schema": SCHEMA,
         "environment": environment(shlex.join(["sigma", "bench", *arguments]), threads),
         **found,
+        **({"stopped": True} if stopped else {}),
     }
     for race in document["races"]:
         console.print(rich_table(race))
@@ -75,7 +84,9 @@ def run(
     if output is not None:
         for path in write_page(document, output):
             console.print(f"wrote {path}")
-    return 0 if result.returncode == 0 else 1
+    if stopped:
+        raise stopped
+    return 0 if code == 0 else 1
 
 
 def check_place(path: Path) -> None:
@@ -230,6 +241,11 @@ def page(document: dict[str, Any], plots: Sequence[str] = ()) -> str:
         f"Made by `{' '.join([*variables, about['command']])}` on {about['date']}: {about['cpu']} ({about['machine']}, "
         f"ISA {about['isa']}), {about['threads']} threads, huge pages: {about['thp']}, {versions}"
         + (f", {peak / 2**30:.1f} GiB of memory at most." if peak else "."),
+        *(
+            ["The run was stopped; the races that it did not come to are missing."]
+            if "stopped" in document
+            else []
+        ),
         "OpenMP's and malloc's settings are the defaults but for those in the command.",
         "",
         "Each table is one interleaved run. Bounds are the same FLOPs in one dense product or layer and the same bytes "

@@ -37,7 +37,7 @@ def load_balancing_loss(scores: Tensor | RouterSums, counts: Tensor, *, score: S
         if score not in (None, scores.score):
             raise ValueError(f"{op}: score is {score!r}, the sums are of {scores.score!r}")
     else:
-        check_score(op, score or "softmax")
+        check_score(op, "softmax" if score is None else score)
         check_shape(op, "logits", scores, ("T", "E"))
         wide, T = _wide(scores), scores.shape[0]
         # Sigmoids over their sum, in logarithms: where all underflow their ratios do not.

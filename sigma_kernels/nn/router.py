@@ -49,7 +49,8 @@ class TopKRouter(nn.Module):
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"TopKRouter: top_k must lie in 1..{num_experts}, found {top_k}")
         check_score("TopKRouter", score)
-        check_score("TopKRouter", balance_score or score, "balance_score")
+        balance_score = score if balance_score is None else balance_score
+        check_score("TopKRouter", balance_score, "balance_score")
         if normalize and top_k == 1:
             warnings.warn(
                 "TopKRouter: normalize=True with top_k=1 makes every weight 1, so the router gets no gradient from "
@@ -57,7 +58,7 @@ class TopKRouter(nn.Module):
                 stacklevel=2,
             )
         self.top_k, self.score, self.normalize = top_k, score, normalize
-        self.balance_score: Score = balance_score or score
+        self.balance_score: Score = balance_score
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, **factory))
         self.register_buffer(
             "expert_bias",

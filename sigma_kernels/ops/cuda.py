@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sigma_kernels import _C
 from sigma_kernels.backends import Backend
+from sigma_kernels.ops.library import SUFFIX, address, matrices, rows
+from sigma_kernels.routing import empty_order, empty_routing
 
 TENSOR_CORE = (torch.bfloat16, torch.float16)
-SUFFIX = {torch.float32: "", torch.bfloat16: "_bf16", torch.float16: "_f16"}
 
 _native: Any = getattr(_C, "cuda", None)
 
@@ -30,14 +31,6 @@ def launch(name: str, data: Tensor, *arguments: Any) -> None:
         getattr(_native, name)(*arguments, torch.cuda.current_stream(data.device).cuda_stream)
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _workspace(like: Tensor, num_bytes: int) -> Tensor:
     return like.new_empty(num_bytes, dtype=torch.uint8)
 
@@ -52,19 +45,16 @@ def route(
 ) -> tuple[Tensor, ...]:
     T, E = logits.shape
     _check_experts("route", E, _native.max_experts)
-    logits = _rows(logits)
+    logits = rows(logits)
     bias = None if bias is None else bias.contiguous()
-    int32 = torch.int32
-    weights, indices = logits.new_empty(T, top_k), logits.new_empty(T, top_k, dtype=int32)
-    counts, offsets = logits.new_empty(E, dtype=int32), logits.new_empty(E + 1, dtype=int32)
-    row_map = logits.new_empty(T * top_k, dtype=int32)
+    out = weights, indices, counts, offsets, row_map = empty_routing(logits, top_k)
     workspace = _workspace(logits, _native.route_workspace(T, E))
     launch(
-        "route", logits, T, E, top_k, logits.data_ptr(), logits.stride(0), _address(bias), softmax, normalize,
+        "route", logits, T, E, top_k, logits.data_ptr(), logits.stride(0), address(bias), softmax, normalize,
         indices.data_ptr(), weights.data_ptr(), counts.data_ptr(), offsets.data_ptr(), row_map.data_ptr(),
         workspace.data_ptr(),
     )  # fmt: skip
-    return weights, indices, counts, offsets, row_map
+    return out
 
 
 def route_backward(
@@ -72,7 +62,7 @@ def route_backward(
 ) -> Tensor:
     T, E = logits.shape
     _check_experts("route_backward", E, _native.max_experts)
-    logits, grad_weights, indices = _rows(logits), grad_weights.contiguous(), indices.contiguous()
+    logits, grad_weights, indices = rows(logits), grad_weights.contiguous(), indices.contiguous()
     grad_logits = logits.new_empty(T, E)
     launch(
         "route_backward", logits, T, E, indices.shape[1], logits.data_ptr(), logits.stride(0), softmax, normalize,
@@ -85,18 +75,17 @@ def group_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     _check_experts("group_by_expert", num_experts, _native.max_groups)
     indices = indices.contiguous()
     R = indices.numel()
-    counts, offsets = indices.new_empty(num_experts), indices.new_empty(num_experts + 1)
-    row_map = indices.new_empty(R)
+    out = counts, offsets, row_map = empty_order(indices, num_experts)
     workspace = _workspace(indices, _native.group_workspace(R, num_experts))
     launch(
         "group_by_expert", indices, R, num_experts, indices.data_ptr(), counts.data_ptr(), offsets.data_ptr(),
         row_map.data_ptr(), workspace.data_ptr(),
     )  # fmt: skip
-    return counts, offsets, row_map
+    return out
 
 
 def permute(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
-    x = _rows(x)
+    x = rows(x)
     R, H = row_map.shape[0], x.shape[1]
     out = x.new_empty(R, H)
     launch(
@@ -113,13 +102,13 @@ def unpermute(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int) ->
 
 
 def combine(y: Tensor, row_of_slot: Tensor | None, weights: Tensor | None, top_k: int) -> Tensor:
-    y = _rows(y)
+    y = rows(y)
     T, H = y.shape[0] // top_k, y.shape[1]
     weights = None if weights is None else weights.float().contiguous()
     out = y.new_empty(T, H)
     launch(
-        "combine" + SUFFIX[y.dtype], y, T, H, top_k, y.data_ptr(), y.stride(0), _address(row_of_slot),
-        _address(weights), out.data_ptr(),
+        "combine" + SUFFIX[y.dtype], y, T, H, top_k, y.data_ptr(), y.stride(0), address(row_of_slot),
+        address(weights), out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -127,7 +116,7 @@ def combine(y: Tensor, row_of_slot: Tensor | None, weights: Tensor | None, top_k
 def unpermute_backward(
     grad_out: Tensor, y: Tensor, row_map: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    grad_out, y, factors = _rows(grad_out), _rows(y), weights.float().contiguous()
+    grad_out, y, factors = rows(grad_out), rows(y), weights.float().contiguous()
     grad_y, grad_weights = y.new_empty(y.shape), torch.empty_like(factors)
     launch(
         "combine_backward" + SUFFIX[y.dtype], y, *y.shape, weights.shape[1], grad_out.data_ptr(),
@@ -147,15 +136,15 @@ def product(
     scale: Tensor | None = None,
 ) -> Tensor:
     """One product per expert; rows of x taken by (slot of row, k), rows of y and their factors by slot."""
-    x, weight = _rows(x), weight if weight.stride(-1) == 1 else weight.contiguous()
+    x, weight = rows(x), matrices(weight)
     E, N, K = weight.shape if transposed else (weight.shape[0], weight.shape[2], weight.shape[1])
     index, divisor = gather
     R = x.shape[0] if index is None else index.shape[0]
     y = x.new_empty(R, N)
     launch(
         "grouped_gemm" + SUFFIX[x.dtype], x, R, E, N, K, offsets.data_ptr(), x.data_ptr(), x.stride(0),
-        _address(index), divisor, weight.data_ptr(), weight.stride(0), weight.stride(1), transposed, y.data_ptr(),
-        _address(scatter), _address(scale),
+        address(index), divisor, weight.data_ptr(), weight.stride(0), weight.stride(1), transposed, y.data_ptr(),
+        address(scatter), address(scale),
     )  # fmt: skip
     return y
 
@@ -175,9 +164,9 @@ def grouped_outer(
     gather_a: tuple[Tensor | None, int] = (None, 1),
     gather_b: tuple[Tensor | None, int] = (None, 1),
 ) -> None:
-    a, b = _rows(a), _rows(b)
+    a, b = rows(a), rows(b)
     launch(
         "grouped_outer" + SUFFIX[a.dtype], a, *out.shape, offsets.data_ptr(), a.data_ptr(), a.stride(0),
-        _address(gather_a[0]), gather_a[1], b.data_ptr(), b.stride(0), _address(gather_b[0]), gather_b[1],
+        address(gather_a[0]), gather_a[1], b.data_ptr(), b.stride(0), address(gather_b[0]), gather_b[1],
         out.data_ptr(), accumulate,
     )  # fmt: skip

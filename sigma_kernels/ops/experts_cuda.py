@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sigma_kernels.ops import cuda
+from sigma_kernels.ops.library import SUFFIX, saturated
 
 
 def forward(
@@ -36,7 +37,7 @@ def inference(
 ) -> Tensor:
     if gate_up_scale is not None or down_scale is not None:
         raise TypeError("moe_experts: backend 'cuda' takes no int8 weights")
-    _, offsets, row_map = cuda.group_by_expert(index.int(), down_proj.shape[0])
+    _, offsets, row_map = cuda.group_by_expert(saturated(index), down_proj.shape[0])
     return forward(x, weights, offsets, row_map, gate_up_proj, down_proj, saves=False)[0]
 
 
@@ -91,4 +92,4 @@ def backward(
 
 
 def _activate(name: str, hidden: Tensor, *tensors: Tensor) -> None:
-    cuda.launch(name + cuda.SUFFIX[hidden.dtype], hidden, *hidden.shape, *(t.data_ptr() for t in tensors))
+    cuda.launch(name + SUFFIX[hidden.dtype], hidden, *hidden.shape, *(t.data_ptr() for t in tensors))

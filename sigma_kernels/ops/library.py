@@ -129,12 +129,12 @@ def empty_cache() -> None:
     _C.release_free_blocks()
 
 
-_SUFFIX = {torch.float32: "", torch.bfloat16: "_bf16", torch.float16: "_f16", torch.int8: "_int8"}
+SUFFIX = {torch.float32: "", torch.bfloat16: "_bf16", torch.float16: "_f16", torch.int8: "_int8"}
 
 
 def native(name: str, dtype: torch.dtype) -> Any:
     """The function or class of _C that computes `name` on tensors of this dtype as they lie."""
-    return getattr(_C, name + _SUFFIX[dtype])
+    return getattr(_C, name + SUFFIX[dtype])
 
 
 def operand(x: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from sigma_kernels.ops.library import (
     rows,
     saturated,
 )
-from sigma_kernels.routing import Routing
+from sigma_kernels.routing import Routing, empty_order, empty_routing
 
 Score = Literal["softmax", "sigmoid"]
 
@@ -108,7 +108,7 @@ def group_by_expert(indices: Tensor, num_experts: int, weights: Tensor | None = 
 def _route_cpu(
     logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
-    out = route_outputs(logits, top_k)
+    out = empty_routing(logits, top_k)
     route_cpu(logits, top_k, softmax, normalize, bias, out)
     return out
 
@@ -120,7 +120,7 @@ def route_cpu(
     logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None, out: tuple[Tensor, ...],
     sums: tuple[bool, int, int] = NO_SUMS,
 ) -> None:  # fmt: skip
-    """Fill `route_outputs`, and what `sums` points to: of softmax or sigmoid, the probabilities and the square."""
+    """Fill `empty_routing`, and what `sums` points to: of softmax or sigmoid, the probabilities and the square."""
     logits = rows(logits)
     bias = None if bias is None else bias.contiguous()
     weights, indices, counts, offsets, row_map = out
@@ -131,7 +131,7 @@ def route_cpu(
     )  # fmt: skip
 
 
-def _route_reference(
+def route_reference(
     logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
     score = "softmax" if softmax else "sigmoid"
@@ -139,32 +139,22 @@ def _route_reference(
     return routing.weights, routing.indices, *routing[2:]
 
 
-def route_outputs(logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
-    T, E = logits.shape
-    int32 = torch.int32
-    return (
-        logits.new_empty(T, top_k),
-        logits.new_empty(T, top_k, dtype=int32),
-        logits.new_empty(E, dtype=int32),
-        logits.new_empty(E + 1, dtype=int32),
-        logits.new_empty(T * top_k, dtype=int32),
-    )
-
-
-def _route_backward_cpu(
-    grad_weights: Tensor, logits: Tensor, indices: Tensor, softmax: bool, normalize: bool
-) -> Tensor:
+def route_backward_cpu(
+    grad_weights: Tensor, logits: Tensor, indices: Tensor, softmax: bool, normalize: bool,
+    sums: tuple[bool, int, int] = NO_SUMS,
+) -> Tensor:  # fmt: skip
+    """The gradient by the logits; of `sums` the gradients as well, where they point to any."""
     T, E = logits.shape
     logits, grad_weights = rows(logits), grad_weights.contiguous()
     grad_logits = logits.new_empty(T, E)
     _C.route_backward(
         T, E, indices.shape[1], logits.data_ptr(), logits.stride(0), softmax, normalize, indices.data_ptr(),
-        grad_weights.data_ptr(), grad_logits.data_ptr(), torch.get_num_threads(), *NO_SUMS,
+        grad_weights.data_ptr(), grad_logits.data_ptr(), torch.get_num_threads(), *sums,
     )  # fmt: skip
     return grad_logits
 
 
-def _route_backward_reference(
+def route_backward_reference(
     grad_weights: Tensor, logits: Tensor, indices: Tensor, softmax: bool, normalize: bool
 ) -> Tensor:
     with torch.enable_grad():
@@ -175,7 +165,7 @@ def _route_backward_reference(
 
 def _group_cpu(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     indices = indices.contiguous()
-    out = _group_outputs(indices, num_experts)
+    out = empty_order(indices, num_experts)
     wrong = _C.group_by_expert(
         indices.data_ptr(),
         indices.numel(),
@@ -205,23 +195,15 @@ def out_of_range(indices: Tensor, num_experts: int, slot: int) -> str:
     )
 
 
-def _group_outputs(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        indices.new_empty(num_experts),
-        indices.new_empty(num_experts + 1),
-        indices.new_empty(indices.numel()),
-    )
-
-
 register_table("route", [
     cuda.row(cuda.route, NATIVE),
     Backend("cpu", _route_cpu, NATIVE, "cpu"),
-    Backend("reference", _route_reference, REFERENCE, by_name=True),
+    Backend("reference", route_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("route_backward", [
     cuda.row(cuda.route_backward, NATIVE),
-    Backend("cpu", _route_backward_cpu, NATIVE, "cpu"),
-    Backend("reference", _route_backward_reference, REFERENCE, by_name=True),
+    Backend("cpu", route_backward_cpu, NATIVE, "cpu"),
+    Backend("reference", route_backward_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 INDEX = (torch.int32,)
 register_table("group_by_expert", [
@@ -234,7 +216,7 @@ define(
     "route(Tensor logits, int top_k, bool softmax, bool normalize, Tensor? bias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda logits, *rest: select("route", logits)(logits, *rest),
-    lambda logits, top_k, softmax, normalize, bias: route_outputs(logits, top_k),
+    lambda logits, top_k, softmax, normalize, bias: empty_routing(logits, top_k),
 )
 define(
     "route_backward(Tensor grad_weights, Tensor logits, Tensor indices, bool softmax, bool normalize) -> Tensor",
@@ -244,7 +226,7 @@ define(
 define(
     "group_by_expert(Tensor indices, int num_experts) -> (Tensor, Tensor, Tensor)",
     lambda indices, num_experts: select("group_by_expert", indices)(indices, num_experts),
-    _group_outputs,
+    empty_order,
 )
 
 

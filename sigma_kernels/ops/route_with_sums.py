@@ -1,15 +1,25 @@
 """The router's decision and, from the same pass over its scores, what balance losses read of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sigma_kernels import _C, reference
+from sigma_kernels import reference
 from sigma_kernels.backends import Backend, register_table, select
-from sigma_kernels.ops.library import NATIVE, REFERENCE, define, differentiable, once, rows
-from sigma_kernels.ops.route import Score, check_score, checked, route_cpu, route_outputs
-from sigma_kernels.routing import RouterSums, Routing
+from sigma_kernels.ops import cuda
+from sigma_kernels.ops.library import NATIVE, REFERENCE, define, differentiable, once
+from sigma_kernels.ops.route import (
+    Score,
+    check_score,
+    checked,
+    route_backward_cpu,
+    route_backward_reference,
+    route_cpu,
+    route_reference,
+)
+from sigma_kernels.routing import RouterSums, Routing, empty_routing
 
 
 def route_with_sums(
@@ -44,70 +54,70 @@ def route_with_sums(
     )
 
 
-def _sums_outputs(logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
-    weights, *order = route_outputs(logits, top_k)
+def _outputs(logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    weights, *order = empty_routing(logits, top_k)
     return weights, logits.new_empty(logits.shape[1]), logits.new_empty(()), *order
 
 
 def _cpu(
     logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None, sums_softmax: bool
 ) -> tuple[Tensor, ...]:
-    out = weights, probabilities, square, *order = _sums_outputs(logits, top_k)
+    out = weights, probabilities, square, *order = _outputs(logits, top_k)
     sums = sums_softmax, probabilities.data_ptr(), square.data_ptr()
     route_cpu(logits, top_k, softmax, normalize, bias, (weights, *order), sums)
     return out
-
-
-def _reference(
-    logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None, sums_softmax: bool
-) -> tuple[Tensor, ...]:
-    score = "softmax" if softmax else "sigmoid"
-    routing = reference.route(logits, top_k, score=score, normalize=normalize, bias=bias)
-    probabilities, square = reference.router_sums(logits, "softmax" if sums_softmax else "sigmoid")
-    return routing.weights, probabilities, square, routing.indices, *routing[2:]
 
 
 def _backward_cpu(
     grad_weights: Tensor, grad_probabilities: Tensor, grad_square: Tensor, logits: Tensor, indices: Tensor,
     softmax: bool, normalize: bool, sums_softmax: bool,
 ) -> Tensor:  # fmt: skip
-    T, E = logits.shape
-    logits, grad_weights = rows(logits), grad_weights.contiguous()
     grad_probabilities = grad_probabilities.contiguous()  # .sum() sends stride 0
-    grad_logits = logits.new_empty(T, E)
-    _C.route_backward(
-        T, E, indices.shape[1], logits.data_ptr(), logits.stride(0), softmax, normalize, indices.data_ptr(),
-        grad_weights.data_ptr(), grad_logits.data_ptr(), torch.get_num_threads(), sums_softmax,
-        grad_probabilities.data_ptr(), grad_square.data_ptr(),
-    )  # fmt: skip
-    return grad_logits
+    sums = sums_softmax, grad_probabilities.data_ptr(), grad_square.data_ptr()
+    return route_backward_cpu(grad_weights, logits, indices, softmax, normalize, sums)
 
 
-def _backward_reference(
-    grad_weights: Tensor, grad_probabilities: Tensor, grad_square: Tensor, logits: Tensor, indices: Tensor,
-    softmax: bool, normalize: bool, sums_softmax: bool,
-) -> Tensor:  # fmt: skip
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        weights = reference.weights_of(leaf, indices, "softmax" if softmax else "sigmoid", normalize)
-        sums = reference.router_sums(leaf, "softmax" if sums_softmax else "sigmoid")
-    return torch.autograd.grad((weights, *sums), leaf, (grad_weights, grad_probabilities, grad_square))[0]
+def _apart(route: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """A row whose choice is made by `route`, and whose sums by the definition, on the device of the logits."""
+
+    def run(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        *choice, sums_softmax = arguments
+        weights, *rest = route(logits, *choice)
+        return weights, *reference.router_sums(logits, "softmax" if sums_softmax else "sigmoid"), *rest
+
+    return run
+
+
+def _backward_apart(route_backward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(
+        grad_weights: Tensor, grad_probabilities: Tensor, grad_square: Tensor, logits: Tensor, indices: Tensor,
+        softmax: bool, normalize: bool, sums_softmax: bool,
+    ) -> Tensor:  # fmt: skip
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            sums = reference.router_sums(leaf, "softmax" if sums_softmax else "sigmoid")
+        (of_sums,) = torch.autograd.grad(sums, leaf, (grad_probabilities, grad_square))
+        return of_sums + route_backward(grad_weights, logits, indices, softmax, normalize)
+
+    return run
 
 
 register_table("route_with_sums", [
+    cuda.row(_apart(cuda.route), NATIVE),
     Backend("cpu", _cpu, NATIVE, "cpu"),
-    Backend("reference", _reference, REFERENCE, by_name=True),
+    Backend("reference", _apart(route_reference), REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("route_with_sums_backward", [
+    cuda.row(_backward_apart(cuda.route_backward), NATIVE),
     Backend("cpu", _backward_cpu, NATIVE, "cpu"),
-    Backend("reference", _backward_reference, REFERENCE, by_name=True),
+    Backend("reference", _backward_apart(route_backward_reference), REFERENCE, by_name=True),
 ])  # fmt: skip
 
 define(
     "route_with_sums(Tensor logits, int top_k, bool softmax, bool normalize, Tensor? bias, bool sums_softmax)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda logits, *rest: select("route_with_sums", logits)(logits, *rest),
-    lambda logits, top_k, *rest: _sums_outputs(logits, top_k),
+    lambda logits, top_k, *rest: _outputs(logits, top_k),
 )
 define(
     "route_with_sums_backward(Tensor grad_weights, Tensor grad_probabilities, Tensor grad_square, Tensor logits,"

@@ -6,12 +6,15 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-for sanitizers in address,undefined thread; do
-  cmake -S . -B "$build/$sanitizers" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSIGMA_TESTS=ON \
-    -DSIGMA_SANITIZE=$sanitizers -DSIGMA_WERROR=ON >/dev/null
-  cmake --build "$build/$sanitizers" -j "$(nproc)" --target test_kernels >/dev/null
-done
-"$build/thread/test_kernels" blocks
+build_under() { # sanitizers, targets
+  cmake -S . -B "$build/$1" -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="-O1 -g1" -DSIGMA_TESTS=ON -DSIGMA_SANITIZE="$1" \
+    -DSIGMA_WERROR=ON >/dev/null
+  cmake --build "$build/$1" -j "$(nproc)" --target "${@:2}" >/dev/null
+}
+build_under thread test_blocks
+"$build/thread/test_blocks"
+build_under address,undefined test_kernels test_blocks
+"$build/address,undefined/test_blocks"
 ran=0
 for isa in base avx2 avx512 avx512bf16; do
   if output=$(SIGMA_ISA=$isa "$build/address,undefined/test_kernels" 2>&1); then
