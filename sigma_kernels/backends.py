@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NAMES = ("cuda", "cpu", "reference")
+NAMES = ("triton", "cuda", "cpu", "reference")
 
 _forced: str | None = None
 _tables: dict[str, Sequence["Backend"]] = {}

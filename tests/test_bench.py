@@ -232,6 +232,7 @@ def test_the_sweep_over_experts_keeps_the_bytes_and_memory_stays_below_16_gib():
 def test_every_group_races_and_is_written(tmp_path, monkeypatch):
     """One race of each test of bench/, too small to measure anything; train_step is as it is and takes long."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # in its workers pytest-benchmark times nothing
     code = bench.run(
         "not train_step", False, 1, 2, tmp_path / "page.md", tmp_path / "page.json", extra=["--tiny"]
     )

@@ -170,6 +170,7 @@ WRONG = [
         lambda: sk.permute(X.to(torch.float8_e4m3fn), sk.group_by_expert(INDEX, 3)),
         RuntimeError,
         f"no backend can run permute here: 'cuda': {NO_CUDA}; "
+        "'triton': it runs on cuda, the data lie on cpu; "
         "'cpu': it takes float32, bfloat16, float16, not float8_e4m3fn; "
         "'reference': it takes float32, float64, not float8_e4m3fn (sigma doctor shows the table)",
     ),
@@ -221,7 +222,7 @@ WRONG = [
     (
         lambda: sk.backend("metal").__enter__(),
         ValueError,
-        "backend: backend must be one of cuda, cpu, reference, found 'metal'",
+        "backend: backend must be one of triton, cuda, cpu, reference, found 'metal'",
     ),
     (
         lambda: sk.nn.TopKRouter(4, 3, top_k=5),

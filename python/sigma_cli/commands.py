@@ -24,15 +24,24 @@ def doctor() -> None:
 @app.command()
 def bench(
     group: Annotated[str, typer.Argument(help="races to run, a pytest -k expression; test: all")] = "test",
-    quick: Annotated[bool, typer.Option("--quick", help="shape A only")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="shape A only; of --aot, one dtype and one of each block size")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     output: Annotated[
         Path | None, typer.Option(help="markdown page to write, with its plots beside it")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="file of all figures to write")] = None,
+    aot: Annotated[
+        bool, typer.Option("--aot", help="no race: compile the Triton kernels for five GPUs and judge them")
+    ] = False,
 ) -> None:
     """Race the layer and its operations against their peers and bounds on this machine."""
+    if aot:
+        from sigma_cli.aot_page import run as compile_all
+
+        raise typer.Exit(compile_all(quick, output))
     from sigma_cli.bench import run
 
     raise typer.Exit(run(group, quick, rounds, threads, output, json_file))

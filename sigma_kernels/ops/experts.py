@@ -26,8 +26,10 @@ from sigma_kernels.ops.library import (
     once,
     risen,
     saturated,
+    saved_dtype,
     slots,
 )
+from sigma_kernels.ops.triton_rows import triton_row
 from sigma_kernels.routing import Routing
 
 
@@ -243,16 +245,19 @@ def _backward_reference(
 
 
 register_table("moe_experts", [
+    triton_row("experts", "forward", STORED),
     cuda.row(experts_cuda.forward, cuda.TENSOR_CORE),
     Backend("cpu", experts_cpu.forward, STORED, "cpu"),
     Backend("reference", _reference_from_rows, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("moe_experts_inference", [
+    triton_row("experts", "inference", STORED),
     cuda.row(experts_cuda.inference, cuda.TENSOR_CORE),
     Backend("cpu", experts_cpu.inference, STORED, "cpu"),
     Backend("reference", _inference_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("moe_experts_backward", [
+    triton_row("experts", "backward", STORED),
     cuda.row(experts_cuda.backward, cuda.TENSOR_CORE),
     Backend("cpu", experts_cpu.backward, STORED, "cpu"),
     Backend("reference", _backward_reference, REFERENCE, by_name=True),
@@ -275,7 +280,7 @@ define(
         x.new_empty(
             row_map.shape[0] if saves else 0,
             gate_up.shape[1],
-            dtype=x.dtype if x.is_cuda else torch.promote_types(x.dtype, torch.float32),
+            dtype=saved_dtype(x),
         ),
     ),
 )

@@ -24,6 +24,7 @@ from sigma_kernels.ops.library import (
     risen,
     rounded,
 )
+from sigma_kernels.ops.triton_rows import triton_row
 
 
 def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, transpose_weight: bool = True) -> Tensor:
@@ -113,11 +114,13 @@ def _grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 
 register_table("grouped_gemm", [
+    triton_row("grouped_gemm", "grouped_gemm", STORED),
     cuda.row(cuda.grouped_gemm, cuda.TENSOR_CORE),
     Backend("cpu", _grouped_gemm_cpu, STORED, "cpu"),
     Backend("reference", _grouped_gemm_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("grouped_outer", [
+    triton_row("grouped_outer", "grouped_outer", STORED),
     cuda.row(cuda.grouped_outer, cuda.TENSOR_CORE),
     Backend("cpu", _grouped_outer_cpu, STORED, "cpu"),
     Backend("reference", _grouped_outer_reference, REFERENCE, by_name=True),

@@ -119,6 +119,14 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return out
 
 
+def saved_dtype(x: Tensor) -> torch.dtype:
+    """Of the numbers before SwiGLU that the layer keeps for its backward: f32, but on a GPU as narrow as x.
+
+    A CPU's kernels compute on in what they have; a GPU's memory holds the activations of every layer at once.
+    """
+    return torch.promote_types(x.dtype, torch.float32) if x.is_cpu else x.dtype
+
+
 def empty_cache() -> None:
     """Give the memory of freed large tensors back to the system.
 

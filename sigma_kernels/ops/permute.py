@@ -23,6 +23,7 @@ from sigma_kernels.ops.library import (
     slots,
     widened,
 )
+from sigma_kernels.ops.triton_rows import triton_row
 from sigma_kernels.routing import Routing
 
 
@@ -110,16 +111,19 @@ def _unpermute_backward_reference(
 
 register_table("permute", [
     cuda.row(cuda.permute, STORED),
+    triton_row("permute", "permute", STORED),
     Backend("cpu", _permute_cpu, STORED, "cpu"),
     Backend("reference", reference.permute, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("unpermute", [
     cuda.row(cuda.unpermute, STORED),
+    triton_row("permute", "unpermute", STORED),
     Backend("cpu", _unpermute_cpu, STORED, "cpu"),
     Backend("reference", reference.unpermute, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("unpermute_backward", [
     cuda.row(cuda.unpermute_backward, STORED),
+    triton_row("permute", "unpermute_backward", STORED),
     Backend("cpu", _unpermute_backward_cpu, STORED, "cpu"),
     Backend("reference", _unpermute_backward_reference, REFERENCE, by_name=True),
 ])  # fmt: skip

@@ -23,6 +23,7 @@ from sigma_kernels.ops.library import (
     rows,
     saturated,
 )
+from sigma_kernels.ops.triton_rows import triton_row
 from sigma_kernels.routing import Routing, empty_order, empty_routing
 
 Score = Literal["softmax", "sigmoid"]
@@ -196,11 +197,13 @@ def out_of_range(indices: Tensor, num_experts: int, slot: int) -> str:
 
 
 register_table("route", [
+    triton_row("route", "route", NATIVE),
     cuda.row(cuda.route, NATIVE),
     Backend("cpu", _route_cpu, NATIVE, "cpu"),
     Backend("reference", route_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("route_backward", [
+    triton_row("route", "route_backward", NATIVE),
     cuda.row(cuda.route_backward, NATIVE),
     Backend("cpu", route_backward_cpu, NATIVE, "cpu"),
     Backend("reference", route_backward_reference, REFERENCE, by_name=True),
@@ -208,6 +211,7 @@ register_table("route_backward", [
 INDEX = (torch.int32,)
 register_table("group_by_expert", [
     cuda.row(cuda.group_by_expert, INDEX),
+    triton_row("group", "group_by_expert", INDEX),
     Backend("cpu", _group_cpu, INDEX, "cpu"),
     Backend("reference", _group_reference, INDEX, by_name=True),
 ])  # fmt: skip

@@ -19,6 +19,7 @@ from sigma_kernels.ops.route import (
     route_cpu,
     route_reference,
 )
+from sigma_kernels.ops.triton_rows import triton_row
 from sigma_kernels.routing import RouterSums, Routing, empty_routing
 
 
@@ -103,11 +104,13 @@ def _backward_apart(route_backward: Callable[..., Tensor]) -> Callable[..., Tens
 
 
 register_table("route_with_sums", [
+    triton_row("router_sums", "route_with_sums", NATIVE),
     cuda.row(_apart(cuda.route), NATIVE),
     Backend("cpu", _cpu, NATIVE, "cpu"),
     Backend("reference", _apart(route_reference), REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("route_with_sums_backward", [
+    triton_row("router_sums", "route_with_sums_backward", NATIVE),
     cuda.row(_backward_apart(cuda.route_backward), NATIVE),
     Backend("cpu", _backward_cpu, NATIVE, "cpu"),
     Backend("reference", _backward_apart(route_backward_reference), REFERENCE, by_name=True),

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per family, kernel and launcher side by side.  Imported when first called."""

@@ -1,0 +1,107 @@
+"""The expert layer on a GPU: which kernels, in what order, with what memory."""
+
+import torch
+from torch import Tensor
+
+from sigma_kernels.ops.library import rows, saturated, saved_dtype
+from sigma_kernels.triton.group import group_by_expert
+from sigma_kernels.triton.grouped_gemm import multiply_rows
+from sigma_kernels.triton.grouped_outer import outer_of_tokens
+from sigma_kernels.triton.permute import combine
+from sigma_kernels.triton.swiglu import gate_up, gate_up_backward
+
+
+def forward(
+    x: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    row_map: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    saves: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """out [T, H] and what the backward needs beside the inputs: gate_up [R, 2I], before SwiGLU."""
+    kept = x.new_empty(row_map.shape[0] if saves else 0, gate_up_proj.shape[1], dtype=saved_dtype(x))
+    out = layer(x, weights, offsets, row_map, gate_up_proj, down_proj, kept if saves else None)
+    return out, kept
+
+
+def inference(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
+) -> Tensor:
+    _, offsets, row_map = group_by_expert(saturated(index), down_proj.shape[0])
+    scales = [None if scale is None else scale.contiguous() for scale in (gate_up_scale, down_scale)]
+    return layer(x, weights, offsets, row_map, gate_up_proj, down_proj, None, *scales)
+
+
+def layer(
+    x: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    row_map: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    kept: Tensor | None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+) -> Tensor:
+    x, weights = rows(x), weights.contiguous()
+    R, top_k, I = row_map.shape[0], weights.shape[1], down_proj.shape[2]
+    hidden, by_slot = x.new_empty(R, I), slots_of(x, R, top_k)
+    gate_up(x, gate_up_proj, offsets, row_map, top_k, kept, hidden, gate_up_scale)
+    multiply_rows(hidden, down_proj, offsets, by_slot, row_map, weights, down_scale)
+    return by_slot if top_k == 1 else combine(by_slot, None, None, top_k, x.dtype)
+
+
+def slots_of(x: Tensor, R: int, top_k: int) -> Tensor:
+    """Memory for a row of each slot: in f32 where rows are summed yet, so that only their sum is rounded."""
+    return x.new_empty(R, x.shape[1], dtype=torch.float32 if top_k > 1 else x.dtype)
+
+
+def backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    row_map: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    kept: Tensor,
+    needed: list[bool],
+    into: tuple[Tensor | None, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, gate_up_proj and down_proj; the last two are added to `into` where that is given."""
+    grad_out, x, weights = rows(grad_out), rows(x), weights.contiguous()
+    R, top_k, I, nothing = row_map.shape[0], weights.shape[1], down_proj.shape[2], x.new_empty(0)
+    of_gate_up, of_down = into or (
+        torch.empty_like(p, memory_format=torch.contiguous_format) if n else None
+        for p, n in zip((gate_up_proj, down_proj), needed[1:], strict=True)
+    )
+    grad_gate_up = x.new_empty(R, 2 * I)
+    hidden = None if of_down is None else x.new_empty(R, I)
+    grad_weights = gate_up_backward(
+        grad_out, down_proj, offsets, row_map, weights, kept, grad_gate_up, hidden
+    )
+    accumulates = into is not None
+    if of_down is not None and hidden is not None:
+        outer_of_tokens(of_down, grad_out, hidden, offsets, accumulates, top_k=top_k, a_map=row_map)
+    if of_gate_up is not None:
+        outer_of_tokens(of_gate_up, grad_gate_up, x, offsets, accumulates, top_k=top_k, b_map=row_map)
+    grad_x = nothing
+    if needed[0]:
+        grad_x = by_slot = slots_of(x, R, top_k)
+        multiply_rows(grad_gate_up, gate_up_proj.transpose(1, 2), offsets, by_slot, row_map)
+        if top_k > 1:
+            grad_x = combine(by_slot, None, None, top_k, x.dtype)
+    return (
+        grad_x,
+        grad_weights,
+        nothing if into or of_gate_up is None else of_gate_up,
+        nothing if into or of_down is None else of_down,
+    )

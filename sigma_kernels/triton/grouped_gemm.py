@@ -1,0 +1,90 @@
+"""One matrix product per expert over rows in expert order.
+
+M: an expert's rows, N: columns of the result, K: the contraction.  A persistent program takes tiles M x N by
+schedule.find_tile; how large, and for which experts, is in tiles.py.
+"""
+
+from dataclasses import replace
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sigma_kernels.ops.library import rows
+from sigma_kernels.triton.schedule import find_tile, tile_ends
+from sigma_kernels.triton.tiles import precision, row_tiles
+
+
+@triton.jit(do_not_specialize=["least", "most"])
+def grouped_gemm_kernel(
+    x_ptr, w_ptr, offsets_ptr, y_ptr, row_map_ptr, weights_ptr, scale_ptr, E, N, K, stride_x, stride_e, stride_n,
+    stride_k, least, most, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """y[r] = x[r] @ w[e].  With a map the row goes to y[row_map[r]], times its weight if there is one."""
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    ends = tile_ends(offsets_ptr, E, column_tiles, least, most, BLOCK_M, BLOCK_E)
+    for tile in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+        e, row, end, column = find_tile(tile, ends, offsets_ptr, BLOCK_M)
+        r = row + tl.arange(0, BLOCK_M)
+        n = tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        is_column = column * BLOCK_N + n < N
+        # Rows past the expert's end read its last one: their sums are not stored.
+        x = x_ptr + tl.minimum(r, end - 1).to(tl.int64)[:, None] * stride_x + k[None, :]
+        w = w_ptr + e.to(tl.int64) * stride_e + (column * BLOCK_N).to(tl.int64) * stride_n
+        within = n[None, :] * stride_n + k[:, None] * stride_k  # 32 bits; the base alone has 64
+        sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            is_deep = k < K - k0
+            a = tl.load(x, mask=is_deep[None, :], other=0.0)
+            b = tl.load(w + within, mask=is_deep[:, None] & is_column[None, :], other=0.0)
+            sum = tl.dot(a, b.to(a.dtype), sum, input_precision=PRECISION)
+            x += BLOCK_K
+            w += BLOCK_K * stride_k
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + e * N + column * BLOCK_N + n, mask=is_column, other=0.0)
+            sum *= scale[None, :]
+        place = r
+        if row_map_ptr is not None:
+            place = tl.load(row_map_ptr + r, mask=r < end, other=0)
+            if weights_ptr is not None:
+                weight = tl.load(weights_ptr + place, mask=r < end, other=0.0)
+                sum *= weight.to(tl.float32)[:, None]
+        y = y_ptr + place.to(tl.int64)[:, None] * N + (column * BLOCK_N + n)[None, :]
+        tl.store(y, sum.to(y_ptr.dtype.element_ty), mask=(r < end)[:, None] & is_column[None, :])
+
+
+def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, transpose_weight: bool) -> Tensor:
+    """y [R, N] of x [R, K] and weight [E, N, K], or [E, K, N] without `transpose_weight`."""
+    w = weight if transpose_weight else weight.transpose(1, 2)
+    y = x.new_empty(x.shape[0], w.shape[1])
+    multiply_rows(rows(x), w, offsets, y)
+    return y
+
+
+def multiply_rows(
+    x: Tensor,
+    w: Tensor,
+    offsets: Tensor,
+    y: Tensor,
+    row_map: Tensor | None = None,
+    weights: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    """Fill y [R, N] from x [R, K], unit inner stride, and w [E, N, K] of any strides below 2^23 within an expert.
+
+    With row_map, y[s] is the row of slot s, times weights[s]: for one choice a token the layer's result itself.
+    scale [E, N] is of int8 weights.
+    """
+    (E, N, K), R = w.shape, x.shape[0]
+    for tile in row_tiles(N, K, R, E, x.dtype, x.device):
+        if scale is not None or y.dtype != x.dtype:  # to widen takes registers: 2 to 40 spills at 128 x 256
+            tile = replace(tile, columns=min(tile.columns, 128))
+        programs = tile.programs(R, E, N, x.device)
+        if programs:
+            grouped_gemm_kernel[(programs,)](
+                x, w, offsets, y, row_map, weights, scale, E, N, K, x.stride(0), *w.stride(),
+                tile.least, tile.most, PRECISION=precision(x.dtype, x.device), BLOCK_E=triton.next_power_of_2(E),
+                **tile.options(),
+            )  # fmt: skip

@@ -1,0 +1,150 @@
+"""Block sizes of the grouped GEMMs: few configurations, each for a reason, in a table; no search.
+
+The key is (architecture, bytes of an element, mean rows of an expert); N and K only bound a block from above.  T is
+never a key, nor is it in what Triton specialises kernels by: the next step has another T and would compile anew.
+
+Row tiles.  Each launch of a grouped GEMM serves the experts whose count of rows lies in one interval, which it reads
+from `offsets` on the device, so that an expert of 20 rows pays for 32 and not for 128.  An expert belongs to one
+launch alone: up to some 300 rows an expert's time is that of reading its weights, and these are read once, while rows
+of padding cost nothing there.  Two launches are the most: what the mean expects, and what skew makes larger.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import triton
+
+UNLIMITED = 2**31 - 1
+# A product and a sum are rounded once, on every architecture; Triton's own default is about to change.
+FUSION = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block of the result, `rows` x `columns`, summed over steps of `depth`; for experts of least < rows <= most."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    least: int = 0
+    most: int = UNLIMITED
+
+    def options(self) -> dict[str, int]:
+        """The keywords of a launch that this tile decides."""
+        blocks = {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.depth}
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages, **FUSION}
+
+    def programs(self, R: int, E: int, N: int, device: torch.device) -> int:
+        """Persistent programs, at most one for each tile that R rows of E experts can make: 0 where none can."""
+        experts = min(E, R // (self.least + 1))
+        bound = (R // self.rows + experts) * triton.cdiv(N, self.columns) if experts else 0
+        return min(bound, processors(device) * (2 if self.warps <= 4 else 1))
+
+
+# Mean rows of an expert, up to: rows of the tile for the many, and of the one for the crowded.
+BUCKETS = ((8, (16, 64)), (32, (32, 128)), (128, (64, 128)), (UNLIMITED, (128,)))
+
+# Light tiles wait for memory: deep pipelines, few warps, two programs a processor.  Heavy ones wait for the matrix
+# units: the largest block whose sums stay in registers, eight warps.
+# (architecture, bytes of an element) -> {rows: (columns, depth, warps, stages)}
+TABLE: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
+    ("sm_80", 2): {16: (128, 64, 4, 4), 32: (128, 32, 4, 4), 64: (128, 32, 8, 4), 128: (128, 32, 8, 4)},
+    ("sm_90", 2): {16: (128, 64, 4, 4), 32: (128, 64, 4, 4), 64: (128, 64, 8, 4), 128: (256, 64, 8, 3)},
+    ("sm_100", 2): {16: (128, 64, 4, 4), 32: (128, 64, 4, 4), 64: (128, 64, 8, 4), 128: (256, 64, 8, 4)},
+    ("gfx942", 2): {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 2)},
+    ("gfx950", 2): {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 2)},
+    ("sm_80", 4): {16: (64, 32, 4, 3), 32: (64, 16, 4, 4), 64: (64, 16, 4, 3), 128: (64, 16, 8, 3)},
+    ("sm_90", 4): {16: (64, 32, 4, 3), 32: (64, 16, 4, 4), 64: (64, 16, 4, 4), 128: (64, 16, 8, 4)},
+    ("sm_100", 4): {16: (64, 32, 4, 3), 32: (64, 16, 4, 4), 64: (64, 16, 4, 4), 128: (64, 16, 8, 4)},
+    ("gfx942", 4): {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2)},
+    ("gfx950", 4): {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2)},
+    # The interpreter's time is per block, whatever its size; two sizes of rows, so that both kinds of launch are met.
+    ("interpreter", 2): dict.fromkeys((16, 32, 64, 128), (256, 128, 4, 2)),
+    ("interpreter", 4): dict.fromkeys((16, 32, 64, 128), (256, 128, 4, 2)),
+}
+
+# The weight gradient sums over an expert's rows: (architecture, bytes) -> rows of the result, columns, warps, stages.
+OUTER: dict[tuple[str, int], tuple[int, int, int, int]] = {
+    ("sm_80", 2): (128, 128, 8, 3),
+    ("sm_90", 2): (128, 128, 8, 3),
+    ("sm_100", 2): (128, 128, 8, 3),
+    ("gfx942", 2): (128, 128, 4, 2),
+    ("gfx950", 2): (128, 128, 4, 2),
+    ("sm_80", 4): (64, 64, 4, 3),
+    ("sm_90", 4): (64, 64, 4, 3),
+    ("sm_100", 4): (64, 64, 4, 3),
+    ("gfx942", 4): (64, 64, 4, 2),
+    ("gfx950", 4): (64, 64, 4, 2),
+    ("interpreter", 2): (256, 256, 4, 2),
+    ("interpreter", 4): (256, 256, 4, 2),
+}
+
+
+def row_tiles(
+    N: int, K: int, R: int, E: int, dtype: torch.dtype, device: torch.device, tallest: int = 128
+) -> list[Tile]:
+    """The launches of a GEMM of R rows, grouped by E experts, with N columns summed over K."""
+    wanted = next(rows for most, rows in BUCKETS if most * E >= R)
+    heights = sorted({min(rows, tallest) for rows in wanted})
+    found, least = [], 0
+    for rows in heights:
+        columns, depth, warps, stages = TABLE[architecture(device), dtype.itemsize][rows]
+        most = UNLIMITED if rows == heights[-1] else rows
+        tile = Tile(rows, fitted(columns, N), fitted(depth, K), warps, stages, least, most)
+        found += [tile] if least < R else []
+        least = most
+    return found
+
+
+def fused(tile: Tile) -> Tile:
+    """The tile of a kernel that has gate and up of each column: two sums, or one and both to take its gradient by.
+
+    Beyond 64 columns they and the addresses that the epilogue holds spill (docs/log.md has the figures).
+    """
+    return replace(tile, columns=max(16, min(tile.columns // 2, 64)))
+
+
+def outer_tile(A: int, B: int, R: int, E: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    """The weight gradient's tile: `depth` is in rows of an expert, as many as its mean has."""
+    rows, columns, warps, stages = OUTER[architecture(device), dtype.itemsize]
+    depth = 32 if R <= 32 * E or dtype.itemsize == 4 else 64
+    return Tile(fitted(rows, A), fitted(columns, B), depth, warps, stages)
+
+
+def fitted(block: int, size: int) -> int:
+    """`block`, or less where that covers `size`; matrix units take no less than 16."""
+    return max(16, min(block, triton.next_power_of_2(size)))
+
+
+def lines(width: int, device: torch.device) -> int:
+    """Lines of `width` elements, a power of two, for one program of a kernel without products."""
+    return max(1, (32768 if architecture(device) == "interpreter" else 2048) // width)
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The table's name for the processor: the oldest of its kind, which the later ones run as well.
+
+    From sm_120 on, the smaller Blackwell, a processor has the shared memory and matrix instructions of sm_89.
+    """
+    if device.type == "cpu":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return "gfx950" if properties.gcnArchName.startswith("gfx950") else "gfx942"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(properties.major, "sm_80")
+
+
+@cache
+def processors(device: torch.device) -> int:
+    return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> str:
+    """How f32 is multiplied, by torch's own setting; gfx950 has no TF32."""
+    # fp32_precision: what every way of setting it ends in.  allow_tf32 raises where the newer ways were used.
+    allows = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allows and architecture(device) != "gfx950" else "ieee"

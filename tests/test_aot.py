@@ -1,0 +1,136 @@
+"""The equipment of `sigma bench --aot`, which compiles all kernels: here one of each target, and what must be found."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from sigma_cli.aot import GPUS, judged, loads
+from sigma_cli.aot_launches import Shape, layer, others
+from sigma_cli.aot_page import TOLD, bounds, form, plan, serves, work
+from triton.compiler import make_backend
+from triton.runtime.jit import MockTensor, create_function_from_signature
+
+SHAPE = Shape(2048, 96, 1, 1024, 512)
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def products(architecture: str, dtype: torch.dtype = torch.bfloat16) -> list:
+    return layer(SHAPE, dtype, architecture, GPUS[architecture].processors)
+
+
+@pytest.mark.parametrize("architecture", GPUS)
+def test_the_gate_and_up_projection(architecture):
+    """Defends: a block size that spills or does not fit, a product off the matrix units, narrow loads."""
+    verdict = judged(products(architecture)[0], GPUS[architecture], torch.bfloat16)
+    assert verdict.wrong == ()
+    assert verdict.resources.registers
+    assert 0 < verdict.resources.occupancy(GPUS[architecture]) <= 1
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+def test_a_block_that_spills_is_found(architecture):
+    """Defends: a gate that passes everything.  One warp holds two sums of 64 x 128."""
+    launch = products(architecture)[1]
+    bad = replace(launch, options={**launch.options, "BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 1})
+    assert any("spills" in reason for reason in judged(bad, GPUS[architecture], torch.bfloat16).wrong)
+
+
+def test_a_block_that_does_not_fit_is_found():
+    """Defends: shared memory beyond what a program may take, which only a launch would refuse."""
+    launch = products("sm_80")[0]
+    bad = replace(launch, options={**launch.options, "BLOCK_K": 128, "num_stages": 8})
+    assert any("shared memory" in reason for reason in judged(bad, GPUS["sm_80"], torch.bfloat16).wrong)
+
+
+def test_a_scattered_operand_is_found():
+    """Defends: columns of weights apart in memory, read two bytes at a time."""
+    launch = products("sm_90")[0]
+    strides = {"stride_n": 3, "stride_k": 1024}
+    args = tuple(strides.get(name, x) for name, x in zip(launch.kernel.arg_names, launch.args, strict=False))
+    assert any(
+        "by 1 or 2" in reason for reason in judged(replace(launch, args=args), GPUS["sm_90"], BF16).wrong
+    )
+
+
+def test_loads_are_told_apart():
+    """Defends: the reading of both assemblies."""
+    sass = "LDG.E R1 ; LDG.E.128 R4 ; LDGSTS.E.BYPASS.LTC128B.128 [R1] ; LDG.E.U16 R2 ; LDGDEPBAR ; LDGSTS.E.64 [R2]"
+    assert loads(sass, GPUS["sm_90"]) == {4: 1, 16: 2, 2: 1, 8: 1}
+    amd = """
+        global_load_dwordx4 v[0:3]
+        buffer_load_ushort v1
+        global_load_dword v2
+        buffer_load_dword v3, s[0:3], 0 offen lds
+        buffer_load_dwordx2 v[4:5]
+    """
+    assert loads(amd, GPUS["gfx950"]) == {16: 2, 2: 1, 4: 1, 8: 1}
+
+
+def test_another_number_of_tokens_compiles_nothing():
+    """Defends: T, or what is made of it, in what Triton compiles a kernel for."""
+    kinds = [specialised(Shape(T, 96, 2, 1024, 512)) for T in (1601, 1840, 2000, 2048)]
+    assert all(found == kinds[0] for found in kinds)
+
+
+def specialised(shape: Shape) -> set[tuple[str, str]]:
+    """Kernels and what they are compiled for, of everything that a layer calls."""
+    backend, processors = make_backend(GPUS["sm_90"].target), GPUS["sm_90"].processors
+    found = set()
+    for launch in layer(shape, BF16, "sm_90", processors) + others(shape, BF16, "sm_90", processors):
+        bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+        args = [MockTensor(x.dtype) if isinstance(x, torch.Tensor) else x for x in launch.args]
+        _, kinds, options = bind(*args, **launch.options)
+        found.add((launch.name, f"{kinds} {options}"))
+    return found
+
+
+def test_the_page_has_the_kernels_that_are_launched():
+    """Defends: docs/results/aot.md made before the block sizes of today."""
+    page = (Path(__file__).parent.parent / "docs/results/aot.md").read_text()
+    told = Counter(
+        tuple(line.split(" | ")[:3]) for line in page.splitlines() if line.count("|") == 12 and "`" in line
+    )
+    want = Counter()
+    for (_, dtype), call in plan(quick=False):
+        block = [call.bound.get(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
+        want["| " + form(call), dtype, " x ".join(map(str, block)) if None not in block else ""] += 1
+    assert told == want
+
+
+def test_a_product_off_the_matrix_units_is_found():
+    launch = products("sm_90", torch.float32)[0]
+    assert "no HMMA|HGMMA" in judged(launch, GPUS["sm_90"], torch.bfloat16).wrong
+
+
+def test_the_layer_is_the_launches_that_serve_its_rows():
+    """Defends: bounds of a launch that computes nothing, a form that is told wrongly."""
+    launches = [call for call in products("sm_90") if serves(call, SHAPE)]
+    assert [form(call) for call in launches] == [
+        "`gate_up`",
+        "`grouped_gemm` (map, weights)",
+        "`gate_up_backward`",
+        "`grouped_outer` (a by token)",
+        "`grouped_outer` (b by token)",
+        "`grouped_gemm` (map, columns contiguous)",
+    ]
+    moved, flops, wanted = work(launches[0], SHAPE)
+    assert wanted == 2 * 2048 * 1024 * 1024
+    assert flops == wanted * 32 / (2048 / 96)
+    weights = 96 * 1024 * 1024 * 2
+    assert weights < moved < weights * 1.1
+
+
+@pytest.mark.parametrize("architecture", GPUS)
+def test_paper_bounds_add_up(architecture):
+    for shape in TOLD:
+        *lines, last = bounds(GPUS[architecture], shape, torch.bfloat16)
+        least = sum(max(float(row[4]), float(row[5])) for row in lines)
+        assert abs(float(last[4].split()[0]) - least) <= len(lines)
+        assert 0 < int(last[5].split("%")[0]) <= 100

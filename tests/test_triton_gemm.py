@@ -1,0 +1,125 @@
+"""The single operations in Triton equal the reference: grouped products, permutations, accumulation."""
+
+import interpreted
+import numpy as np
+import pytest
+import torch
+from support import assert_close, tolerance, value_and_grads
+
+import sigma_kernels as sk
+from sigma_kernels import reference
+from sigma_kernels.ops.grouped_gemm import grouped_outer_
+from sigma_kernels.triton.grouped_gemm import multiply_rows
+from sigma_kernels.triton.grouped_outer import outer_of_tokens
+from sigma_kernels.triton.permute import permute
+from sigma_kernels.triton.swiglu import gate_up
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def some_offsets(R: int, E: int) -> torch.Tensor:
+    cuts = torch.randint(0, R + 1, (E - 1,)).sort().values
+    return torch.cat([torch.zeros(1), cuts, torch.full((1,), R)]).int()
+
+
+def depth(dtype: torch.dtype, *sizes: int) -> int:
+    """Of the rounding that counts: f32 rounds each of a sum's terms, narrow types their result alone."""
+    return max(sizes) if dtype == torch.float32 else 4
+
+
+@every_dtype
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("R, N, K, E", [(0, 5, 3, 2), (1, 1, 1, 1), (9, 67, 33, 4), (400, 300, 270, 3)])
+def test_grouped_gemm_equals_reference(backend, R, N, K, E, transpose, dtype):
+    """Defends: both layouts, their gradients in each other's kernel, depth past one block."""
+    offsets = some_offsets(R, E)
+    x = torch.randn(R, K).to(dtype)
+    weight = torch.randn((E, N, K) if transpose else (E, K, N)).to(dtype)
+    got = value_and_grads(
+        lambda x, w: sk.grouped_gemm(x, w, offsets, transpose_weight=transpose), [x, weight]
+    )
+    want = value_and_grads(
+        lambda x, w: reference.grouped_gemm(x, w, offsets, transpose_weight=transpose),
+        [x.double(), weight.double()],
+        torch.linspace(-1, 1, R * N, dtype=dtype).view(R, N).double(),
+    )
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, tolerance(dtype, depth(dtype, R, N, K)))
+
+
+@every_dtype
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_grouped_outer_writes_or_adds(backend, accumulate, dtype):
+    """Defends: an idle expert gets zero when writing and is left alone when adding."""
+    offsets = torch.tensor([0, 0, 300, 307], dtype=torch.int32)
+    a, b, out = (torch.randn(*shape).to(dtype) for shape in ((307, 37), (307, 80), (3, 37, 80)))
+    want = reference.grouped_outer(a.double(), b.double(), offsets) + (out.double() if accumulate else 0)
+    grouped_outer_(out, a, b, offsets, accumulate=accumulate)
+    assert_close(out, want, tolerance(dtype, depth(dtype, 307)))
+
+
+@every_dtype
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("T, H", [(0, 5), (1, 1), (50, 37), (70, 1030)])
+def test_permute_and_unpermute(backend, T, H, k, dtype):
+    """Defends: the map and its inverse; rows wider than a block; the gradient of the weights."""
+    E = 7
+    index = torch.stack([torch.randperm(E)[:k] for _ in range(T)]) if T else torch.zeros(0, k).long()
+    x, weights = torch.randn(T, H).to(dtype), torch.rand(T, k).to(dtype)
+    routing = sk.group_by_expert(index, E, weights)
+    grad = torch.randn(T, H).to(dtype)
+    got = value_and_grads(
+        lambda x, w: sk.unpermute(sk.permute(x, routing), routing._replace(weights=w)), [x, weights], grad
+    )
+    want = value_and_grads(
+        lambda x, w: w.sum(1, keepdim=True) * x, [x.double(), weights.double()], grad.double()
+    )
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, tolerance(dtype, depth(dtype, H)))
+
+
+def test_non_contiguous_rows(backend):
+    routing = sk.group_by_expert(torch.randint(0, 5, (40, 2)), 5)
+    wide = torch.randn(40, 100)
+    for x in (wide[:, 7:55], wide.t().contiguous().t()[:, :48], wide[:, ::2]):
+        assert torch.equal(sk.permute(x, routing), reference.permute(x, routing.row_map, 2))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_accumulate_grad(backend, k):
+    """Defends: gradients added where they are computed, idle experts' left as they are."""
+    T, H, I, E = 30, 24, 20, 6
+    x, index = torch.randn(T, H), torch.randint(0, E - 1, (T, k))
+    weights = torch.rand(T, k)
+    gate_up = torch.randn(E, 2 * I, H, requires_grad=True)
+    down = torch.randn(E, H, I, requires_grad=True)
+    with sk.accumulate_grad():
+        sk.moe_experts(x, index, weights, gate_up, down).sum().backward()
+        once = [p.grad.clone() for p in (gate_up, down)]
+        sk.moe_experts(x, index, weights, gate_up, down).sum().backward()
+    for p, g in zip((gate_up, down), once, strict=True):
+        assert_close(p.grad, 2 * g, tolerance(torch.float32, T))
+
+
+FAR = 2**31 // 64 + 5  # a row of 64 whose first element is beyond what 32 bits count
+
+
+def test_rows_beyond_what_32_bits_count(backend):
+    """Defends: an address computed in 32 bits, at sizes that no memory here has."""
+    offsets, row_map = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([FAR], dtype=torch.int32)
+    x, w = torch.randn(1, 64), torch.randn(1, 64, 64)
+    y, hidden = torch.empty(1, 64), torch.empty(1, 32)
+    far = 4 * 64 * FAR + 4 * np.arange(64)
+    with interpreted.addresses_outside() as outside:
+        multiply_rows(x, w, offsets, y, row_map)
+    assert np.array_equal(np.concatenate(outside), y.data_ptr() + far)
+    with interpreted.addresses_outside() as outside:
+        gate_up(x, w, offsets, row_map, 1, None, hidden)
+    assert set(np.concatenate(outside)) == set(x.data_ptr() + far)
+    with interpreted.addresses_outside() as outside:
+        permute(x, row_map, 1)
+    assert np.array_equal(np.concatenate(outside), x.data_ptr() + far)
+    with interpreted.addresses_outside() as outside:
+        outer_of_tokens(w, x, x, offsets, False, top_k=1, a_map=row_map)
+    assert set(np.concatenate(outside)) == set(x.data_ptr() + far)
