@@ -21,6 +21,8 @@ SHAPES = [  # T, H, I, E, k
     (300, 130, 70, 9, 1),
     (200, 96, 129, 4, 2),
 ]
+WIDE = [(shape, torch.float32) for shape in SHAPES]
+NARROW = [(shape, dtype) for shape in SHAPES if shape[0] in (1, 7, 150) for dtype in DTYPES[1:]]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -35,8 +37,7 @@ def check_experts(inputs: list[torch.Tensor], dtype: torch.dtype) -> None:
         assert_close(g, w, tolerance(dtype, depth))
 
 
-@every_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, dtype", WIDE + NARROW, ids=str)
 def test_moe_experts_equals_reference(backend, shape, dtype):
     """Defends: ragged tails, empty experts, no tokens, gate and up swapped, output left unwritten."""
     check_experts(experts_inputs(*shape), dtype)
