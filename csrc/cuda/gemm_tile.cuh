@@ -190,13 +190,13 @@ __device__ T* row_of(const Rows<T>& m, int64_t r) {
 }
 
 // More shared memory than 48 KiB must be asked for, each time anew, as devices differ and may change.
-template <class Kernel, class G>
+template <class Kernel, class... Arguments>
 cudaError_t launch_tiles(Kernel* kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-                         const G& g, bool reads_vectors, bool writes_vectors) {
+                         const Arguments&... arguments) {
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
     return error;
-  SK_LAUNCH(kernel, grid, threads, shared_bytes, stream, g, reads_vectors, writes_vectors);
+  SK_LAUNCH(kernel, grid, threads, shared_bytes, stream, arguments...);
   return cudaGetLastError();
 }
 

@@ -2,8 +2,10 @@
 // columns.
 //
 // Which rows is found by each block from the offsets, so that the host need not know them: the grid is an
-// upper bound of the tiles, and the blocks beyond the last return.  Rows are gathered as they are loaded and
-// scattered as they are stored.  Bound where experts have few rows: one read of the weights.
+// upper bound of the tiles, and the blocks beyond the last return.  A launch serves the experts whose rows
+// lie in an interval, so that one of 20 rows pays for 32 and a crowded one still has tiles of 128.  Rows are
+// gathered as they are loaded and scattered as they are stored.  Bound where experts have few rows: one read
+// of the weights.
 #include "gemm_tile.cuh"
 #include "grouped_gemm.h"
 
@@ -16,13 +18,18 @@ struct RowTile {
   int rows;  // 0: there is no such tile
 };
 
+struct Interval {
+  int32_t least, most;  // an expert is served that has least < rows <= most
+};
+
 // Every warp for itself: 32 experts a step.
-__device__ RowTile find_tile(const int32_t* offsets, int E, int tile_rows, int tile) {
+__device__ RowTile find_tile(const int32_t* offsets, int E, Interval served, int tile_rows, int tile) {
   int before = 0;
   for (int e0 = 0; e0 < E; e0 += kWarp) {
     const int e = e0 + lane();
     const int32_t begin = offsets[e < E ? e : E], end = offsets[e < E ? e + 1 : E];
-    const int32_t tiles = static_cast<int32_t>(ceil_div(end - begin, tile_rows));
+    const bool is_served = end - begin > served.least && end - begin <= served.most;
+    const int32_t tiles = is_served ? static_cast<int32_t>(ceil_div(end - begin, tile_rows)) : 0;
     const int32_t sum = before + warp_inclusive_sum(tiles);
     if (const unsigned beyond = __ballot_sync(kAllLanes, sum > tile)) {
       const int at = __ffs(beyond) - 1;
@@ -37,12 +44,12 @@ __device__ RowTile find_tile(const int32_t* offsets, int E, int tile_rows, int t
 
 template <class T, class S, bool kIsTransposed, int kStages>
 __global__ void __launch_bounds__(S::kThreads)
-    grouped_gemm_kernel(GroupedGemm<T> g, bool reads_vectors, bool writes_vectors) {
+    grouped_gemm_kernel(GroupedGemm<T> g, Interval served, bool reads_vectors, bool writes_vectors) {
   using Product = Tile<T, S, false, !kIsTransposed, kStages>;
   using TileA = typename Product::TileA;
   using TileB = typename Product::TileB;
   SK_DYN_SMEM(T, shared);
-  const RowTile tile = find_tile(g.offsets, g.E, S::kM, static_cast<int>(blockIdx.x));
+  const RowTile tile = find_tile(g.offsets, g.E, served, S::kM, static_cast<int>(blockIdx.x));
   if (tile.rows == 0) return;
   const int64_t n0 = blockIdx.y * int64_t{S::kN};
 
@@ -82,14 +89,17 @@ __global__ void __launch_bounds__(S::kThreads)
 }
 
 template <class T, class S, int kStages>
-cudaError_t launch(const GroupedGemm<T>& g, cudaStream_t stream) {
-  const int64_t tiles = g.R / S::kM + smaller(g.E, g.R);
+cudaError_t launch(const GroupedGemm<T>& g, Interval served, cudaStream_t stream) {
+  const int64_t experts = smaller(g.E, g.R / (int64_t{served.least} + 1));  // that can have so many rows
+  if (experts == 0) return cudaSuccess;
+  const int64_t tiles = g.R / S::kM + experts;
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(g.N, S::kN)));
   const bool reads = has_vectors(g.x.base, g.x.ld) && has_vectors(g.w, g.w_row) && g.w_expert % 8 == 0;
   const bool writes = has_vectors(g.y.base, g.y.ld);
   const auto run = [&]<bool kIsTransposed>() {
     return launch_tiles(grouped_gemm_kernel<T, S, kIsTransposed, kStages>, grid, S::kThreads,
-                        Tile<T, S, false, !kIsTransposed, kStages>::kSharedBytes, stream, g, reads, writes);
+                        Tile<T, S, false, !kIsTransposed, kStages>::kSharedBytes, stream, g, served, reads,
+                        writes);
   };
   return g.is_transposed ? run.template operator()<true>() : run.template operator()<false>();
 }
@@ -99,12 +109,21 @@ cudaError_t launch(const GroupedGemm<T>& g, cudaStream_t stream) {
 template <class T>
 cudaError_t grouped_gemm(const GroupedGemm<T>& g, cudaStream_t stream) {
   if (g.R == 0 || g.N == 0) return cudaSuccess;
-  // The least rows that hold an expert's average share: 96 experts leave 21 of 2,048 tokens each.
+  using Rows16 = TileShape<1, 4, 1, 4>;
+  using Rows32 = TileShape<1, 4, 2, 4>;
+  using Rows64 = TileShape<2, 2, 2, 8>;
+  using Rows128 = TileShape<4, 2, 2, 8>;
+  constexpr int32_t kAll = 0x7FFFFFFF;
+  // What an expert has on average decides the tile of the many; 96 experts leave 21 of 2,048 tokens each.
   const int64_t share = ceil_div(g.R, g.E);
-  if (share <= 16) return launch<T, TileShape<1, 4, 1, 4>, 4>(g, stream);
-  if (share <= 32) return launch<T, TileShape<1, 4, 2, 4>, 4>(g, stream);
-  if (share <= 64) return launch<T, TileShape<2, 2, 2, 8>, 3>(g, stream);
-  return launch<T, TileShape<4, 2, 2, 8>, 3>(g, stream);
+  const auto both = [&]<class Few, int kStagesOfFew, class Many>() {
+    const cudaError_t error = launch<T, Few, kStagesOfFew>(g, {0, Few::kM}, stream);
+    return error == cudaSuccess ? launch<T, Many, 3>(g, {Few::kM, kAll}, stream) : error;
+  };
+  if (share <= 8) return both.template operator()<Rows16, 4, Rows64>();
+  if (share <= 32) return both.template operator()<Rows32, 4, Rows128>();
+  if (share <= 128) return both.template operator()<Rows64, 3, Rows128>();
+  return launch<T, Rows128, 3>(g, {0, kAll}, stream);
 }
 
 template cudaError_t grouped_gemm(const GroupedGemm<Bf16>&, cudaStream_t);

@@ -15,10 +15,18 @@ using Ints = std::vector<int32_t>;
 
 namespace {
 
-enum class Load { kEven, kAllOnOne, kIdleExperts };
+enum class Load { kEven, kAllOnOne, kIdleExperts, kEdges };
+
+// Rows of an expert at the edges of every tile: of the launch that serves it, too.
+constexpr int kEdges[] = {0, 1, 15, 16, 17, 31, 32, 33, 64, 65, 129};
+constexpr int64_t kEdgeRows = 403;
 
 Ints offsets_of(int64_t R, int E, Load load) {
   Ints offsets(E + 1, 0);
+  if (load == Load::kEdges) {
+    for (int e = 0; e < E; ++e) offsets[e + 1] = offsets[e] + (e < 11 ? kEdges[e] : 0);
+    return offsets;
+  }
   for (int e = 0; e < E; ++e) {
     const int64_t even = R * (e + 1) / E, all = e >= E / 2 ? R : 0,
                   idle = e % 2 ? R * (e + 1) / E : offsets[e];
@@ -145,10 +153,14 @@ int main() {
       {5, 3, 8, 16, Load::kIdleExperts},
       {13, 4, 131, 37, Load::kEven, 1},          // 16-row tiles, scalar loads
       {37, 2, 136, 72, Load::kEven, 8, 2},       // 32
-      {50, 2, 40, 104, Load::kAllOnOne, 8},      // 32, two tiles for one expert
+      {50, 2, 40, 104, Load::kAllOnOne, 8},      // 128
       {45, 1, 33, 130, Load::kEven, 1, 1},       // 64
       {150, 2, 136, 48, Load::kAllOnOne, 8, 3},  // 128, a second tile that is nearly empty
+      {150, 1, 136, 48, Load::kEven, 8, 3},      // 128 alone
       {96, 40, 8, 40, Load::kEven, 0, 8},        // more experts than lanes
+      {kEdgeRows, 60, 8, 16, Load::kEdges},      // tiles of 16 and 64
+      {kEdgeRows, 16, 8, 16, Load::kEdges},      // of 32 and 128
+      {kEdgeRows, 11, 8, 16, Load::kEdges},      // of 64 and 128
   };
   for (const Case& c : cases) test<Bf16>(c);
   test<F16>(cases[3]);
