@@ -9,8 +9,11 @@ import torch
 from sigma_cli.aot import GPUS, judged, loads
 from sigma_cli.aot_launches import Shape, layer, others
 from sigma_cli.aot_page import TOLD, bounds, form, plan, serves, work
+from sigma_cli.commands import app
+from sigma_train.errors import WrongInput, verdict
 from triton.compiler import make_backend
 from triton.runtime.jit import MockTensor, create_function_from_signature
+from typer.testing import CliRunner
 
 SHAPE = Shape(2048, 96, 1, 1024, 512)
 BF16 = torch.bfloat16
@@ -134,3 +137,21 @@ def test_paper_bounds_add_up(architecture):
         least = sum(max(float(row[4]), float(row[5])) for row in lines)
         assert abs(float(last[4].split()[0]) - least) <= len(lines)
         assert 0 < int(last[5].split("%")[0]) <= 100
+
+
+@pytest.mark.parametrize(
+    "option", [["layer"], ["--rounds", "3"], ["--threads", "1"], ["--json", "x.json"]], ids=str
+)
+def test_options_of_races_are_refused(option):
+    """Defends: an option that is taken and means nothing."""
+    result = CliRunner().invoke(app, ["bench", "--aot", *option])
+    assert isinstance(result.exception, WrongInput)
+    assert str(result.exception) == "--aot races nothing: it takes --quick and --output alone"
+
+
+def test_without_triton_the_answer_says_what_brings_it():
+    code, text = verdict(ModuleNotFoundError("No module named 'triton'", name="triton"))
+    assert (code, text) == (
+        1,
+        "the module triton is not installed; pip install 'sigma-kernels[triton]' brings it",
+    )

@@ -48,8 +48,10 @@ def multiplied_as(dtype: str) -> Iterator[None]:
     """torch's setting for products of f32, for a while."""
     settings = torch.backends.cuda.matmul
     before, settings.fp32_precision = settings.fp32_precision, "tf32" if dtype == "tf32" else "ieee"
-    yield
-    settings.fp32_precision = before
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def by_block(calls: Sequence[Launch]) -> list[Launch]:

@@ -39,8 +39,12 @@ def bench(
 ) -> None:
     """Race the layer and its operations against their peers and bounds on this machine."""
     if aot:
+        from sigma_train.errors import WrongInput
+
         from sigma_cli.aot_page import run as compile_all
 
+        if (group, rounds, threads, json_file) != ("test", 7, None, None):
+            raise WrongInput("--aot races nothing: it takes --quick and --output alone")
         raise typer.Exit(compile_all(quick, output))
     from sigma_cli.bench import run
 

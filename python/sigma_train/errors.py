@@ -39,9 +39,10 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
             what = f"{wanted[0]} at once" if wanted else "this"
             return 1, f"not enough memory for {what}; lower the sizes of [model] or train.batch_size"
         case ModuleNotFoundError() if error.name and not error.name.startswith("sigma_"):
+            extra = "triton" if error.name.startswith("triton") else "train"
             return (
                 1,
-                f"the module {error.name} is not installed; pip install 'sigma-kernels[train]' brings it",
+                f"the module {error.name} is not installed; pip install 'sigma-kernels[{extra}]' brings it",
             )
         case OSError():
             return 1, f"{error.filename}: {error.strerror}" if error.filename else error.strerror or text

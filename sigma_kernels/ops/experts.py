@@ -48,7 +48,9 @@ def moe_experts(
     (SwiGLU: Shazeer 2020, arXiv 2002.05202; weights lie as in Hugging Face transformers).
 
     Args:
-        hidden_states: [T, H]; this and the others f32, or all bf16 or f16, which is computed in f32 and rounded once.
+        hidden_states: [T, H]; this and the others f32, or all bf16 or f16, which is summed in f32.  On a CPU the
+            result alone is rounded, or with bf16 products also what lies between the projections; a GPU rounds that in
+            both, before SwiGLU too.
         top_k_index: [T, k] int32 or int64, in 0..E-1; an expert may be named twice.
         top_k_weights: [T, k].
         gate_up_proj: [E, 2I, H], gate rows first, then up.
