@@ -13,9 +13,9 @@ from sigma_kernels import nn
 from sigma_kernels.backends import backend, backends
 from sigma_kernels.ops.experts import accumulate_grad, moe_experts
 from sigma_kernels.ops.grouped_gemm import grouped_gemm
-from sigma_kernels.ops.int8 import moe_experts_int8, quantize_experts
 from sigma_kernels.ops.library import empty_cache
 from sigma_kernels.ops.permute import permute, unpermute
+from sigma_kernels.ops.quantized import moe_experts_fp8, moe_experts_int8, quantize_experts
 from sigma_kernels.ops.route import group_by_expert, route
 from sigma_kernels.ops.route_with_sums import route_with_sums
 from sigma_kernels.routing import RouterSums, Routing
@@ -32,6 +32,7 @@ __all__ = [
     "group_by_expert",
     "grouped_gemm",
     "moe_experts",
+    "moe_experts_fp8",
     "moe_experts_int8",
     "nn",
     "permute",

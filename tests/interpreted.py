@@ -2,9 +2,9 @@
 
 As installed it adds and multiplies the bits of bf16 as integers.
 
-It keeps bf16 in uint16, which numpy takes for numbers, and truncates where it rounds.  Our kernels widen what they
-load, so that only conversions and the operands of tl.dot are bf16: these are mended here, rounding to nearest even as a
-GPU does.  test_triton_interpreter.py tells when upstream changes any of it.
+It keeps bf16 in uint16, which numpy takes for numbers, and truncates where it rounds, fp8 too.  Our kernels widen what
+they load, so that only conversions and the operands of tl.dot are narrow: these are mended here, rounding to nearest
+even as a GPU does.  test_triton_interpreter.py tells when upstream changes any of it.
 
 It reads and writes wherever a kernel says.  Here an address that is not of a tensor of the launch raises; or it is
 written down, and what would be read there is taken for zero, so that arithmetic on addresses can be tried at sizes that
@@ -15,8 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e4b8: torch.float8_e4m3fnuz}
 
 _memory: list[tuple[int, int]] = []  # first address and end of each tensor of the running launch
 _outside: list[np.ndarray] | None = None  # where other addresses are written down; None: they raise
@@ -40,6 +43,9 @@ def _is_bf16(dtype: tl.dtype) -> bool:
 
 
 def _wide(handle: TensorHandle) -> TensorHandle:
+    if handle.dtype.scalar in FP8:
+        bits = torch.from_numpy(np.ascontiguousarray(handle.data)).view(FP8[handle.dtype.scalar])
+        return TensorHandle(bits.float().numpy(), tl.float32)
     return TensorHandle(widen(handle.data), tl.float32) if _is_bf16(handle.dtype) else handle
 
 
@@ -78,17 +84,19 @@ def install() -> None:
     def known(self, args, kwargs):
         host = to_host(self, args, kwargs)
         storages = [
-            x.untyped_storage() for x in (*host[0], *host[1].values()) if hasattr(x, "untyped_storage")
+            x.untyped_storage()
+            for y in (*host[0], *host[1].values())
+            if hasattr(x := getattr(y, "base", y), "untyped_storage")  # a descriptor has its tensor as `base`
         ]
         _memory[:] = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
         return host
 
     GridExecutor._init_args_hst = known
-    InterpreterBuilder.create_masked_load = lambda self, at, mask, *rest: load(
-        self, at, inside(at, mask), *rest
+    InterpreterBuilder.create_masked_load = lambda self, at, mask, *rest, **named: load(
+        self, at, inside(at, mask), *rest, **named
     )
-    InterpreterBuilder.create_masked_store = lambda self, at, value, mask, *rest: store(
-        self, at, value, inside(at, mask), *rest
+    InterpreterBuilder.create_masked_store = lambda self, at, value, mask, *rest, **named: store(
+        self, at, value, inside(at, mask), *rest, **named
     )
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
@@ -102,4 +110,13 @@ def install() -> None:
         a, b = (TensorHandle(h.data.astype(np.float32), tl.float32) for h in (_wide(a), _wide(b)))
         return dot(self, a, b, *rest)
 
+    fp_to_fp = InterpreterBuilder.create_fp_to_fp
+
+    def right_fp_to_fp(self, source, target, rounding):
+        if target.scalar not in FP8:
+            return fp_to_fp(self, source, target, rounding)
+        wide = torch.from_numpy(np.ascontiguousarray(_wide(source).data, dtype=np.float32))
+        return TensorHandle(wide.to(FP8[target.scalar]).view(torch.uint8).numpy(), target.scalar)
+
+    InterpreterBuilder.create_fp_to_fp = right_fp_to_fp
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = right_cast, right_dot

@@ -71,6 +71,10 @@ def step(k: int, dtype: torch.dtype) -> None:
         assert tensor.grad.shape == tensor.shape
     with torch.no_grad():
         sk.moe_experts(x, routing.indices.long(), routing.weights, gate_up, down)
+        narrow = [torch.empty(w.shape, dtype=torch.float8_e4m3fn, device="meta") for w in (gate_up, down)]
+        for scales in ([(E, 2 * I), (E, H)], [(E, 1, 1), (E, 1, 1)]):
+            of_gate_up, of_down = (torch.empty(shape, device="meta") for shape in scales)
+            sk.moe_experts_fp8(x, routing.indices, routing.weights, narrow[0], of_gate_up, narrow[1], of_down)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

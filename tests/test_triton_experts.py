@@ -84,19 +84,22 @@ def test_what_a_gpu_keeps_for_the_backward(backend, monkeypatch, dtype):
     check_experts(experts_inputs(50, 40, 33, 5, 2), dtype)
 
 
+@every_dtype
 @pytest.mark.parametrize("k", [1, 3])
-def test_without_a_backward(backend, k):
+def test_without_a_backward(backend, k, dtype):
     """Defends: the call that keeps nothing, and int8 weights with their factors."""
     x, index, weights, gate_up, down = experts_inputs(60, 48, 40, 7, k)
+    x, weights = x.to(dtype), weights.to(dtype)
+    bound = tolerance(dtype, 48 if dtype == torch.float32 else 4)
     with torch.no_grad():
-        got = sk.moe_experts(x, index, weights, gate_up, down)
-        want = reference.moe_experts(x.double(), index, weights.double(), gate_up.double(), down.double())
-        assert_close(got, want, tolerance(torch.float32, 48))
+        got = sk.moe_experts(x, index, weights, gate_up.to(dtype), down.to(dtype))
+        wide = x.double(), index, weights.double()
+        want = reference.moe_experts(*wide, gate_up.to(dtype).double(), down.to(dtype).double())
+        assert_close(got, want, bound)
         narrow = [*sk.quantize_experts(gate_up), *sk.quantize_experts(down)]
         got = sk.moe_experts_int8(x, index, weights, *narrow)
         whole = [narrow[i].double() * narrow[i + 1].double()[..., None] for i in (0, 2)]
-        want = reference.moe_experts(x.double(), index, weights.double(), *whole)
-        assert_close(got, want, tolerance(torch.float32, 48))
+        assert_close(got, reference.moe_experts(*wide, *whole), bound)
 
 
 def test_same_bits_every_time(backend):

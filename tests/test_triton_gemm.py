@@ -9,6 +9,7 @@ from support import assert_close, tolerance, value_and_grads
 import sigma_kernels as sk
 from sigma_kernels import reference
 from sigma_kernels.ops.grouped_gemm import grouped_outer_
+from sigma_kernels.triton import product, tiles
 from sigma_kernels.triton.grouped_gemm import multiply_rows
 from sigma_kernels.triton.grouped_outer import outer_of_tokens
 from sigma_kernels.triton.permute import permute
@@ -46,6 +47,32 @@ def test_grouped_gemm_equals_reference(backend, R, N, K, E, transpose, dtype):
     )
     for g, w in zip(got, want, strict=True):
         assert_close(g, w, tolerance(dtype, depth(dtype, R, N, K)))
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(96, 64, 80), (100, 72, 300)], ids=str)
+def test_descriptors_and_pointers_fetch_the_same(backend, monkeypatch, shape, dtype):
+    """Defends: a block past the last column or the end of the depth, both layouts, an expert's first row."""
+    R, N, K = shape
+    offsets, x = some_offsets(R, 3), torch.randn(R, K).to(dtype)
+    for weight, transpose in ((torch.randn(3, N, K), True), (torch.randn(3, K, N), False)):
+        got = sk.grouped_gemm(x, weight.to(dtype), offsets, transpose_weight=transpose)
+        with monkeypatch.context() as patch:
+            patch.setattr(product, "has_tma", lambda dtype, device: False)
+            want = sk.grouped_gemm(x, weight.to(dtype), offsets, transpose_weight=transpose)
+        assert torch.equal(got, want)
+
+
+def test_which_weights_have_a_descriptor():
+    """Whole multiples of 16 bytes apart, from such an address on, with one dimension contiguous."""
+    tile = tiles.Tile(32, 64, 32, 4, 2)
+    wide = torch.zeros(3, 48, 40)
+    layouts = {"nk": wide, "kn": wide.transpose(1, 2), "": wide[:, :, 1:]}
+    assert {layout: product.weight_operand(w, tile, w.dtype)[1] for layout, w in layouts.items()} == {
+        x: x for x in layouts
+    }
+    others = torch.zeros(3, 48, 41), wide[:, :, ::2], wide[:0], torch.zeros(3, 0, 40)
+    assert [product.weight_operand(w, tile, w.dtype)[1] for w in others] == [""] * 4
 
 
 @every_dtype

@@ -12,6 +12,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sigma_cli.aot_launches import Launch
 
@@ -51,8 +52,8 @@ GPUS = {
 }  # fmt: skip
 
 # What multiplies: at 128 rows (and from 64 on for wgmma and tcgen05) and below, in SASS or in AMD's assembly.
-HEAVY = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC\\w*MMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
-LIGHT = {**HEAVY, "sm_90": "HMMA|HGMMA", "sm_100": "HMMA|UTC\\w*MMA"}
+HEAVY = {"sm_80": "HMMA", "sm_90": "[HQ]GMMA", "sm_100": "UTC\\w*MMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
+LIGHT = {**HEAVY, "sm_90": "[HQ]G?MMA", "sm_100": "[HQ]MMA|UTC\\w*MMA"}
 # What a lane loads, in bytes, by the end of the instruction's name; SASS without one is 4.
 SASS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
@@ -68,6 +69,7 @@ class Resources:
     shared: int
     warps: int
     matrix: int
+    tma: int
     loads: Counter[int]  # from global memory in the code, by bytes a lane
 
     def share_by(self, least: int, most: int = 16) -> float:
@@ -106,6 +108,7 @@ def read(kernel: CompiledKernel, gpu: Gpu, matrix: str) -> Resources:
         shared,
         warps,
         len(re.findall(rf"\b(?:{matrix})", code)),
+        len(re.findall(r"\bUTMALDG", code)),
         loads(code, gpu),
     )
 
@@ -162,7 +165,8 @@ def judged(launch: Launch, gpu: Gpu, dtype: torch.dtype) -> Verdict:
     rows = launch.bound.get("BLOCK_M", 0)
     is_product = launch.name in PRODUCTS
     is_tf32 = launch.bound.get("PRECISION") == "tf32"
-    takes_matrix = is_product and (dtype.itemsize == 2 or is_tf32 or gpu.target.backend == "hip")
+    is_narrow = any(kind(x) == torch.float8_e4m3fn for x in launch.args) or dtype.itemsize == 2
+    takes_matrix = is_product and (is_narrow or is_tf32 or gpu.target.backend == "hip")
     matrix = (HEAVY if rows >= 128 else LIGHT)[gpu.architecture]
     found = read(launch.compiled(gpu.target), gpu, matrix)
     wrong = []
@@ -172,10 +176,14 @@ def judged(launch: Launch, gpu: Gpu, dtype: torch.dtype) -> Verdict:
         wrong.append(f"{found.shared} bytes of shared memory, {gpu.shared} are there")
     if takes_matrix and not found.matrix:
         wrong.append(f"no {matrix}")
-    # Maps and weights of rows are 2 to 4 bytes; a weight of one byte is 4 by the tile, a TF32 that is transposed too.
+    if launch.bound.get("TMA") and gpu.target.backend == "cuda" and not found.tma:
+        wrong.append("no UTMALDG")
+    # Maps and weights of rows are 2 to 4 bytes; a weight of one byte is 4 by the tile, a TF32 that is transposed too,
+    # and each step of fp8 by block reads scales of 4.
     if is_product and found.share_by(1, 2) > 0.1:
         wrong.append(f"{found.share_by(1, 2):.0%} of the bytes loaded by 1 or 2")
-    if is_product and found.share_by(8) < 0.45 and not is_tf32:
+    least = 0.3 if launch.bound.get("SCALED") == "block" else 0.45
+    if is_product and found.share_by(8) < least and not is_tf32:
         wrong.append(f"{found.share_by(8):.0%} of the bytes loaded by 8 or 16")
     if is_product and found.occupancy(gpu) == 0:
         wrong.append("does not fit on a processor")
@@ -186,9 +194,18 @@ def distinct(launches: list[Launch]) -> list[Launch]:
     """One of each that compiles to other code: by kernel, types, keywords and what a size is divisible by."""
     seen: dict[tuple[object, ...], Launch] = {}
     for launch in launches:
-        kinds = tuple(
-            x.dtype if isinstance(x, torch.Tensor) else None if x is None else (x == 1, x % 16 == 0)
-            for x in launch.args
-        )
+        kinds = tuple(map(kind, launch.args))
         seen.setdefault((launch.name, kinds, tuple(sorted(launch.options.items()))), launch)
     return list(seen.values())
+
+
+def kind(argument: object) -> object:
+    """What the compiler knows of it."""
+    match argument:
+        case TensorDescriptor():
+            return argument.base.dtype, *argument.block_shape
+        case torch.Tensor():
+            return argument.dtype
+        case int():
+            return argument == 1, argument % 16 == 0
+    return argument

@@ -100,7 +100,7 @@ def layer(shape: Shape, dtype: torch.dtype, architecture: str, processors: int) 
 
 
 def others(shape: Shape, dtype: torch.dtype, architecture: str, processors: int) -> list[Launch]:
-    """Every other kernel, and other forms of the products: alone, adding, keeping nothing, with int8 weights."""
+    """Every other kernel, and other forms of the products: alone, adding, keeping nothing, in int8 and fp8."""
     (T, E, k, H, I), R = (shape.T, shape.E, shape.k, shape.H, shape.I), shape.T * shape.k
     with recorded(architecture, processors) as launches:
         logits, bias = torch.empty(T, E, device="meta"), torch.empty(E, device="meta")
@@ -128,4 +128,13 @@ def others(shape: Shape, dtype: torch.dtype, architecture: str, processors: int)
         gate_up, down = torch.empty(E, 2 * I, H, **int8), torch.empty(E, H, I, **int8)
         scales = torch.empty(E, 2 * I, device="meta"), torch.empty(E, H, device="meta")
         experts.inference(x, indices, weights, gate_up, down, *scales)
+        if architecture != "sm_80":
+            fp8 = {"dtype": torch.float8_e4m3fn, "device": "meta"}
+            gate_up, down = torch.empty(E, 2 * I, H, **fp8), torch.empty(E, H, I, **fp8)
+            experts.inference_fp8(x, indices, weights, gate_up, down, *scales)
+            blocks = (
+                torch.empty(E, 2 * I // 128, H // 128, device="meta"),
+                torch.empty(E, H // 128, I // 128, device="meta"),
+            )
+            experts.inference_fp8(x, indices, weights, gate_up, down, *blocks)
     return launches

@@ -88,10 +88,13 @@ def line(verdict: Verdict, dtype: str) -> tuple[tuple[str, ...], bool]:
 def form(launch: Launch) -> str:
     """The kernel's name, and which of its forms this is."""
     bound = launch.bound
+    scaled = bound.get("SCALED")
     marks = {
         "map": bound.get("row_map_ptr") is not None and launch.name == "grouped_gemm",
         "weights": bound.get("weights_ptr") is not None and launch.name != "gate_up_backward",
-        "int8": bound.get("scale_ptr") is not None,
+        "int8": bool(scaled) and bound["row_scale_ptr"] is None,
+        f"fp8 by {scaled}": bool(scaled) and bound["row_scale_ptr"] is not None,
+        "TMA": bool(bound.get("TMA")),
         "a by token": bound.get("a_map_ptr") is not None,
         "b by token": bound.get("b_map_ptr") is not None,
         "adds": bound.get("ACCUMULATE", False),
@@ -107,7 +110,8 @@ def work(launch: Launch, shape: Shape) -> tuple[float, float, float]:
     Bytes: every tensor once.  Scheduled: rows rounded up to whole tiles.
     """
     bound = launch.bound
-    tensors = {id(x): x for x in launch.args if isinstance(x, Tensor)}
+    operands = [getattr(x, "base", x) for x in launch.args]  # of a descriptor its tensor
+    tensors = {id(x): x for x in operands if isinstance(x, Tensor)}
     moved = sum(x.numel() * x.itemsize for x in tensors.values())
     if launch.name == "grouped_outer":
         step, product = bound["BLOCK_K"], bound["M"] * bound["N"]

@@ -1,14 +1,19 @@
 """The expert layer on a GPU: which kernels, in what order, with what memory."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sigma_kernels.ops.library import rows, saturated, saved_dtype
+from sigma_kernels.triton.fp8 import quantize_rows
 from sigma_kernels.triton.group import group_by_expert
 from sigma_kernels.triton.grouped_gemm import multiply_rows
 from sigma_kernels.triton.grouped_outer import outer_of_tokens
 from sigma_kernels.triton.permute import combine
+from sigma_kernels.triton.product import SCALE_BLOCK, scaled_by
 from sigma_kernels.triton.swiglu import gate_up, gate_up_backward
+from sigma_kernels.triton.tiles import has_fp8
 
 
 def forward(
@@ -40,6 +45,13 @@ def inference(
     return layer(x, weights, offsets, row_map, gate_up_proj, down_proj, None, *scales)
 
 
+def inference_fp8(x: Tensor, *rest: Any) -> Tensor:
+    """Weights in e4m3 with scales by channel or by block; rows are rounded to e4m3 before each projection."""
+    if not has_fp8(x.device):
+        raise RuntimeError("moe_experts_fp8: needs a GPU of sm_90, sm_100, gfx942 or gfx950")
+    return inference(x, *rest)
+
+
 def layer(
     x: Tensor,
     weights: Tensor,
@@ -54,9 +66,18 @@ def layer(
     x, weights = rows(x), weights.contiguous()
     R, top_k, I = row_map.shape[0], weights.shape[1], down_proj.shape[2]
     hidden, by_slot = x.new_empty(R, I), slots_of(x, R, top_k)
-    gate_up(x, gate_up_proj, offsets, row_map, top_k, kept, hidden, gate_up_scale)
-    multiply_rows(hidden, down_proj, offsets, by_slot, row_map, weights, down_scale)
+    left, row_scale = as_stored(x, gate_up_proj, gate_up_scale)
+    gate_up(left, gate_up_proj, offsets, row_map, top_k, kept, hidden, gate_up_scale, row_scale)
+    left, row_scale = as_stored(hidden, down_proj, down_scale)
+    multiply_rows(left, down_proj, offsets, by_slot, row_map, weights, down_scale, row_scale)
     return by_slot if top_k == 1 else combine(by_slot, None, None, top_k, x.dtype)
+
+
+def as_stored(x: Tensor, w: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows as they are multiplied with w: in fp8, with scales like those of w, where w is fp8."""
+    if scale is None or w.dtype != torch.float8_e4m3fn:
+        return x, None
+    return quantize_rows(x, SCALE_BLOCK.value if scaled_by(scale) == "block" else max(1, x.shape[1]))
 
 
 def slots_of(x: Tensor, R: int, top_k: int) -> Tensor:

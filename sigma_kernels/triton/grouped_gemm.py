@@ -11,15 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from sigma_kernels.ops.library import rows
+from sigma_kernels.triton.product import multiply, scaled_by, weight_operand
 from sigma_kernels.triton.schedule import find_tile, tile_ends
 from sigma_kernels.triton.tiles import precision, row_tiles
 
 
 @triton.jit(do_not_specialize=["least", "most"])
 def grouped_gemm_kernel(
-    x_ptr, w_ptr, offsets_ptr, y_ptr, row_map_ptr, weights_ptr, scale_ptr, E, N, K, stride_x, stride_e, stride_n,
-    stride_k, least, most, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    x_ptr, w, offsets_ptr, y_ptr, row_map_ptr, weights_ptr, row_scale_ptr, scale_ptr, E, N, K, stride_x, stride_e,
+    stride_n, stride_k, least, most, TMA: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """y[r] = x[r] @ w[e].  With a map the row goes to y[row_map[r]], times its weight if there is one."""
     column_tiles = tl.cdiv(N, BLOCK_N)
@@ -27,32 +28,20 @@ def grouped_gemm_kernel(
     for tile in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
         e, row, end, column = find_tile(tile, ends, offsets_ptr, BLOCK_M)
         r = row + tl.arange(0, BLOCK_M)
-        n = tl.arange(0, BLOCK_N)
-        k = tl.arange(0, BLOCK_K)
-        is_column = column * BLOCK_N + n < N
+        n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         # Rows past the expert's end read its last one: their sums are not stored.
-        x = x_ptr + tl.minimum(r, end - 1).to(tl.int64)[:, None] * stride_x + k[None, :]
-        w = w_ptr + e.to(tl.int64) * stride_e + (column * BLOCK_N).to(tl.int64) * stride_n
-        within = n[None, :] * stride_n + k[:, None] * stride_k  # 32 bits; the base alone has 64
-        sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            is_deep = k < K - k0
-            a = tl.load(x, mask=is_deep[None, :], other=0.0)
-            b = tl.load(w + within, mask=is_deep[:, None] & is_column[None, :], other=0.0)
-            sum = tl.dot(a, b.to(a.dtype), sum, input_precision=PRECISION)
-            x += BLOCK_K
-            w += BLOCK_K * stride_k
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr + e * N + column * BLOCK_N + n, mask=is_column, other=0.0)
-            sum *= scale[None, :]
+        sum, _ = multiply(
+            x_ptr, tl.minimum(r, end - 1), stride_x, row_scale_ptr, w, scale_ptr, e, column * BLOCK_N, N, K,
+            (stride_e, stride_n, stride_k), False, TMA, SCALED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         place = r
         if row_map_ptr is not None:
             place = tl.load(row_map_ptr + r, mask=r < end, other=0)
             if weights_ptr is not None:
                 weight = tl.load(weights_ptr + place, mask=r < end, other=0.0)
                 sum *= weight.to(tl.float32)[:, None]
-        y = y_ptr + place.to(tl.int64)[:, None] * N + (column * BLOCK_N + n)[None, :]
-        tl.store(y, sum.to(y_ptr.dtype.element_ty), mask=(r < end)[:, None] & is_column[None, :])
+        y = y_ptr + place.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(y, sum.to(y_ptr.dtype.element_ty), mask=(r < end)[:, None] & (n < N)[None, :])
 
 
 def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, transpose_weight: bool) -> Tensor:
@@ -71,11 +60,12 @@ def multiply_rows(
     row_map: Tensor | None = None,
     weights: Tensor | None = None,
     scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> None:
     """Fill y [R, N] from x [R, K], unit inner stride, and w [E, N, K] of any strides below 2^23 within an expert.
 
     With row_map, y[s] is the row of slot s, times weights[s]: for one choice a token the layer's result itself.
-    scale [E, N] is of int8 weights.
+    Scales are as `quantize_rows` gives those of rows and `quantize_experts` those of weights.
     """
     (E, N, K), R = w.shape, x.shape[0]
     for tile in row_tiles(N, K, R, E, x.dtype, x.device):
@@ -83,8 +73,9 @@ def multiply_rows(
             tile = replace(tile, columns=min(tile.columns, 128))
         programs = tile.programs(R, E, N, x.device)
         if programs:
+            weight, layout = weight_operand(w, tile, x.dtype)
             grouped_gemm_kernel[(programs,)](
-                x, w, offsets, y, row_map, weights, scale, E, N, K, x.stride(0), *w.stride(),
-                tile.least, tile.most, PRECISION=precision(x.dtype, x.device), BLOCK_E=triton.next_power_of_2(E),
-                **tile.options(),
+                x, weight, offsets, y, row_map, weights, row_scale, scale, E, N, K, x.stride(0), *w.stride(),
+                tile.least, tile.most, TMA=layout, SCALED=scaled_by(scale), PRECISION=precision(x.dtype, x.device),
+                BLOCK_E=triton.next_power_of_2(E), **tile.options(),
             )  # fmt: skip

@@ -9,15 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sigma_kernels.triton.product import multiply, scaled_by, weight_operand
 from sigma_kernels.triton.schedule import find_tile, tile_ends
 from sigma_kernels.triton.tiles import fused, precision, row_tiles
 
 
 @triton.jit(do_not_specialize=["least", "most"])
 def gate_up_kernel(
-    x_ptr, w_ptr, offsets_ptr, row_map_ptr, gate_up_ptr, hidden_ptr, scale_ptr, E, I, H, top_k: tl.constexpr,
-    stride_x, stride_e, stride_n, stride_k, stride_up, least, most, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    x_ptr, w, offsets_ptr, row_map_ptr, gate_up_ptr, hidden_ptr, row_scale_ptr, scale_ptr, E, I, H,
+    top_k: tl.constexpr, stride_x, stride_e, stride_n, stride_k, least, most, TMA: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """hidden[r] = silu(gate) * up, (gate, up) = w[e] @ x[token of r]; gate_up is kept where there is memory for it.
 
@@ -28,29 +30,12 @@ def gate_up_kernel(
     for tile in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
         e, row, end, column = find_tile(tile, ends, offsets_ptr, BLOCK_M)
         r = row + tl.arange(0, BLOCK_M)
-        n = tl.arange(0, BLOCK_N)
-        k = tl.arange(0, BLOCK_K)
-        i = column * BLOCK_N + n
+        i = column * BLOCK_N + tl.arange(0, BLOCK_N)
         token = tl.load(row_map_ptr + tl.minimum(r, end - 1)) // top_k
-        x = x_ptr + token.to(tl.int64)[:, None] * stride_x + k[None, :]
-        w = w_ptr + e.to(tl.int64) * stride_e + (column * BLOCK_N).to(tl.int64) * stride_n
-        within = n[None, :] * stride_n + k[:, None] * stride_k
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in range(0, H, BLOCK_K):
-            is_deep = k < H - k0
-            is_weight = is_deep[:, None] & (i < I)[None, :]
-            a = tl.load(x, mask=is_deep[None, :], other=0.0)
-            gate_w = tl.load(w + within, mask=is_weight, other=0.0)
-            up_w = tl.load(w + stride_up + within, mask=is_weight, other=0.0)
-            gate = tl.dot(a, gate_w.to(a.dtype), gate, input_precision=PRECISION)
-            up = tl.dot(a, up_w.to(a.dtype), up, input_precision=PRECISION)
-            x += BLOCK_K
-            w += BLOCK_K * stride_k
-        if scale_ptr is not None:
-            scale = scale_ptr + 2 * e * I + i
-            gate *= tl.load(scale, mask=i < I, other=0.0)[None, :]
-            up *= tl.load(scale + I, mask=i < I, other=0.0)[None, :]
+        gate, up = multiply(
+            x_ptr, token, stride_x, row_scale_ptr, w, scale_ptr, e, column * BLOCK_N, 2 * I, H,
+            (stride_e, stride_n, stride_k), True, TMA, SCALED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         is_live = (r < end)[:, None] & (i < I)[None, :]
         row = r.to(tl.int64)[:, None]
         if gate_up_ptr is not None:
@@ -63,8 +48,8 @@ def gate_up_kernel(
 
 @triton.jit(do_not_specialize=["R", "least", "most"])
 def gate_up_backward_kernel(
-    grad_ptr, w_ptr, offsets_ptr, row_map_ptr, weights_ptr, gate_up_ptr, grad_gate_up_ptr, hidden_ptr, partial_ptr, E,
-    I, H, R, top_k: tl.constexpr, stride_grad, stride_e, stride_n, stride_k, least, most,
+    grad_ptr, w, offsets_ptr, row_map_ptr, weights_ptr, gate_up_ptr, grad_gate_up_ptr, hidden_ptr, partial_ptr, E,
+    I, H, R, top_k: tl.constexpr, stride_grad, stride_e, stride_n, stride_k, least, most, TMA: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """With a = grad[token of r] @ down[e] and w the row's weight, tile by tile:
@@ -78,21 +63,12 @@ def gate_up_backward_kernel(
     for tile in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
         e, row, end, column = find_tile(tile, ends, offsets_ptr, BLOCK_M)
         r = row + tl.arange(0, BLOCK_M)
-        n = tl.arange(0, BLOCK_N)
-        k = tl.arange(0, BLOCK_K)
-        i = column * BLOCK_N + n
+        i = column * BLOCK_N + tl.arange(0, BLOCK_N)
         slot = tl.load(row_map_ptr + tl.minimum(r, end - 1))
-        x = grad_ptr + (slot // top_k).to(tl.int64)[:, None] * stride_grad + k[None, :]
-        w = w_ptr + e.to(tl.int64) * stride_e + (column * BLOCK_N).to(tl.int64) * stride_n
-        within = n[None, :] * stride_n + k[:, None] * stride_k
-        a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in range(0, H, BLOCK_K):
-            is_deep = k < H - k0
-            left = tl.load(x, mask=is_deep[None, :], other=0.0)
-            right = tl.load(w + within, mask=is_deep[:, None] & (i < I)[None, :], other=0.0)
-            a = tl.dot(left, right, a, input_precision=PRECISION)
-            x += BLOCK_K
-            w += BLOCK_K * stride_k
+        a, _ = multiply(
+            grad_ptr, slot // top_k, stride_grad, None, w, None, e, column * BLOCK_N, I, H,
+            (stride_e, stride_n, stride_k), False, TMA, "", PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         is_live = (r < end)[:, None] & (i < I)[None, :]
         # Within a tile 32 bits are enough: addresses of 64 for each of its numbers would take half the registers.
         first, down_from_it = row.to(tl.int64) * I, tl.arange(0, BLOCK_M)[:, None] * I
@@ -123,15 +99,17 @@ def gate_up(
     kept: Tensor | None,
     hidden: Tensor,
     scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> None:
-    """Fill hidden [R, I], and kept [R, 2I] if given, from x [T, H] and proj [E, 2I, H]."""
+    """Fill hidden [R, I], and kept [R, 2I] if given, from x [T, H] and proj [E, 2I, H], with scales or without."""
     (R, I), H, E = hidden.shape, x.shape[1], proj.shape[0]
     for tile in map(fused, row_tiles(2 * I, H, R, E, x.dtype, x.device)):
         programs = tile.programs(R, E, I, x.device)
         if programs:
+            w, layout = weight_operand(proj, tile, x.dtype)
             gate_up_kernel[(programs,)](
-                x, proj, offsets, row_map, kept, hidden, scale, E, I, H, top_k, x.stride(0), *proj.stride(),
-                I * proj.stride(1), tile.least, tile.most, PRECISION=precision(x.dtype, x.device),
+                x, w, offsets, row_map, kept, hidden, row_scale, scale, E, I, H, top_k, x.stride(0), *proj.stride(),
+                tile.least, tile.most, TMA=layout, SCALED=scaled_by(scale), PRECISION=precision(x.dtype, x.device),
                 BLOCK_E=triton.next_power_of_2(E), **tile.options(),
             )  # fmt: skip
 
@@ -148,6 +126,7 @@ def gate_up_backward(
 ) -> Tensor:
     """Fill grad_gate_up [R, 2I], and hidden [R, I] if given; the gradient of weights [T, k] is the result."""
     (E, H, I), R, device = down.shape, row_map.shape[0], kept.device
+    columns_of_down = down.transpose(1, 2)
     # The epilogue has five numbers of each sum: of 128 rows they spill, of 64 never.
     launches = [fused(tile) for tile in row_tiles(I, H, R, E, grad_out.dtype, device, tallest=64)]
     # Each launch has its own number of column tiles; what the narrower ones leave is zero.
@@ -156,10 +135,11 @@ def gate_up_backward(
     for tile in launches:
         programs = tile.programs(R, E, I, device)
         if programs:
+            w, layout = weight_operand(columns_of_down, tile, grad_out.dtype)
             gate_up_backward_kernel[(programs,)](
-                grad_out, down, offsets, row_map, weights, kept, grad_gate_up, hidden, partial, E, I, H, R,
-                weights.shape[1], grad_out.stride(0), down.stride(0), down.stride(2), down.stride(1),
-                tile.least, tile.most, PRECISION=precision(grad_out.dtype, device),
+                grad_out, w, offsets, row_map, weights, kept, grad_gate_up, hidden, partial, E, I, H, R,
+                weights.shape[1], grad_out.stride(0), *columns_of_down.stride(),
+                tile.least, tile.most, TMA=layout, PRECISION=precision(grad_out.dtype, device),
                 BLOCK_E=triton.next_power_of_2(E), **tile.options(),
             )  # fmt: skip
     return partial.sum(0).to(weights.dtype).view(weights.shape)

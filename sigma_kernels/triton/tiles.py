@@ -58,10 +58,16 @@ TABLE: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
     ("gfx950", 2): {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 2)},
     ("sm_80", 4): {16: (64, 32, 4, 3), 32: (64, 16, 4, 4), 64: (64, 16, 4, 3), 128: (64, 16, 8, 3)},
     ("sm_90", 4): {16: (64, 32, 4, 3), 32: (64, 16, 4, 4), 64: (64, 16, 4, 4), 128: (64, 16, 8, 4)},
-    ("sm_100", 4): {16: (64, 32, 4, 3), 32: (64, 16, 4, 4), 64: (64, 16, 4, 4), 128: (64, 16, 8, 4)},
+    ("sm_100", 4): {16: (64, 16, 4, 4), 32: (64, 16, 4, 4), 64: (64, 16, 4, 4), 128: (64, 16, 8, 3)},
     ("gfx942", 4): {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2)},
     ("gfx950", 4): {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2)},
+    # fp8: a step is at most one block of scales, 128.
+    ("sm_90", 1): {16: (128, 128, 4, 4), 32: (128, 128, 8, 4), 64: (128, 128, 8, 4), 128: (128, 128, 8, 4)},
+    ("sm_100", 1): {16: (128, 128, 4, 4), 32: (128, 128, 8, 4), 64: (128, 128, 8, 4), 128: (128, 128, 8, 4)},
+    ("gfx942", 1): {16: (128, 64, 4, 2), 32: (128, 128, 4, 2), 64: (128, 128, 4, 2), 128: (128, 128, 8, 2)},
+    ("gfx950", 1): {16: (128, 128, 4, 2), 32: (128, 128, 4, 2), 64: (128, 128, 4, 2), 128: (128, 128, 8, 2)},
     # The interpreter's time is per block, whatever its size; two sizes of rows, so that both kinds of launch are met.
+    ("interpreter", 1): dict.fromkeys((16, 32, 64, 128), (256, 128, 4, 2)),
     ("interpreter", 2): dict.fromkeys((16, 32, 64, 128), (256, 128, 4, 2)),
     ("interpreter", 4): dict.fromkeys((16, 32, 64, 128), (256, 128, 4, 2)),
 }
@@ -143,8 +149,25 @@ def processors(device: torch.device) -> int:
     return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def has_tma(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights beside rows of this dtype are fetched through descriptors; the interpreter knows them too.
+
+    Scalar units multiply f32 from registers, of which what a descriptor brings takes two to eight too many.
+    """
+    is_scalar = dtype == torch.float32 and precision(dtype, device) == "ieee"
+    name = architecture(device)
+    return name == "interpreter" or (name in ("sm_90", "sm_100") and not is_scalar)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether e4m3 is compiled and has block sizes; what takes the table of sm_80 has not."""
+    return (architecture(device), 1) in TABLE
+
+
 def precision(dtype: torch.dtype, device: torch.device) -> str:
-    """How f32 is multiplied, by torch's own setting; gfx950 has no TF32."""
+    """How f32 is multiplied, by torch's own setting; gfx950 has no TF32.  Of fp8, which e4m3 the matrix units have."""
+    if dtype.itemsize == 1:
+        return "fnuz" if architecture(device) == "gfx942" else "ieee"
     # fp32_precision: what every way of setting it ends in.  allow_tf32 raises where the newer ways were used.
     allows = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allows and architecture(device) != "gfx950" else "ieee"
