@@ -9,7 +9,7 @@ if find_spec("sigma_kernels._C") is None:
     )
 
 from sigma_kernels import _C as _C
-from sigma_kernels import nn
+from sigma_kernels import distributed, nn
 from sigma_kernels.backends import backend, backends
 from sigma_kernels.ops.experts import accumulate_grad, moe_experts
 from sigma_kernels.ops.grouped_gemm import grouped_gemm
@@ -28,6 +28,7 @@ __all__ = [
     "accumulate_grad",
     "backend",
     "backends",
+    "distributed",
     "empty_cache",
     "group_by_expert",
     "grouped_gemm",

@@ -47,7 +47,11 @@ class MoE(nn.Module):
             hidden_size, num_experts, top_k, score=score, normalize=normalize, use_bias=use_bias,
             balance_score=balance_score, **factory,
         )  # fmt: skip
-        self.experts = Experts(hidden_size, intermediate_size, num_experts, **factory)
+        self.experts = Experts(hidden_size, intermediate_size, self.experts_here(num_experts), **factory)
+
+    def experts_here(self, num_experts: int) -> int:
+        """How many of the router's experts this module holds: all of them."""
+        return num_experts
 
     def forward(self, x: Tensor, top_k: int | None = None) -> Tensor:
         """[..., H] for x [..., H]; leading dimensions are tokens.
@@ -67,7 +71,11 @@ class MoE(nn.Module):
         weights = routing.weights.to(self.experts.down_proj.dtype)
         if self.output_scale != 1.0:
             weights = weights * self.output_scale
-        return self.experts.forward_routed(flat, routing._replace(weights=weights)).view(x.shape)
+        return self.answered(flat, routing._replace(weights=weights)).view(x.shape)
+
+    def answered(self, x: Tensor, routing: Routing) -> Tensor:
+        """What the experts make of tokens x [T, H]."""
+        return self.experts.forward_routed(x, routing)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copy and pickle take: all but the last forward's decision, which hangs on its graph."""

@@ -1,0 +1,128 @@
+"""What the ranks of tests/test_distributed.py compute and compare; in a module, as a spawned process imports it."""
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from support import assert_close, tolerance
+from torch import Tensor
+
+import sigma_kernels as sk
+from sigma_kernels.distributed import ExpertParallelMoE, combine, dispatch
+
+# Tokens of each rank: uneven, one, none.
+TOKENS = {2: [(37, 20), (1, 0), (0, 0)], 4: [(20, 1, 33, 0), (5, 5, 5, 5)]}
+
+
+def run(rank: int, check: str, ranks: int, path: str) -> None:
+    """One rank of a group on gloo."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)  # the same weights everywhere
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
+    )
+    try:
+        CHECKS[check](rank, ranks)
+    finally:
+        dist.destroy_process_group()
+
+
+def tokens(counts: tuple[int, ...], rank: int, H: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Those of all ranks, which each of them knows, and the rank's own as a leaf."""
+    everyone = [torch.randn(T, H).to(dtype) for T in counts]
+    return everyone, everyone[rank].clone().requires_grad_()
+
+
+def layer(rank: int, ranks: int) -> None:
+    """Output and every gradient equal those of one process that has all experts and all tokens."""
+    E, H, I = 4 * ranks, 24, 20
+    for dtype in (torch.float32, torch.bfloat16):
+        for k in (1, 3):
+            for counts in TOKENS[ranks]:
+                whole = sk.nn.MoE(H, I, E, k, score="sigmoid").to(dtype)
+                part = ExpertParallelMoE.from_whole(whole)
+                everyone, x = tokens(counts, rank, H, dtype)
+                outs = [whole(t) for t in everyone]
+                grads = [torch.randn(t.shape).to(dtype) for t in everyone]
+                with torch.autocast("cpu", torch.bfloat16):  # tokens in f32 beside experts in another dtype
+                    wide = everyone[rank].float()
+                    assert part(wide).dtype == whole(wide).dtype == torch.float32
+                    assert_close(part(wide), whole(wide), tolerance(dtype, 4))
+                got = part(x)
+                bound = tolerance(dtype, H if dtype == torch.float32 else 4)
+                assert_close(got, outs[rank], bound)
+                own = x.detach().clone().requires_grad_()
+                (of_x, of_router) = torch.autograd.grad(
+                    whole(own), [own, whole.router.weight], grads[rank], retain_graph=True
+                )
+                torch.autograd.backward(outs, grads)
+                got.backward(grads[rank])
+                assert_close(x.grad, of_x, bound)
+                assert_close(part.router.weight.grad, of_router, bound)
+                mine = slice(4 * rank, 4 * rank + 4)
+                for name, parameter in part.experts.named_parameters():
+                    want = getattr(whole.experts, name).grad[mine]
+                    assert_close(parameter.grad, want, bound)
+
+
+def crowded(rank: int, ranks: int) -> None:
+    """All tokens of all ranks for one expert of the last: the others compute nothing and wait for nothing."""
+    E, H = 2 * ranks, 16
+    x = torch.randn(30 + rank, H)
+    index = torch.full((x.shape[0], 1), E - 1)
+    sent = dispatch(x, sk.group_by_expert(index, E))
+    assert sent.rows.shape[0] == (sum(30 + r for r in range(ranks)) if rank == ranks - 1 else 0)
+    assert sent.send == [0] * (ranks - 1) + [x.shape[0]]
+    assert torch.equal(combine(sent.rows * 2, sent), 2 * x)
+
+
+def order(rank: int, ranks: int) -> None:
+    """Rows come by rank, then by expert, then by token; strided tokens are sent as they are."""
+    E, T = 2 * ranks, 10
+    x = (1000.0 * rank + torch.arange(T))[:, None].expand(T, 3)
+    index = torch.arange(T)[:, None] % E
+    sent = dispatch(x, sk.group_by_expert(index, E))
+    want = [
+        1000.0 * r + t for r in range(ranks) for e in (2 * rank, 2 * rank + 1) for t in range(T) if t % E == e
+    ]
+    assert torch.equal(sent.rows, torch.tensor(want)[:, None].expand(-1, 3))
+    local = [
+        e - 2 * rank for r in range(ranks) for e in (2 * rank, 2 * rank + 1) for t in range(T) if t % E == e
+    ]
+    assert sent.routing.indices.flatten().tolist() == local
+    assert sent.routing.counts.tolist() == [local.count(0), local.count(1)]
+
+
+def group_of_two(rank: int, ranks: int) -> None:
+    """Experts shared by pairs: a group that is not everyone, in which a rank has another place."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    whole = sk.nn.MoE(16, 8, 6)
+    part = ExpertParallelMoE.from_whole(whole, groups[rank // 2])
+    x = torch.randn(4, 9, 16)[rank]
+    assert_close(part(x), whole(x), tolerance(torch.float32, 16))
+    assert part.experts.down_proj.shape[0] == 3
+
+
+def refused(rank: int, ranks: int) -> None:
+    """Before anything is sent, so that no rank waits for one that raised."""
+    for call in (
+        lambda: ExpertParallelMoE(16, 8, 2 * ranks + 1),
+        lambda: dispatch(torch.randn(4, 8), sk.route(torch.randn(4, 2 * ranks + 1))),
+    ):
+        message = caught(ValueError, call)
+        assert f"must be a multiple of the {ranks} ranks, found E={2 * ranks + 1}" in message, message
+    sent = dispatch(torch.randn(4, 8), sk.route(torch.randn(4, 2 * ranks)))
+    message = caught(ValueError, lambda: combine(torch.randn(sent.rows.shape[0] + 1, 8), sent))
+    assert f"y must be [{sent.rows.shape[0]}, H]" in message, message
+
+
+def caught(kind: type[Exception], call: Callable[[], object]) -> str:
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__}")
+
+
+CHECKS = {f.__name__: f for f in (layer, crowded, order, group_of_two, refused)}
