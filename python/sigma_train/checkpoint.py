@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sigma_train.errors import WrongInput
 from sigma_train.files import TEMPORARY, failed_writes_are_oserrors, sha256_file, sync, temporary_name
 
-VERSION = 2
+VERSION = 3
 FILES = ("model.safetensors", "optimizer.pt")
 
 

@@ -24,8 +24,17 @@ def train(
     steps: Annotated[int | None, typer.Option(help="same as --set train.steps=N")] = None,
     dtype: Annotated[str | None, typer.Option(help="f32 or bf16; same as --set train.dtype=...")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="ranks on this machine, with the experts spread over them")
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="of all ranks of --nproc, after one of them died")
+    ] = 3,
 ) -> None:
     """Train a sparse mixture-of-experts language model on text."""
+    import contextlib
+    import sys
+
     from rich.console import Console
 
     from sigma_train.config import load_config
@@ -39,26 +48,38 @@ def train(
         preset, config, list(overrides or []), options
     )  # wrong settings need not wait for torch
 
+    from sigma_train.ranks import is_launched, joined, restarts
+
+    if nproc is not None and not is_launched():
+        from sigma_train.launch import launch
+
+        launch(nproc, max_restarts, sys.argv[2:], lambda text: typer.echo(text, err=True))
+        return
+
     from sigma_train.folder import claimed
     from sigma_train.generate import generate
     from sigma_train.loop import Trainer
     from sigma_train.report import write_report
 
-    console = Console()
-    with claimed(Path(cfg.train.out)):
-        trainer = Trainer(cfg, console, resume)
+    with joined(cfg.train.rank_timeout_s) as ranks, contextlib.ExitStack() as stack:
+        console = Console(quiet=not ranks.is_first)
+        if ranks.is_first:
+            stack.enter_context(claimed(Path(cfg.train.out)))
+        trainer = Trainer(cfg, console, resume or restarts() > 0, ranks)
         model = trainer.model
         total = sum(p.numel() for p in model.parameters())
         console.print(
             f"{total / 1e6:.1f} M parameters, {model.active_parameters() / 1e6:.1f} M active a token; "
-            f"{trainer.data.train.num_tokens / 1e6:.1f} M training tokens",
+            f"{trainer.data.train.num_tokens / 1e6:.1f} M training tokens"
+            + (f"; {ranks.size} ranks" if ranks.size > 1 else ""),
             highlight=False,
         )
         trainer.run()
         sample = generate(model, trainer.data.tokenizer, "def ")
-        console.print("\nsample:\n", style="bold")
-        typer.echo(sample)
-        console.print(f"\nreport: {write_report(trainer.out, sample)}", style="bold")
+        if ranks.is_first:
+            console.print("\nsample:\n", style="bold")
+            typer.echo(sample)
+            console.print(f"\nreport: {write_report(trainer.out, sample)}", style="bold")
 
 
 def compare(

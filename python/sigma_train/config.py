@@ -170,6 +170,7 @@ class TrainConfig(_Section):
     time_budget_s: OptionalPositive = None
     out: Folder = "runs/default"
     threads: OptionalThreads = None
+    rank_timeout_s: Positive = 600.0  # of a rank that others wait for: then it is taken for lost
     dtype: Literal["f32", "bf16"] = "f32"  # of matrix products; weights and moments of Adam are f32 in both
 
 
@@ -218,7 +219,7 @@ _NOT_SHAPING = {
     "data": {"cache_dir"},
     "train": {
         *("eval_every", "eval_batches", "log_every", "save_every", "sample_every"),
-        *("keep", "time_budget_s", "out", "threads"),
+        *("keep", "time_budget_s", "out", "threads", "rank_timeout_s"),
     },
 }
 

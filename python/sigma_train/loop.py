@@ -14,11 +14,18 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sigma_kernels import _C
 from sigma_kernels import nn as sk_nn
 from sigma_train.bound import dense_tokens_per_s
-from sigma_train.checkpoint import latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from sigma_train.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from sigma_train.config import Config, ConfigError, shaping_settings
 from sigma_train.dataset import PreparedData, TokenDataset, prepare
 from sigma_train.errors import Failure
@@ -27,7 +34,9 @@ from sigma_train.generate import generate
 from sigma_train.metrics import Metrics, busiest
 from sigma_train.model import LanguageModel, precision
 from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
+from sigma_train.parallel import average_expert_gradients, load_optimizer, spread, whole_state
 from sigma_train.progress import RunLine
+from sigma_train.ranks import Ranks
 
 
 class Diverged(Failure):
@@ -40,8 +49,8 @@ class Trainer:
     The caller holds the folder (`folder.claimed`) from before this is made until the last file of the run is written.
     """
 
-    def __init__(self, config: Config, console: Console, resume: bool) -> None:
-        self.config, self.console = config, console
+    def __init__(self, config: Config, console: Console, resume: bool, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+        self.config, self.console, self.ranks = config, console, ranks
         self.out = Path(config.train.out)
         self.checkpoints = self.out / "checkpoints"
         self.step, self.tokens_seen, self._saved, self._stop = 0, 0, -1, False
@@ -56,18 +65,21 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.data: PreparedData = prepare(config)
         self.model = LanguageModel(config)
+        checkpoint = self._resume(latest) if latest else None
+        spread(self.model, ranks)
         self.optimizer = make_optimizer(self.model, config.optim)
-        if latest is not None:
-            self._resume(latest)
-        write_text(self.out / "config.toml", config.to_toml())
-        self.data.tokenizer.save(self.out / "tokenizer.json")
-        self.metrics = Metrics(self.out, self.step)
+        if checkpoint is not None:
+            load_optimizer(self.model, self.optimizer, checkpoint.optim_state)
+        if ranks.is_first:
+            write_text(self.out / "config.toml", config.to_toml())
+            self.data.tokenizer.save(self.out / "tokenizer.json")
+        self.metrics = Metrics(self.out, self.step) if ranks.is_first else None
         self.line = RunLine(console, self.step, config.train.steps)
 
-    def _resume(self, path: Path) -> None:
+    def _resume(self, path: Path) -> Checkpoint:
         checkpoint = load_checkpoint(path)
         # A setting that is younger than the checkpoint had its default.
-        then, now = shaping_settings(Config()) | checkpoint.extra["settings"], shaping_settings(self.config)
+        then, now = shaping_settings(Config()) | checkpoint.extra["settings"], self._settings()
         if changed := [key for key in now | then if now.get(key) != then.get(key)]:
             differences = ", ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed)
             raise ConfigError(
@@ -77,19 +89,26 @@ class Trainer:
         if checkpoint.extra.get("corpus_digest") != self.data.stats["corpus_digest"]:
             raise ConfigError(f"the text of data.paths is not what {self.out} began with; name another --out")
         load_weights(self.model, checkpoint, path)
-        self.optimizer.load_state_dict(checkpoint.optim_state)
         self.step = self._saved = checkpoint.step
         self.tokens_seen = checkpoint.extra["tokens_seen"]
         self.console.print(f"resumed {path} at step {self.step}")
+        return checkpoint
+
+    def _settings(self) -> dict[str, Any]:
+        """What shapes the weights; the sequences of a step are those of all ranks, however many share them."""
+        settings = shaping_settings(self.config)
+        return settings | {"train.batch_size": settings["train.batch_size"] * self.ranks.size}
 
     def run(self) -> None:
         """Train to the last step, to the time budget, or to a signal; then save.
 
         A signal before the first step meets the handlers of before: there is nothing to save.
         """
-        with contextlib.closing(self.metrics):
+        with contextlib.closing(self.metrics) if self.metrics else contextlib.nullcontext():
             is_sparse, is_finished = bool(self.model.moe_layers()), self.step >= self.config.train.steps
-            dense = dense_tokens_per_s(self.config) if is_sparse and not is_finished else None
+            dense = None
+            if is_sparse and not is_finished:
+                (dense,) = self.ranks.summed(dense_tokens_per_s(self.config))
             with self.line, self._signals_stop():
                 self._run(dense)
 
@@ -105,8 +124,13 @@ class Trainer:
     def _run(self, dense: float | None) -> None:
         t, started = self.config.train, time.monotonic()
         last_log, last_tokens = time.monotonic(), self.tokens_seen
-        while self.step < t.steps and not self._stop:
-            if t.time_budget_s is not None and time.monotonic() - started > t.time_budget_s:
+        while self.step < t.steps:
+            is_spent = t.time_budget_s is not None and time.monotonic() - started > t.time_budget_s
+            stops, budgets = self.ranks.summed(self._stop, is_spent)  # what one rank knows all must do
+            self._stop = stops > 0
+            if self._stop:
+                break
+            if budgets:
                 self.line.say(f"time budget of {t.time_budget_s:g} s is spent")
                 break
             row = self._train_step()
@@ -119,7 +143,7 @@ class Trainer:
                 load = busiest(row["load"]) if "load" in row else None
                 self.line.update(self.step, row["loss"], speed, share, load)
                 last_log, last_tokens = now, self.tokens_seen
-            self.metrics.write(self.step, **row)
+            self._record(**row)
             pause = time.monotonic()  # validation, samples and checkpoints are no part of tokens a second
             if self.step % t.eval_every == 0 or self.step == t.steps:
                 self._validate()
@@ -148,7 +172,12 @@ class Trainer:
         loss_sum, counts = 0.0, []
         for micro in range(t.grad_accum):
             inputs, targets = self.data.train.batch(
-                self.step * t.grad_accum + micro, t.batch_size, t.seq_len, t.seed
+                self.step * t.grad_accum + micro,
+                t.batch_size,
+                t.seq_len,
+                t.seed,
+                self.ranks.rank,
+                self.ranks.size,
             )
             with precision(self.config):
                 logits = self.model(inputs)
@@ -156,8 +185,10 @@ class Trainer:
             counts.append([moe.last_routing.counts for moe in self.model.moe_layers()])
             ((loss + self._balance_loss()) / t.grad_accum).backward()
             loss_sum += loss.item()
-            self.tokens_seen += inputs.numel()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.grad_clip, foreach=True).item()
+            self.tokens_seen += inputs.numel() * self.ranks.size
+        average_expert_gradients(self.model, self.ranks)
+        norm = clip(self.model, o.grad_clip)
+        loss_sum = self.ranks.summed(loss_sum)[0] / self.ranks.size
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):  # one such step would spoil every weight
             raise Diverged(
                 f"step {self.step + 1}: loss {loss_sum / t.grad_accum}, gradient norm {norm}; no checkpoint "
@@ -165,7 +196,7 @@ class Trainer:
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        layer_counts = [sum(layer) for layer in zip(*counts, strict=True)]
+        layer_counts = [sk_nn.global_counts(sum(layer)) for layer in zip(*counts, strict=True)]
         if self.config.router.balance == "bias":
             for moe, layer in zip(self.model.moe_layers(), layer_counts, strict=True):
                 sk_nn.update_expert_bias(moe.router, layer, self.config.router.bias_rate)
@@ -191,44 +222,54 @@ class Trainer:
                 total = total + r.z_coef * sk_nn.router_z_loss(sums)
         return total
 
+    def _record(self, **row: Any) -> None:
+        if self.metrics is not None:
+            self.metrics.write(self.step, **row)
+
     def _validate(self) -> None:
-        bits = evaluate(self.model, self.data.val, self.config)
-        self.metrics.write(self.step, val_bits_per_byte=bits, tokens=self.tokens_seen)
+        bits = evaluate(self.model, self.data.val, self.config, self.ranks)
+        self._record(val_bits_per_byte=bits, tokens=self.tokens_seen)
         self.line.say(f"step {self.step:5d}  validation {bits:.4f} bits per byte", style="bold")
 
     def _sample(self) -> None:
         sample = generate(self.model, self.data.tokenizer, "def ", max_tokens=60)
-        self.metrics.write(self.step, sample=sample)
+        self._record(sample=sample)
         self.line.say(f"step {self.step:5d}  sample:")
         self.console.print(sample, markup=False, highlight=False)
 
     def _save(self) -> None:
         extra = {
-            "settings": shaping_settings(self.config),
+            "settings": self._settings(),
             "corpus_digest": self.data.stats["corpus_digest"],
             "tokens_seen": self.tokens_seen,
         }
-        save_checkpoint(
-            self.checkpoints,
-            self.step,
-            self.model.state_dict(),
-            self.optimizer.state_dict(),
-            extra,
-            self.config.train.keep,
-        )
+        state = whole_state(self.model, self.optimizer)
+        if self.ranks.is_first:
+            save_checkpoint(self.checkpoints, self.step, *state, extra, self.config.train.keep)
         self._saved = self.step
 
 
+def clip(model: LanguageModel, most: float) -> float:
+    """The norm of all gradients, over all ranks, to which they are cut where it is above `most`."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most, foreach=True)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
 @torch.no_grad()
-def evaluate(model: LanguageModel, data: TokenDataset, config: Config) -> float:
-    """Bits per byte on the first eval_batches batches of the validation split."""
+def evaluate(model: LanguageModel, data: TokenDataset, config: Config, ranks: Ranks = Ranks()) -> float:  # noqa: B008
+    """Bits per byte on the first eval_batches batches of each rank of the validation split."""
     t = config.train
+    batches = list(data.eval_batches(t.batch_size, t.seq_len, t.eval_batches * ranks.size))
     nats, num_bytes = 0.0, 0
-    for inputs, targets in data.eval_batches(t.batch_size, t.seq_len, t.eval_batches):
+    for first in range(0, len(batches), ranks.size):
+        # Who has none left computes the last one again, as the others wait for its part of the experts.
+        inputs, targets = batches[min(first + ranks.rank, len(batches) - 1)]
         with precision(config):
             logits = model(inputs)
-        nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-        num_bytes += data.count_bytes(targets)
+        if first + ranks.rank < len(batches):
+            nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+            num_bytes += data.count_bytes(targets)
+    nats, num_bytes = ranks.summed(nats, num_bytes)
     return nats / math.log(2) / num_bytes
 
 
