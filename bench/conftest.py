@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import shapes
 import torch
+from clock import Gpu, Host
 from race import FEW_ROUNDS, OURS, Race, absent, first_calls, record
 from torch import Tensor
 
 import sigma_kernels as sk
 
 RACES = pytest.StashKey[list[dict[str, Any]]]()
+CLOCK = pytest.StashKey[Host | Gpu]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,17 +28,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--tiny", action="store_true", help="one race of each test, too small to measure anything"
     )
     group.addoption("--threads", type=int, default=None, help="torch.set_num_threads")
+    group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="what is raced")
     group.addoption("--race-json", type=Path, default=None, help="write the results there")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RACES] = []
+    on_gpu = config.getoption("--device") == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device cuda: torch {torch.__version__} sees no GPU here")
+    config.stash[CLOCK] = Gpu() if on_gpu else Host()
     if threads := config.getoption("--threads"):
         torch.set_num_threads(threads)
     if config.getoption("--tiny"):
         shapes.shrink_all()  # before the tests are imported
 
 
+@pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept = items
     if config.getoption("--quick"):
@@ -45,10 +53,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = list({i.originalname: i for i in reversed(kept)}.values())[::-1]
     config.hook.pytest_deselected(items=[i for i in items if i not in kept])
     items[:] = kept
+    for item in items:  # pytest-benchmark times ours, by the clock that times the others
+        item.add_marker(pytest.mark.benchmark(timer=config.stash[CLOCK].now))
 
 
 def parameter(item: pytest.Item, name: str, default: object) -> object:
     return item.callspec.params.get(name, default) if hasattr(item, "callspec") else default
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """Where the data lie; they are made on the CPU, so that they are the same anywhere."""
+    return pytestconfig.stash[CLOCK].device
 
 
 @pytest.fixture
@@ -57,12 +73,13 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
 
     check:  called with each candidate's name and first result, before the clock; bounds are not checked.
     limits: rounds of those too slow for all, FEW_ROUNDS where the first call took longer than SLOW_S; once: those
-            timed in their first call alone; apart: those with threads of their own; missing: reasons of those who
-            take no part.
+            timed in their first call alone, on a CPU; apart: those with threads of their own; missing: reasons of
+            those who take no part.
     calls:  so many a turn, where one is too short for the clock.
     flops, moved: of one call, for GF/s and GB/s.  index: whom the tokens go to, for the rows per expert.
     """
-    config = request.config
+    config, clock = request.config, request.config.stash[CLOCK]
+    on_gpu = clock.device.type == "cuda"
 
     def run(
         group: str,
@@ -83,17 +100,20 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
         note: str = "",
         **others: Callable[[], object],
     ) -> None:
-        times, reasons, slow = first_calls({OURS: ours, **others}, check, once)
+        once = () if on_gpu else once  # a first call there compiles
+        times, reasons, slow = first_calls({OURS: ours, **others}, check, once, clock.wall, on_gpu)
         assert OURS not in reasons, reasons[OURS]
         rounds = config.getoption("--rounds")
         regular = {
-            name: repeated(call, calls)
+            name: clock.turn(call, calls)
             for name, call in others.items()
             if name not in once and name not in reasons
         }
-        turns = Race(regular, rounds, dict.fromkeys(slow, FEW_ROUNDS) | dict(limits or {}), apart)
+        turns = Race(
+            regular, rounds, dict.fromkeys(slow, FEW_ROUNDS) | dict(limits or {}), apart, clock=clock.now
+        )
         benchmark.group = "/".join(part for part in (group, str(shape), load, memory) if part)
-        benchmark.pedantic(repeated(ours, calls), setup=turns.until_ours, rounds=rounds, iterations=1)
+        benchmark.pedantic(clock.turn(ours, calls), setup=turns.until_ours, rounds=rounds, iterations=1)
         turns.finish()
         sized = isinstance(shape, shapes.Shape)
         lines = [record(OURS, list(benchmark.stats.stats.data), calls)]
@@ -107,19 +127,9 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
         })  # fmt: skip
         write(config)
         sk.empty_cache()  # the next race is of other sizes
+        clock.release()
 
     return run
-
-
-def repeated(call: Callable[[], object], calls: int) -> Callable[[], object]:
-    if calls == 1:
-        return call
-
-    def several() -> None:
-        for _ in range(calls):
-            call()
-
-    return several
 
 
 def write(config: pytest.Config) -> None:
@@ -127,4 +137,5 @@ def write(config: pytest.Config) -> None:
     target = config.getoption("--race-json")
     if target is not None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        target.write_text(json.dumps({"peak_bytes": peak, "races": config.stash[RACES]}, indent=1))
+        found = {"peak_bytes": peak, "device": config.stash[CLOCK].about(), "races": config.stash[RACES]}
+        target.write_text(json.dumps(found, indent=1))

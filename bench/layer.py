@@ -3,6 +3,7 @@
 import bounds
 import oracle
 import peers
+import peers_gpu
 import torch
 from shapes import Shape, choices, layer_inputs, short, spread
 
@@ -11,9 +12,10 @@ import sigma_kernels as sk
 TOO_SLOW = "not raced: autograd of an indexed weight is a full-size zero tensor for every expert"
 
 
-def forward(race, group: str, dtype: torch.dtype, shape: Shape, load: str) -> None:
-    x, weights, gate_up, down = layer_inputs(shape, dtype)
-    index = choices(shape, load)
+def forward(race, device, group: str, dtype: torch.dtype, shape: Shape, load: str) -> None:
+    x, weights, gate_up, down = layer_inputs(shape, dtype, device)
+    index = choices(shape, load, device)
+    rivals = peers.LAYERS | (peers_gpu.LAYERS | peers_gpu.FORWARD if device.type == "cuda" else {})
     want = oracle.layer(x, weights, gate_up, down, index)
     rows = x.repeat_interleave(shape.k, 0)
     touched = index.unique()
@@ -34,17 +36,23 @@ def forward(race, group: str, dtype: torch.dtype, shape: Shape, load: str) -> No
         index=index,
         bound_dense=torch.no_grad()(lambda: bounds.dense(rows, gate_up[0], down[0])),
         bound_read=bounds.read(*read),
-        **{name: call(layer) for name, layer in peers.LAYERS.items()},
+        **{name: call(layer) for name, layer in rivals.items()},
     )
 
 
-def forward_backward(race, group: str, dtype: torch.dtype, shape: Shape, memory: str, load: str) -> None:
+def forward_backward(
+    race, device, group: str, dtype: torch.dtype, shape: Shape, memory: str, load: str
+) -> None:
     """Fresh: gradients are allocated, filled and released in the timed call.  Kept: added to memory that exists."""
-    index = choices(shape, load)
-    leaves = [t.requires_grad_() for t in layer_inputs(shape, dtype)]
-    grad_out = torch.randn(shape.T, shape.H).to(dtype)
+    index = choices(shape, load, device)
+    leaves = [t.requires_grad_() for t in layer_inputs(shape, dtype, device)]
+    grad_out = torch.randn(shape.T, shape.H).to(device, dtype)
     want = oracle.layer(*(t.detach() for t in leaves), index, grad_out)[1:]
     rivals = {name: layer for name, layer in peers.LAYERS.items() if name != "hf_eager"}
+    missing = {"hf_eager": TOO_SLOW}
+    if device.type == "cuda":
+        rivals |= peers_gpu.LAYERS
+        missing |= dict.fromkeys(peers_gpu.FORWARD, peers_gpu.FORWARD_ALONE)
 
     def call(function, leaves, grad_out):
         def run():
@@ -81,7 +89,7 @@ def forward_backward(race, group: str, dtype: torch.dtype, shape: Shape, memory:
         memory=memory,
         check=check,
         limits={"padded_bmm": 2} | slow_under_skew(index, shape, 1),
-        missing={"hf_eager": TOO_SLOW},
+        missing=missing,
         flops=3 * shape.flops,
         moved=3 * sum(t.nbytes for t in leaves[2:]),
         index=index,

@@ -29,8 +29,8 @@ def loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 def padded(x: Tensor, offsets: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """[E, most rows, K] with zeros where an expert has fewer, and where each row went."""
     counts = offsets.diff().long()
-    expert = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    where = expert, torch.arange(x.shape[0]) - offsets[:-1][expert]
+    expert = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
+    where = expert, torch.arange(x.shape[0], device=x.device) - offsets[:-1][expert]
     return x.new_zeros(len(counts), int(counts.max()), x.shape[1]).index_put(where, x), where
 
 

@@ -10,37 +10,37 @@ from torch import Tensor
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def _sorted(index: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+def in_expert_order(index: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """slot of each row, token of each row, end of each expert's rows."""
     flat = index.reshape(-1)
     slot_of_row = flat.argsort(stable=True)
     return slot_of_row, slot_of_row // index.shape[1], torch.bincount(flat, minlength=E).cumsum(0)
 
 
-def _combined(y: Tensor, weights: Tensor, slot_of_row: Tensor, token_of_row: Tensor, T: int) -> Tensor:
+def combined(y: Tensor, weights: Tensor, slot_of_row: Tensor, token_of_row: Tensor, T: int) -> Tensor:
     return y.new_zeros(T, y.shape[1]).index_add(0, token_of_row, y * weights.reshape(-1)[slot_of_row, None])
 
 
 def grouped_mm(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """torch's own grouped GEMM over sorted tokens."""
-    slot, token, ends = _sorted(index, gate_up.shape[0])
+    slot, token, ends = in_expert_order(index, gate_up.shape[0])
     offs = ends.int()
     gate, up = F.grouped_mm(x[token], gate_up.transpose(-2, -1), offs=offs).chunk(2, -1)
     y = F.grouped_mm(F.silu(gate) * up, down.transpose(-2, -1), offs=offs)
-    return _combined(y, weights, slot, token, x.shape[0])
+    return combined(y, weights, slot, token, x.shape[0])
 
 
 def padded_bmm(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """One batched GEMM, every expert padded to the busiest."""
     E = gate_up.shape[0]
-    slot, token, ends = _sorted(index, E)
+    slot, token, ends = in_expert_order(index, E)
     counts = ends.diff(prepend=ends.new_zeros(1))
     expert = index.reshape(-1)[slot]
-    place = torch.arange(len(slot)) - (ends - counts)[expert]
+    place = torch.arange(len(slot), device=x.device) - (ends - counts)[expert]
     padded = x.new_zeros(E, int(counts.max()), x.shape[1]).index_put((expert, place), x[token])
     gate, up = torch.bmm(padded, gate_up.transpose(1, 2)).chunk(2, -1)
     y = torch.bmm(F.silu(gate) * up, down.transpose(1, 2))[expert, place]
-    return _combined(y, weights, slot, token, x.shape[0])
+    return combined(y, weights, slot, token, x.shape[0])
 
 
 def sorted_loop(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class _SortedLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, index, weights, gate_up, down):
         E, H, I = down.shape
-        slot, token, ends = _sorted(index, E)
+        slot, token, ends = in_expert_order(index, E)
         ctx.sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
         rows = x[token]
         h, y = x.new_empty(len(token), 2 * I), x.new_empty(len(token), H)
@@ -64,7 +64,7 @@ class _SortedLoop(torch.autograd.Function):
         for part, w, out in zip(a.split(ctx.sizes), down, y.split(ctx.sizes), strict=True):
             torch.mm(part, w.t(), out=out)
         ctx.save_for_backward(rows, slot, token, weights, gate_up, down, h, a, y)
-        return _combined(y, weights, slot, token, x.shape[0])
+        return combined(y, weights, slot, token, x.shape[0])
 
     @staticmethod
     def backward(ctx, grad_out):

@@ -68,8 +68,12 @@ def first_calls(
     check: Callable[[str, Any], None] | None,
     once: Collection[str] = (),
     clock: Callable[[], float] = time.perf_counter,
+    on_gpu: bool = False,
 ) -> tuple[dict[str, list[float]], dict[str, str], list[str]]:
     """Call everyone once, before any clock that counts, and check what they answer; bounds are not checked.
+
+    On a GPU a first call compiles, so a second one says who is slow; and a peer that fails or is wrong there is out
+    with what it said, since no version of it may fit this device.
 
     Returns: the times of those in `once`, who are too slow to be called again, of those who raise CannotRun the
     reasons, and who took longer than SLOW_S.
@@ -81,17 +85,32 @@ def first_calls(
         start = clock()
         try:
             result = call()
+            took = clock() - start
+            if on_gpu:
+                examine(name, result, check)
+                start = clock()
+                call()
+                took = clock() - start
         except CannotRun as error:
             reasons[name] = str(error)
             continue
-        took = clock() - start
+        except Exception as error:
+            if not on_gpu or name == OURS or name.startswith(BOUND):
+                raise
+            reasons[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
         if name in once:
             times[name] = [took]
         elif took > SLOW_S and name != OURS:
             slow.append(name)
-        if check is not None and not name.startswith((BOUND, BESIDE)):
-            check(name, result)
+        if not on_gpu:
+            examine(name, result, check)
     return times, reasons, slow
+
+
+def examine(name: str, result: object, check: Callable[[str, Any], None] | None) -> None:
+    if check is not None and not name.startswith((BOUND, BESIDE)):
+        check(name, result)
 
 
 def record(name: str, times: list[float], calls: int = 1) -> dict[str, object]:

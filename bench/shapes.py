@@ -77,16 +77,15 @@ def short(dtype: torch.dtype) -> str:
     return {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
 
 
-def choices(shape: Shape, load: str) -> Tensor:
+def choices(shape: Shape, load: str, device: torch.device | str = "cpu") -> Tensor:
     """index [T, k] int64: every expert equally often, or expert e with a share of 1 / (e + 1)**1.2."""
     generator = torch.Generator().manual_seed(0)
     if load == "balanced":
         by_token = (torch.arange(shape.R) % shape.E).view(shape.T, shape.k)
-        return by_token[torch.randperm(shape.T, generator=generator)]
+        return by_token[torch.randperm(shape.T, generator=generator)].to(device)
     share = 1 / torch.arange(1, shape.E + 1) ** 1.2
-    return torch.multinomial(
-        share.expand(shape.T, -1), shape.k, generator=generator
-    )  # k different ones a token
+    different = torch.multinomial(share.expand(shape.T, -1), shape.k, generator=generator)  # k a token
+    return different.to(device)
 
 
 def spread(index: Tensor, E: int) -> dict[str, float]:
@@ -95,13 +94,13 @@ def spread(index: Tensor, E: int) -> dict[str, float]:
     return {"mean": index.numel() / E, "most": int(counts.max()), "idle": int((counts == 0).sum())}
 
 
-def layer_inputs(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
-    """x [T, H], weights [T, k], gate_up [E, 2I, H], down [E, H, I]: outputs of unit size."""
+def layer_inputs(shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Tensor]:
+    """x [T, H], weights [T, k], gate_up [E, 2I, H], down [E, H, I]: outputs of unit size, the same on any device."""
     generator = torch.Generator().manual_seed(1)
     T, k, E, H, I = shape.T, shape.k, shape.E, shape.H, shape.I
     return [
-        torch.randn(T, H, generator=generator).to(dtype),
-        torch.rand(T, k, generator=generator).to(dtype),
-        torch.empty(E, 2 * I, H).normal_(std=H**-0.5, generator=generator).to(dtype),
-        torch.empty(E, H, I).normal_(std=I**-0.5, generator=generator).to(dtype),
+        torch.randn(T, H, generator=generator).to(device, dtype),
+        torch.rand(T, k, generator=generator).to(device, dtype),
+        torch.empty(E, 2 * I, H).normal_(std=H**-0.5, generator=generator).to(device, dtype),
+        torch.empty(E, H, I).normal_(std=I**-0.5, generator=generator).to(device, dtype),
     ]

@@ -9,6 +9,7 @@ import oracle
 import peer_ggml
 import peer_kt
 import peers
+import peers_gpu
 import pytest
 import torch
 from shapes import DECODE, DTYPES, layer_inputs, short
@@ -18,18 +19,18 @@ import sigma_kernels as sk
 APART = {"llama_cpp_mul_mat_id": peer_ggml.Layer, "kt_kernel": peer_kt.Layer}
 
 
-def choices_of_pass(shape) -> list[torch.Tensor]:
+def choices_of_pass(shape, device) -> list[torch.Tensor]:
     """index [T, k] of each call; together they name every expert."""
     order = torch.randperm(shape.E, generator=torch.Generator().manual_seed(0))
     calls = -(-shape.E // shape.R)
-    return list(order.repeat(shape.R)[: calls * shape.R].view(calls, shape.T, shape.k))
+    return list(order.repeat(shape.R)[: calls * shape.R].view(calls, shape.T, shape.k).to(device))
 
 
 @pytest.mark.parametrize("shape", DECODE, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_decode(race, dtype, shape):
-    x, weights, gate_up, down = layer_inputs(shape, dtype)
-    indices = choices_of_pass(shape)
+def test_decode(race, device, dtype, shape):
+    x, weights, gate_up, down = layer_inputs(shape, dtype, device)
+    indices = choices_of_pass(shape, device)
     want = [oracle.layer(x, weights, gate_up, down, index)[0] for index in indices]
 
     def over(layer):
@@ -49,6 +50,10 @@ def test_decode(race, dtype, shape):
 
         return over(layer)
 
+    rivals, missing = peers.LAYERS | peers.FEW_TOKENS, {}
+    if device.type == "cuda":
+        rivals |= peers_gpu.LAYERS | peers_gpu.FORWARD
+        missing = dict.fromkeys(APART, "it runs on a CPU")
     race(
         f"decode/forward/{short(dtype)}",
         over(sk.moe_experts),
@@ -56,12 +61,13 @@ def test_decode(race, dtype, shape):
         load=f"a pass of {len(indices)} calls",
         check=lambda who, got: oracle.assert_agrees(who, got, want, shape.H),
         apart=APART,
+        missing=missing,
         limits={"padded_bmm": 2},  # all experts padded at each call
         flops=len(indices) * shape.flops,
         moved=gate_up.nbytes + down.nbytes,
         index=torch.cat(indices),
         note="every expert is asked in a pass, so that weights come from memory",
         bound_read=bounds.read(gate_up, down),
-        **{name: over(layer) for name, layer in (peers.LAYERS | peers.FEW_TOKENS).items()},
-        **{name: apart(name) for name in APART},
+        **{name: over(layer) for name, layer in rivals.items()},
+        **{name: apart(name) for name in APART if name not in missing},
     )

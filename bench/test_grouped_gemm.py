@@ -3,6 +3,7 @@
 import bounds
 import oracle
 import peer_ops
+import peers_gpu
 import pytest
 import shapes
 import torch
@@ -15,16 +16,15 @@ SHAPES = [A, shapes.QWEN3_30B_A3B]
 REASON = "no out=: it allocates its result at every call, see 'fresh'"
 
 
-def problem(shape, load, dtype):
+def problem(shape, load, dtype, device):
     """x [R, H], weight [E, 2I, H], g [R, 2I], index, offsets: the gate and up projection of the layer."""
-    index = shapes.choices(shape, load)
+    index = shapes.choices(shape, load, device)
     offsets = sk.group_by_expert(index, shape.E).offsets
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(shape.R, shape.H, generator=generator).to(dtype)
-    weight = (
-        torch.empty(shape.E, 2 * shape.I, shape.H).normal_(std=shape.H**-0.5, generator=generator).to(dtype)
-    )
-    return x, weight, torch.randn(shape.R, 2 * shape.I, generator=generator).to(dtype), index, offsets
+    x = torch.randn(shape.R, shape.H, generator=generator).to(device, dtype)
+    weight = torch.empty(shape.E, 2 * shape.I, shape.H).normal_(std=shape.H**-0.5, generator=generator)
+    g = torch.randn(shape.R, 2 * shape.I, generator=generator).to(device, dtype)
+    return x, weight.to(device, dtype), g, index, offsets
 
 
 def by_expert(function, E, offsets):
@@ -36,13 +36,14 @@ def by_expert(function, E, offsets):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("transposed", [True, False], ids=["x@W.T", "x@W"])
-def test_grouped_gemm(race, transposed, dtype, shape, load):
-    x, weight, g, index, offsets = problem(shape, load, dtype)
+def test_grouped_gemm(race, device, transposed, dtype, shape, load):
+    x, weight, g, index, offsets = problem(shape, load, dtype, device)
     rows = x if transposed else g
     turned = weight.transpose(1, 2) if transposed else weight
     want = torch.cat(
         by_expert(lambda e, part: rows[part].double() @ turned[e].double(), shape.E, offsets)
     ).to(dtype)
+    rivals = peer_ops.PRODUCTS | ({"grouped_gemm": peers_gpu.gmm_product} if device.type == "cuda" else {})
     touched = index.unique()
     read = weight if len(touched) == shape.E else weight[touched]
     race(
@@ -57,7 +58,7 @@ def test_grouped_gemm(race, transposed, dtype, shape, load):
         index=index,
         bound_dense=lambda: rows @ turned[0],
         bound_read=bounds.read(read),
-        **{n: lambda f=f: f(rows, turned, offsets) for n, f in peer_ops.PRODUCTS.items()},
+        **{n: lambda f=f: f(rows, turned, offsets) for n, f in rivals.items()},
     )
 
 
@@ -65,9 +66,9 @@ def test_grouped_gemm(race, transposed, dtype, shape, load):
 @pytest.mark.parametrize("memory", ["fresh", "kept"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_grouped_outer(race, dtype, shape, memory, load):
+def test_grouped_outer(race, device, dtype, shape, memory, load):
     """Fresh: the result is allocated and released in the timed call.  Kept: it is written to memory that exists."""
-    b, weight, a, index, offsets = problem(shape, load, dtype)
+    b, weight, a, index, offsets = problem(shape, load, dtype, device)
     want = torch.stack(
         by_expert(lambda e, p: (a[p].double().t() @ b[p].double()).to(dtype), shape.E, offsets)
     )
@@ -85,6 +86,10 @@ def test_grouped_outer(race, dtype, shape, memory, load):
             "loop_mm_out": lambda: peer_ops.loop_outer(a, b, offsets),
             "padded_bmm": lambda: peer_ops.padded_bmm_outer(a, b, offsets),
         }
+
+    if device.type == "cuda":
+        into = out if memory == "kept" else None
+        rivals["grouped_gemm"] = lambda: peers_gpu.gmm_outer(a, b, offsets, into)
 
     def check(who, got):
         oracle.assert_agrees(who, [got], [want], shape.R // shape.E + 1)

@@ -15,8 +15,8 @@ DIRECTIONS = ["forward", "forward+backward"]
 CALLS = 20  # a turn: one call takes microseconds
 
 
-def logits_of(shape):
-    return torch.randn(shape.T, shape.E, generator=torch.Generator().manual_seed(0))
+def logits_of(shape, device):
+    return torch.randn(shape.T, shape.E, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def call(function, direction, leaves):
@@ -34,8 +34,8 @@ def call(function, direction, leaves):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_route(race, shape, direction):
-    logits = logits_of(shape).requires_grad_()
+def test_route(race, device, shape, direction):
+    logits = logits_of(shape, device).requires_grad_()
     k = shape.k
     wide = logits.detach().double().requires_grad_()
     p, best = (t[:, :k] for t in wide.softmax(-1).sort(dim=-1, descending=True, stable=True))
@@ -77,14 +77,15 @@ def test_route(race, shape, direction):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_route_and_losses(race, shape):
+def test_route_and_losses(race, device, shape):
     """A step of training: the choice, the balance and z losses, and one gradient of the logits from all three."""
-    logits = logits_of(shape).requires_grad_()
+    logits = logits_of(shape, device).requires_grad_()
     k, E = shape.k, shape.E
-    grad_weights = torch.randn(shape.T, k, generator=torch.Generator().manual_seed(1))
+    grad_weights = torch.randn(shape.T, k, generator=torch.Generator().manual_seed(1)).to(device)
 
     def step(weights, balance, z):
-        (grad,) = torch.autograd.grad((weights, balance + 1e-3 * z), logits, (grad_weights, torch.ones(())))
+        loss = balance + 1e-3 * z
+        (grad,) = torch.autograd.grad((weights, loss), logits, (grad_weights, torch.ones_like(loss)))
         return weights.detach(), grad
 
     def fused():
@@ -110,9 +111,7 @@ def test_route_and_losses(race, shape):
     weights, *sums = sk.reference.route(wide, k).weights, *sk.reference.router_sums(wide)
     counts = sk.route(logits.detach(), k).counts
     loss = E / shape.T * (counts / counts.sum() * sums[0]).sum() + 1e-3 * sums[1] / shape.T
-    (want,) = torch.autograd.grad(
-        (weights, loss), wide, (grad_weights.double(), torch.ones((), dtype=torch.float64))
-    )
+    (want,) = torch.autograd.grad((weights, loss), wide, (grad_weights.double(), torch.ones_like(loss)))
     race(
         "route_and_losses/forward+backward/f32",
         fused,
@@ -131,9 +130,9 @@ def test_route_and_losses(race, shape):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_permute(race, dtype, shape, direction):
-    routing = sk.route(logits_of(shape), shape.k)
-    x = torch.randn(shape.T, shape.H).to(dtype).requires_grad_()
+def test_permute(race, device, dtype, shape, direction):
+    routing = sk.route(logits_of(shape, device), shape.k)
+    x = torch.randn(shape.T, shape.H).to(device, dtype).requires_grad_()
     token = routing.row_map.long() // shape.k
     rows = x.detach()[token]
 
@@ -158,11 +157,11 @@ def test_permute(race, dtype, shape, direction):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_unpermute(race, dtype, shape, direction):
-    routing = sk.route(logits_of(shape), shape.k)
+def test_unpermute(race, device, dtype, shape, direction):
+    routing = sk.route(logits_of(shape, device), shape.k)
     slot = routing.row_map.long()
     row_of_slot = slot.argsort()
-    y = torch.randn(shape.R, shape.H).to(dtype).requires_grad_()
+    y = torch.randn(shape.R, shape.H).to(device, dtype).requires_grad_()
     weights = routing.weights.to(dtype).requires_grad_()
     routing = routing._replace(weights=weights)
     wide, wide_weights = (t.detach().double().requires_grad_() for t in (y, weights))
@@ -193,10 +192,10 @@ def test_unpermute(race, dtype, shape, direction):
 
 @pytest.mark.parametrize("shape", [A], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_router_end(race, dtype, shape):
+def test_router_end(race, device, dtype, shape):
     """All three, beside the forward of the layer that they surround."""
-    x, _, gate_up, down = shapes.layer_inputs(shape, dtype)
-    logits, k = logits_of(shape), shape.k
+    x, _, gate_up, down = shapes.layer_inputs(shape, dtype, device)
+    logits, k = logits_of(shape, device), shape.k
     want = sk.route(logits, k)
     same = x * want.weights.sum(1, keepdim=True).to(dtype)
 

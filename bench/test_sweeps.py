@@ -7,11 +7,11 @@ from shapes import DTYPES, SWEEP_E, SWEEP_T, short
 
 @pytest.mark.parametrize("shape", SWEEP_T + SWEEP_E, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_sweep_forward(race, dtype, shape):
-    layer.forward(race, shape.name, dtype, shape, "balanced")
+def test_sweep_forward(race, device, dtype, shape):
+    layer.forward(race, device, shape.name, dtype, shape, "balanced")
 
 
 @pytest.mark.parametrize("shape", SWEEP_T + SWEEP_E, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_sweep_forward_backward(race, dtype, shape):
-    layer.forward_backward(race, shape.name, dtype, shape, "fresh", "balanced")
+def test_sweep_forward_backward(race, device, dtype, shape):
+    layer.forward_backward(race, device, shape.name, dtype, shape, "fresh", "balanced")

@@ -44,20 +44,20 @@ def step_of(model: torch.nn.Module, tokens: torch.Tensor):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         out = model(inputs)
         logits = out if isinstance(out, torch.Tensor) else out.logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss.detach()
 
     return step
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
-def test_train_step(race, tmp_path):
+def test_train_step(race, device, tmp_path):
     torch.manual_seed(0)
     sk_hf.register()
     config = settings(96)
@@ -75,9 +75,10 @@ def test_train_step(race, tmp_path):
     }
     dense = as_transformers(LanguageModel(settings(1)), settings(1), tmp_path / "dense", None)
 
-    def check(who: str, loss: float) -> None:
-        assert abs(loss - want) < 1e-3, f"{who}: the first loss is {loss}, {want} was expected"
+    def check(who: str, loss: torch.Tensor) -> None:
+        assert abs(loss.item() - want) < 1e-3, f"{who}: the first loss is {loss}, {want} was expected"
 
+    ours, dense, tokens = ours.to(device), dense.to(device), tokens.to(device)
     race(
         "train_step/f32",
         step_of(ours, tokens),
@@ -85,5 +86,5 @@ def test_train_step(race, tmp_path):
         check=check,
         once={"hf_eager"},
         bound_hf_dense=step_of(dense, tokens),
-        **{name: step_of(model, tokens) for name, model in theirs.items()},
+        **{name: step_of(model.to(device), tokens) for name, model in theirs.items()},
     )

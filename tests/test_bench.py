@@ -120,6 +120,10 @@ def test_the_oracle_knows_right_from_slightly_wrong():
     wrong[3, 5] += 0.01 * want[0].abs().max()
     with pytest.raises(AssertionError, match="them: output 0 is off by"):
         oracle.assert_agrees("them", [wrong], want[:1], shape.H)
+    halves = [want[0].bfloat16()]
+    oracle.assert_agrees("same", halves, halves, 1024)
+    with pytest.raises(AssertionError, match="nothing: output 0 is off by 100% as a whole"):
+        oracle.assert_agrees("nothing", [torch.zeros_like(halves[0])], halves, 1024)
 
 
 def a_race(**changed):

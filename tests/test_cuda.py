@@ -12,6 +12,7 @@ import pybind11
 import pytest
 import torch
 from support import assert_close, tolerance, value_and_grads
+from test_ops_route_with_sums import ROWS, SCORES, check_row, check_sums, leaf
 
 import sigma_kernels as sk
 from sigma_kernels import _C, reference
@@ -63,6 +64,7 @@ def on_emulator(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterat
         (row,) = (row for row in before[op] if row.name == "cuda")
         register_table(op, [Backend("cuda", row.run, row.dtypes, "cpu")])
     yield
+    emulated.set_seed(0)
     for op in OPS:
         register_table(op, before[op])
 
@@ -85,6 +87,28 @@ def test_route(on_emulator, T, E, k, score, normalize):
             for route, x, g in ((sk.route, logits, grad), (reference.route, logits.double(), grad.double()))
         )
         assert_close(got, expected, tolerance(f32, E))
+
+
+@pytest.mark.parametrize("balance_score", SCORES)
+@pytest.mark.parametrize("score, normalize", [("softmax", False), ("softmax", True), ("sigmoid", True)])
+@pytest.mark.parametrize("T, E, k", [(0, 5, 2), (1, 1, 1), (70, 96, 1), (33, 130, 8)])
+def test_route_with_sums(on_emulator, emulated, T, E, k, score, normalize, balance_score):
+    """Defends: arguments in the wrong order, workspace without room for the sums, other bits in another order."""
+    logits = leaf(T, E, strided=True)
+    runs = []
+    for seed in (0, 1, 2):
+        torch.manual_seed(0)
+        emulated.set_seed(seed)
+        runs.append(check_sums(logits, k, balance_score, score=score, normalize=normalize))
+    for other in runs[1:]:
+        assert all(map(torch.equal, runs[0], other))
+
+
+@pytest.mark.parametrize("balance_score", SCORES)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_sums_of_rows_without_a_finite_largest(on_emulator, row, balance_score):
+    """Defends: NaN where the squared log sum exp is infinite."""
+    check_row(row, balance_score)
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)

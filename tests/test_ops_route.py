@@ -18,14 +18,8 @@ def check_order(indices: torch.Tensor, routing: sk.Routing, E: int) -> None:
     assert torch.equal(routing.offsets[1:].long(), routing.counts.long().cumsum(0))
 
 
-@pytest.mark.parametrize("use_bias", [False, True])
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize(
-    "T, E, k", [(0, 5, 1), (1, 1, 1), (200, 37, 1), (200, 96, 1), (300, 96, 8), (40, 33, 33)]
-)
-def test_route_equals_reference(backend, T, E, k, score, normalize, use_bias):
-    """Defends: choice, weights and gradient for every kind of score."""
+def check_route(T: int, E: int, k: int, score: str, normalize: bool, use_bias: bool) -> None:
+    """Choice, weights, order and gradient are the reference's in f64."""
     logits = torch.randn(T, E)
     bias = torch.randn(E) * 0.1 if use_bias else None
     narrow, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
@@ -43,16 +37,42 @@ def test_route_equals_reference(backend, T, E, k, score, normalize, use_bias):
     assert T == 0 or error.max() <= tolerance(torch.float32, E)
 
 
-@pytest.mark.parametrize("k", [1, 4])
-def test_ties_go_to_the_lower_index_and_nan_ranks_last(backend, k):
-    """Defends: a choice that differs between backends, or an index out of range from a row of NaN."""
+def check_ties(k: int) -> None:
     logits = torch.zeros(3, 20)
     logits[1] = torch.nan
     logits[2, :10] = torch.nan
     indices = sk.route(logits, k).indices
-    assert indices[0].tolist() == list(range(k))
-    assert indices[1].tolist() == list(range(k))
-    assert indices[2].tolist() == list(range(10, 10 + k))
+    assert indices.tolist() == [list(range(k)), list(range(k)), list(range(10, 10 + k))]
+
+
+def check_normalised_sigmoid(shift: float) -> None:
+    logits = torch.randn(50, 9) * 3 + shift
+    narrow, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    got = sk.route(narrow, 4, score="sigmoid", normalize=True).weights
+    want = reference.route(wide, 4, score="sigmoid", normalize=True).weights
+    assert_close(got.sum(1), torch.ones(50), tolerance(torch.float32, 1))
+    assert_close(got, want, tolerance(torch.float32, 16) * max(1.0, abs(shift) / 100))
+    grad = torch.randn(50, 4)
+    got.backward(grad)
+    want.backward(grad.double())
+    assert_close(narrow.grad, wide.grad, tolerance(torch.float32, 16))
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "T, E, k", [(0, 5, 1), (1, 1, 1), (200, 37, 1), (200, 96, 1), (300, 96, 8), (40, 33, 33)]
+)
+def test_route_equals_reference(backend, T, E, k, score, normalize, use_bias):
+    """Defends: choice, weights and gradient for every kind of score."""
+    check_route(T, E, k, score, normalize, use_bias)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_ties_go_to_the_lower_index_and_nan_ranks_last(backend, k):
+    """Defends: a choice that differs between backends, or an index out of range from a row of NaN."""
+    check_ties(k)
 
 
 @settings(max_examples=50, deadline=None)
@@ -76,16 +96,7 @@ def test_top_1_softmax_reaches_the_router_and_normalised_does_not():
 @pytest.mark.parametrize("shift", [-1000.0, -100.0, -30.0, 0.0, 100.0])
 def test_normalised_sigmoid_of_any_size(backend, shift):
     """Defends: 0 / 0 where every sigmoid underflows, and ratios of clamped exponentials."""
-    logits = torch.randn(50, 9) * 3 + shift
-    narrow, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    got = sk.route(narrow, 4, score="sigmoid", normalize=True).weights
-    want = reference.route(wide, 4, score="sigmoid", normalize=True).weights
-    assert_close(got.sum(1), torch.ones(50), tolerance(torch.float32, 1))
-    assert_close(got, want, tolerance(torch.float32, 16) * max(1.0, abs(shift) / 100))
-    grad = torch.randn(50, 4)
-    got.backward(grad)
-    want.backward(grad.double())
-    assert_close(narrow.grad, wide.grad, tolerance(torch.float32, 16))
+    check_normalised_sigmoid(shift)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,5 +1,7 @@
 """route_with_sums: the choice of route, and sums and gradients that equal those of the losses apart."""
 
+from typing import Any
+
 import pytest
 import torch
 from support import assert_close, tolerance
@@ -10,9 +12,62 @@ from sigma_kernels import reference
 SCORES = ["softmax", "sigmoid"]
 
 
-def problem(T, E, k, strided=False):
-    logits = torch.randn(T, 2 * E if strided else E)[:, :E] * 2
-    return logits, torch.randn(T, k), torch.randn(E), torch.randn(())
+INF, NAN = float("inf"), float("nan")
+ROWS = [
+    [-INF] * 5,
+    [0, INF, 1, 2, -INF],
+    [INF] * 5,
+    [-INF, 1, 2, 0, -INF],
+    [-INF, NAN, -INF, -INF, -INF],
+    [NAN] * 5,
+]
+
+
+def problem(T, E, k):
+    return torch.randn(T, E) * 2, torch.randn(T, k), torch.randn(E), torch.randn(())
+
+
+def leaf(T: int, E: int, strided: bool) -> torch.Tensor:
+    return torch.randn(T, 2 * E if strided else E)[:, :E].mul_(2).requires_grad_()
+
+
+def check_sums(
+    narrow: torch.Tensor, k: int, balance_score: str, depth: int | None = None, **flags: Any
+) -> list[torch.Tensor]:
+    """The Routing is that of route; sums and the gradient of all three are the reference's in f64.
+
+    `depth` of the sums: E where those over tokens are taken by blocks, the blocks in f64.
+    """
+    E = narrow.shape[1]
+    wide = narrow.detach().double().requires_grad_()
+    routing, sums = sk.route_with_sums(narrow, k, **flags, balance_score=balance_score)
+    plain = sk.route(narrow.detach(), k, **flags)
+    assert all(torch.equal(a, b) for a, b in zip(routing, plain, strict=True))
+    choice = reference.route(wide, k, **flags)
+    assert torch.equal(routing.indices, choice.indices)
+
+    want = choice.weights, *reference.router_sums(wide, balance_score)
+    got = routing.weights, sums.probabilities, sums.square
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, tolerance(torch.float32, depth or E))
+    grads = [torch.randn(x.shape) for x in got]
+    (grad,) = torch.autograd.grad(got, narrow, grads)
+    torch.autograd.backward(want, [g.double() for g in grads])
+    assert_close(grad, wide.grad, tolerance(torch.float32, E))
+    return [*routing, sums.probabilities, sums.square, grad]
+
+
+def check_row(row: list[float], balance_score: str) -> None:
+    """Numbers, infinities and NaN are where the reference has them, in the sums and in their gradient."""
+    narrow = torch.tensor([row], requires_grad=True)
+    wide = narrow.detach().double().requires_grad_()
+    sums = sk.route_with_sums(narrow, 2, balance_score=balance_score)[1]
+    want = reference.router_sums(wide, balance_score)
+    for a, b in zip((sums.probabilities, sums.square), want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6, equal_nan=True)
+    (sums.probabilities.sum() + sums.square).backward()
+    (want[0].sum() + want[1]).backward()
+    torch.testing.assert_close(narrow.grad.double(), wide.grad, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("balance_score", SCORES)
@@ -32,23 +87,14 @@ def problem(T, E, k, strided=False):
 )
 def test_sums_and_gradient_equal_reference(backend, T, E, k, strided, score, normalize, balance_score):
     """Defends: every term of the fused gradient, tails of vectors and blocks, tokens that no block fills."""
-    logits, *grads = problem(T, E, k, bool(strided))
-    narrow, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    if strided:
-        narrow = torch.randn(T, 2 * E)[:, :E].copy_(logits).requires_grad_()
-    flags = {"score": score, "normalize": normalize}
-    routing, sums = sk.route_with_sums(narrow, k, **flags, balance_score=balance_score)
-    plain = sk.route(narrow.detach(), k, **flags)
-    assert all(torch.equal(a, b) for a, b in zip(routing, plain, strict=True))
+    check_sums(leaf(T, E, bool(strided)), k, balance_score, score=score, normalize=normalize)
 
-    want = reference.route(wide, k, **flags).weights, *reference.router_sums(wide, balance_score)
-    got = routing.weights, sums.probabilities, sums.square
-    for a, b in zip(got, want, strict=True):
-        assert_close(a, b, tolerance(torch.float32, E))
-    torch.autograd.backward(got, grads)
-    torch.autograd.backward(want, [g.double() for g in grads])
-    if T:
-        assert_close(narrow.grad, wide.grad, tolerance(torch.float32, E))
+
+@pytest.mark.parametrize("balance_score", SCORES)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_rows_without_a_finite_largest(backend, row, balance_score):
+    """Defends: NaN where the squared log sum exp is infinite, a number where the reference has NaN."""
+    check_row(row, balance_score)
 
 
 @pytest.mark.parametrize("alone", [0, 1, 2])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from support import assert_close, tolerance
-from test_ops_route import check_order
+from test_ops_route import check_normalised_sigmoid, check_order, check_route, check_ties
+from test_ops_route_with_sums import ROWS, SCORES, check_row, check_sums
 
 import sigma_kernels as sk
 from sigma_kernels import reference
@@ -16,21 +17,7 @@ from sigma_kernels.triton import group
 @pytest.mark.parametrize("T, E, k", [(0, 5, 1), (1, 1, 1), (90, 37, 1), (130, 96, 8), (40, 33, 33)])
 def test_route_equals_reference(backend, T, E, k, score, normalize, use_bias):
     """Defends: choice, weights and gradient for every kind of score, padding of E and k to powers of two."""
-    logits = torch.randn(T, E)
-    bias = torch.randn(E) * 0.1 if use_bias else None
-    narrow, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    got = sk.route(narrow, k, score=score, normalize=normalize, bias=bias)
-    want = reference.route(
-        wide, k, score=score, normalize=normalize, bias=bias.double() if use_bias else None
-    )
-    assert torch.equal(got.indices, want.indices)
-    check_order(got.indices, got, E)
-    grad = torch.randn(T, k)
-    got.weights.backward(grad)
-    want.weights.backward(grad.double())
-    assert_close(got.weights, want.weights, tolerance(torch.float32, E))
-    error = (narrow.grad.double() - wide.grad).abs()
-    assert T == 0 or error.max() <= tolerance(torch.float32, E)
+    check_route(T, E, k, score, normalize, use_bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -50,11 +37,7 @@ def test_narrow_and_strided_logits(backend, dtype):
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_ties_go_to_the_lower_index_and_nan_ranks_last(backend, k):
-    logits = torch.zeros(3, 20)
-    logits[1] = torch.nan
-    logits[2, :10] = torch.nan
-    indices = sk.route(logits, k).indices
-    assert indices.tolist() == [list(range(k)), list(range(k)), list(range(10, 10 + k))]
+    check_ties(k)
 
 
 @pytest.mark.parametrize("E", [2, 20])
@@ -72,15 +55,7 @@ def test_nan_ranks_as_minus_infinity(backend, k, E):
 @pytest.mark.parametrize("shift", [-1000.0, -30.0, 100.0])
 def test_normalised_sigmoid_of_any_size(backend, shift):
     """Defends: 0 / 0 where every sigmoid underflows."""
-    logits = torch.randn(50, 9) * 3 + shift
-    narrow, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    got = sk.route(narrow, 4, score="sigmoid", normalize=True).weights
-    want = reference.route(wide, 4, score="sigmoid", normalize=True).weights
-    assert_close(got, want, tolerance(torch.float32, 16) * max(1.0, abs(shift) / 100))
-    grad = torch.randn(50, 4)
-    got.backward(grad)
-    want.backward(grad.double())
-    assert_close(narrow.grad, wide.grad, tolerance(torch.float32, 16))
+    check_normalised_sigmoid(shift)
 
 
 @pytest.mark.parametrize(
@@ -100,36 +75,29 @@ def test_an_index_out_of_range_goes_behind_all_experts(backend):
     assert routing.row_map.tolist() == [2, 0, 1, 3]
 
 
-@pytest.mark.parametrize("balance_score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("balance_score", SCORES)
 @pytest.mark.parametrize("T, E, k", [(0, 5, 1), (1, 1, 1), (700, 37, 2)])
 def test_route_with_sums_equals_reference(backend, T, E, k, balance_score):
     """Defends: sums across blocks of tokens, idle lanes in them, three gradients in one."""
-
     logits = torch.randn(T, E) + 200 * torch.randn(T, 1)
-    narrow, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    routing, sums = sk.route_with_sums(narrow, k, balance_score=balance_score)
-    want_routing = reference.route(wide, k)
-    got = routing.weights, sums.probabilities, sums.square
-    want = want_routing.weights, *reference.router_sums(wide, balance_score)
-    assert torch.equal(routing.indices, want_routing.indices)
-    grads = [torch.randn(x.shape) for x in got]
-    torch.autograd.backward(got, grads)
-    torch.autograd.backward(want, [g.double() for g in grads])
-    for g, w in zip(got, want, strict=True):
-        assert_close(g, w, tolerance(torch.float32, T + E))
-    assert_close(narrow.grad, wide.grad, tolerance(torch.float32, E))
+    check_sums(logits.requires_grad_(), k, balance_score, depth=T + E)
 
 
 def test_rows_without_a_number(backend):
-    """Defends: NaN in the gradient of experts that were not chosen; NaN where the squared log sum is infinite."""
+    """Defends: NaN in the gradient of experts that were not chosen."""
     logits = torch.tensor([[float("-inf")] * 4, [float("nan")] * 4, [0, float("inf"), 1, 2], [3, 1, 2, 0]])
     for row in logits:
         narrow, wide = row[None].clone().requires_grad_(), row[None].double().requires_grad_()
         sk.route(narrow, 2, normalize=True).weights.sum().backward()
         reference.route(wide, 2, normalize=True).weights.sum().backward()
         assert torch.equal(narrow.grad.isnan(), wide.grad.isnan())
-        got, want = sk.route_with_sums(row[None])[1].square, reference.router_sums(row[None], "softmax")[1]
-        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("balance_score", SCORES)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_sums_of_rows_without_a_finite_largest(backend, row, balance_score):
+    """Defends: NaN where the squared log sum exp is infinite."""
+    check_row(row, balance_score)
 
 
 def test_more_blocks_of_slots_than_are_summed_at_once(backend, monkeypatch):

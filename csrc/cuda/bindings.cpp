@@ -52,7 +52,8 @@ void bind_route(py::module_& m) {
       "route",
       [](int64_t T, int E, int k, Address logits, int64_t ld, Address bias, bool is_softmax,
          bool is_normalized, Address indices, Address weights, Address counts, Address offsets,
-         Address row_map, Address workspace, Address stream) {
+         Address row_map, Address workspace, bool sums_softmax, Address probabilities, Address square,
+         Address stream) {
         check("route", route({.T = T,
                               .E = E,
                               .k = k,
@@ -66,14 +67,18 @@ void bind_route(py::module_& m) {
                               .counts = at<int32_t>(counts),
                               .offsets = at<int32_t>(offsets),
                               .row_map = at<int32_t>(row_map),
-                              .workspace = at<int32_t>(workspace)},
+                              .workspace = at<int32_t>(workspace),
+                              .sums_softmax = sums_softmax,
+                              .probabilities = at<float>(probabilities),
+                              .square = at<float>(square)},
                              on(stream)));
       },
       no_gil());
   m.def(
       "route_backward",
       [](int64_t T, int E, int k, Address logits, int64_t ld, bool is_softmax, bool is_normalized,
-         Address indices, Address grad_weights, Address grad_logits, Address stream) {
+         Address indices, Address grad_weights, Address grad_logits, bool sums_softmax,
+         Address grad_probabilities, Address grad_square, Address stream) {
         check("route_backward", route_backward({.T = T,
                                                 .E = E,
                                                 .k = k,
@@ -83,7 +88,10 @@ void bind_route(py::module_& m) {
                                                 .is_normalized = is_normalized,
                                                 .indices = at<int32_t>(indices),
                                                 .grad_weights = at<float>(grad_weights),
-                                                .grad_logits = at<float>(grad_logits)},
+                                                .grad_logits = at<float>(grad_logits),
+                                                .sums_softmax = sums_softmax,
+                                                .grad_probabilities = at<float>(grad_probabilities),
+                                                .grad_square = at<float>(grad_square)},
                                                on(stream)));
       },
       no_gil());

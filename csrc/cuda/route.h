@@ -19,9 +19,13 @@ struct Route {
   int32_t* indices;  // [T, k]
   float* weights;    // [T, k]
   int32_t *counts, *offsets, *row_map;
-  int32_t* workspace;  // route_workspace(T, E) bytes
+  int32_t* workspace;  // route_workspace(T, E, has_sums) bytes
+  // Sums over the tokens, from the same pass; null: not wanted.
+  bool sums_softmax = true;        // q = softmax(logits); else sigmoids divided by their sum
+  float* probabilities = nullptr;  // [E], of q
+  float* square = nullptr;         // [], of (log sum exp logits)^2
 };
-int64_t route_workspace(int64_t T, int E);
+int64_t route_workspace(int64_t T, int E, bool has_sums);
 cudaError_t route(const Route& r, cudaStream_t stream);
 
 struct RouteBackward {
@@ -33,6 +37,10 @@ struct RouteBackward {
   const int32_t* indices;
   const float* grad_weights;  // [T, k]
   float* grad_logits;         // [T, E] contiguous
+  // By the sums of Route; null: they were not asked for.
+  bool sums_softmax = true;
+  const float* grad_probabilities = nullptr;  // [E]
+  const float* grad_square = nullptr;         // []
 };
 cudaError_t route_backward(const RouteBackward& r, cudaStream_t stream);
 

@@ -43,11 +43,17 @@ struct LogitRow {
     return warp_max(out);
   }
 
-  __device__ float sum_exp(float shift) const {
+  // The sum of f over all elements, those beyond the row among them.
+  template <class F>
+  __device__ float sum(F f) const {
     float out = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 4 * N; ++i) out += expf(v[i] - shift);
+    for (int i = 0; i < 4 * N; ++i) out += f(v[i], i);
     return warp_sum(out);
+  }
+
+  __device__ float sum_exp(float shift) const {
+    return sum([&](float x, int) { return expf(x - shift); });
   }
 };
 

@@ -26,8 +26,10 @@ SCHEMA = 1
 ENVIRONMENT = ("MALLOC_", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "SIGMA_ISA", "SIGMA_BACKEND", "OMP_", "KMP_", "GOMP_",
                "MKL_")  # fmt: skip
 PACKAGES = ("transformers", "numpy", "ggml-python", "kt-kernel")
+GPU_ENVIRONMENT = ("CUDA_", "HIP_", "TRITON_", "PYTORCH_", "NVIDIA_TF32_OVERRIDE")
+GPU_PACKAGES = ("triton", "megablocks", "grouped_gemm", "sonicmoe", "liger-kernel", "vllm")
 SHARES = ("race", "ours, ms", "bound, ms", "of", "share", "best peer", "over ours")
-COLUMNS = ("who", "median, ms", "fastest, ms", "rounds", "over ours", "GF/s", "GB/s")
+COLUMNS = ("who", "median, ms", "fastest, ms", "rounds", "over ours")
 
 
 def run(
@@ -38,6 +40,7 @@ def run(
     output: Path | None,
     json_file: Path | None = None,
     extra: Sequence[str] = (),
+    device: str = "cpu",
 ) -> int:
     """Race, print, write.  Returns the exit code: 0 done, 1 a candidate was wrong or failed, 2 no bench/ here."""
     console = Console()
@@ -46,14 +49,24 @@ def run(
             "error: sigma bench runs in a clone of the repository; there is no bench/ here", style="red"
         )
         return 2
+    if device == "cuda" and not torch.cuda.is_available():
+        raise WrongInput(f"--device cuda: torch {torch.__version__} sees no GPU here")
     for path in filter(None, (output, json_file)):
         check_place(path)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "races.json"
         command = [sys.executable, "-P", "-m", "pytest", "-q", "bench", "--benchmark-disable-gc", "-k", group]
-        command += ["--rounds", str(rounds), "--race-json", str(target), "--benchmark-quiet", *extra]
+        command += [
+            "--rounds",
+            str(rounds),
+            "--race-json",
+            str(target),
+            "--benchmark-quiet",
+            "--device",
+            device,
+        ]
         command += ["--quick"] if quick else []
-        command += ["--threads", str(threads)] if threads else []
+        command += [*(["--threads", str(threads)] if threads else []), *extra]
         stopped = None
         try:
             code = subprocess.run(
@@ -67,12 +80,13 @@ def run(
             raise stopped
         return 1
     arguments = [group, *(["--quick"] if quick else []), "--rounds", str(rounds)]
+    arguments += ["--device", device] if device != "cpu" else []
     arguments += ["--threads", str(threads)] if threads else []
     arguments += ["--output", str(output)] if output else []
     arguments += ["--json", str(json_file)] if json_file else []
     document = {
         "schema": SCHEMA,
-        "environment": environment(shlex.join(["sigma", "bench", *arguments]), threads),
+        "environment": environment(shlex.join(["sigma", "bench", *arguments]), threads, device),
         **found,
         **({"stopped": True} if stopped else {}),
     }
@@ -115,7 +129,10 @@ def write_page(document: dict[str, Any], output: Path) -> list[Path]:
     return [output, *written]
 
 
-def environment(command: str, threads: int | None) -> dict[str, Any]:
+def environment(command: str, threads: int | None, device: str = "cpu") -> dict[str, Any]:
+    of_gpu = device != "cpu"
+    prefixes = ENVIRONMENT + (GPU_ENVIRONMENT if of_gpu else ())
+    packages = PACKAGES + (GPU_PACKAGES if of_gpu else ())
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
@@ -130,14 +147,14 @@ def environment(command: str, threads: int | None) -> dict[str, Any]:
         "thp": huge.read_text().split("[")[1].split("]")[0]
         if huge.exists()
         else "not offered by this system",
-        "variables": {n: value for n, value in sorted(os.environ.items()) if n.startswith(ENVIRONMENT)},
-        "versions": {"torch": torch.__version__, "sigma-kernels": sk.__version__, **installed()},
+        "variables": {n: value for n, value in sorted(os.environ.items()) if n.startswith(prefixes)},
+        "versions": {"torch": torch.__version__, "sigma-kernels": sk.__version__, **installed(packages)},
     }
 
 
-def installed() -> dict[str, str]:
+def installed(packages: Sequence[str]) -> dict[str, str]:
     out = {}
-    for name in PACKAGES:
+    for name in packages:
         try:
             out[name] = version(name)
         except PackageNotFoundError:
@@ -149,19 +166,34 @@ def title(race: dict[str, Any]) -> str:
     return ", ".join(race[part] for part in ("group", "shape", "load", "memory") if race[part])
 
 
+def flop_rate(race: dict[str, Any]) -> tuple[str, float, int]:
+    """Unit of FLOPs per second, its size and decimals: of a GPU they are many."""
+    fastest = min(c["median_s"] for c in race["candidates"] if "median_s" in c and multiplies(c))
+    return ("TFLOP/s", 1e12, 1) if (race["flops"] or 0) / fastest >= 1e12 else ("GF/s", 1e9, 0)
+
+
+def multiplies(candidate: dict[str, Any]) -> bool:
+    return candidate["kind"] != "beside" and candidate["name"] not in ("read", "write", "copy")
+
+
+def columns(race: dict[str, Any]) -> tuple[str, ...]:
+    return (*COLUMNS, flop_rate(race)[0], "GB/s")
+
+
 def lines(race: dict[str, Any]) -> list[tuple[str, ...]]:
     """The candidates' rows: ours, then what is beside it and the bounds, then the peers, fastest first."""
     ours = race["candidates"][0]["median_s"]
+    _, unit, decimals = flop_rate(race)
     rank = {"ours": 0, "beside": 1, "bound": 2, "peer": 3}
     ordered = sorted(race["candidates"], key=lambda c: (rank[c["kind"]], c.get("median_s", float("inf"))))
     out = []
     for c in ordered:
         who = c["name"] if c["kind"] in ("ours", "peer") else f"{c['kind']}: {c['name']}"
         if "reason" in c:
-            out.append((who, c["reason"], *[""] * (len(COLUMNS) - 2)))
+            out.append((who, c["reason"], *[""] * len(COLUMNS)))
             continue
         flops, moved = race["flops"], race["moved"]
-        has_flops = flops and c["kind"] != "beside" and c["name"] not in ("read", "write", "copy")
+        has_flops = flops and multiplies(c)
         has_moved = moved and c["kind"] != "beside" and c["name"] != "dense"
         out.append(
             (
@@ -170,7 +202,7 @@ def lines(race: dict[str, Any]) -> list[tuple[str, ...]]:
                 milliseconds(c["min_s"]),
                 str(c["rounds"]),
                 f"{c['median_s'] / ours:.2f}",
-                f"{flops / c['median_s'] / 1e9:.0f}" if has_flops else "",
+                f"{flops / c['median_s'] / unit:.{decimals}f}" if has_flops else "",
                 f"{moved / c['median_s'] / 1e9:.1f}" if has_moved else "",
             )
         )
@@ -194,7 +226,7 @@ def shares(races: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f}" if seconds >= 0.01 else f"{seconds * 1e3:.3f}"
+    return f"{seconds * 1e3:.{1 if seconds >= 0.01 else 3 if seconds >= 2e-5 else 5}f}"
 
 
 def remarks(race: dict[str, Any]) -> str:
@@ -217,7 +249,7 @@ def remarks(race: dict[str, Any]) -> str:
 
 def rich_table(race: dict[str, Any]) -> Table:
     table = Table(title=title(race), title_justify="left", caption=remarks(race), caption_justify="left")
-    for column in COLUMNS:
+    for column in columns(race):
         table.add_column(column, justify="left" if column == "who" else "right")
     for row in lines(race):
         table.add_row(*row)
@@ -230,15 +262,30 @@ def table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
     return head + ["| " + " | ".join(row) + " |" for row in rows]
 
 
+def named(gpu: dict[str, Any]) -> str:
+    clocks = "".join(f", {name} {value}" for name, value in gpu["clocks"].items())
+    return (f"{gpu['name']} ({gpu['architecture']}, {gpu['multiprocessors']} multiprocessors, "
+            f"{gpu['memory_bytes'] / 2**30:.0f} GiB, {gpu['peak_bytes'] / 2**30:.1f} GiB of it used at most{clocks}), "
+            f"driver {gpu['driver']}, {gpu['runtime']}")  # fmt: skip
+
+
+def timing(gpu: dict[str, Any]) -> str:
+    return ("Times are the device's: a turn is calls queued one behind another, each between two events, and before "
+            f"each a write of {gpu['flush_bytes'] / 2**20:.0f} MiB flushes L2 outside of its time. Launches are queued "
+            "ahead, so that gaps between them count only of those who make the host wait for the device.")  # fmt: skip
+
+
 def page(document: dict[str, Any], plots: Sequence[str] = ()) -> str:
     about = document["environment"]
     variables = [f"{name}={value}" for name, value in about["variables"].items()]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     peak = document.get("peak_bytes")
+    gpu = document.get("device")
     parts = [
-        "# Results on a CPU",
+        f"# Results on a {'GPU' if gpu else 'CPU'}",
         "",
-        f"Made by `{' '.join([*variables, about['command']])}` on {about['date']}: {about['cpu']} ({about['machine']}, "
+        f"Made by `{' '.join([*variables, about['command']])}` on {about['date']}: "
+        f"{named(gpu) + ', host ' if gpu else ''}{about['cpu']} ({about['machine']}, "
         f"ISA {about['isa']}), {about['threads']} threads, huge pages: {about['thp']}, {versions}"
         + (f", {peak / 2**30:.1f} GiB of memory at most." if peak else "."),
         *(
@@ -247,6 +294,7 @@ def page(document: dict[str, Any], plots: Sequence[str] = ()) -> str:
             else []
         ),
         "OpenMP's and malloc's settings are the defaults but for those in the command.",
+        *(["", timing(gpu)] if gpu else []),
         "",
         "Each table is one interleaved run. Bounds are the same FLOPs in one dense product or layer and the same bytes "
         "in one stream. Everyone's first result was checked before the clock started: layers and products against f64, "
@@ -261,7 +309,7 @@ def page(document: dict[str, Any], plots: Sequence[str] = ()) -> str:
         parts += ["", "## Shares of the bounds", "", "The bound is the higher of a race's bounds, measured in its "
                   "turns: no kernel that needs both takes less.", "", *table(SHARES, rows)]  # fmt: skip
     for race in document["races"]:
-        parts += ["", f"## {title(race)}", "", *table(COLUMNS, lines(race))]
+        parts += ["", f"## {title(race)}", "", *table(columns(race), lines(race))]
         if text := remarks(race):
             parts += ["", text]
     return "\n".join(parts) + "\n"

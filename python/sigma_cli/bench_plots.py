@@ -28,6 +28,8 @@ def pictures(document: dict[str, Any]) -> dict[str, Figure]:
 
 def subtitle(document: dict[str, Any]) -> str:
     about = document["environment"]
+    if gpu := document.get("device"):
+        return f"{gpu['name']}, {gpu['runtime']}, {about['date']}"
     return f"{about['cpu']}, ISA {about['isa']}, {about['threads']} threads, {about['date']}"
 
 

@@ -1,5 +1,6 @@
 """The commands of `sigma`.  Heavy imports wait until a command runs, so that --help answers at once."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,11 @@ app.command()(train_cli.train)
 app.command()(train_cli.compare)
 app.command()(train_cli.generate)
 app.command()(train_cli.export)
+
+
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 @app.command()
@@ -29,6 +35,9 @@ def bench(
     ] = False,
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
+    device: Annotated[
+        Device, typer.Option(help="what is raced: this CPU, or torch's first GPU")
+    ] = Device.cpu,
     output: Annotated[
         Path | None, typer.Option(help="markdown page to write, with its plots beside it")
     ] = None,
@@ -43,9 +52,9 @@ def bench(
 
         from sigma_cli.aot_page import run as compile_all
 
-        if (group, rounds, threads, json_file) != ("test", 7, None, None):
+        if (group, rounds, threads, device, json_file) != ("test", 7, None, Device.cpu, None):
             raise WrongInput("--aot races nothing: it takes --quick and --output alone")
         raise typer.Exit(compile_all(quick, output))
     from sigma_cli.bench import run
 
-    raise typer.Exit(run(group, quick, rounds, threads, output, json_file))
+    raise typer.Exit(run(group, quick, rounds, threads, output, json_file, device=device.value))

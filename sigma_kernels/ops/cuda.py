@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sigma_kernels import _C
 from sigma_kernels.backends import Backend
-from sigma_kernels.ops.library import SUFFIX, address, matrices, rows
+from sigma_kernels.ops.library import NO_SUMS, SUFFIX, address, matrices, rows
 from sigma_kernels.routing import empty_order, empty_routing
 
 TENSOR_CORE = (torch.bfloat16, torch.float16)
@@ -43,30 +43,40 @@ def _check_experts(op: str, E: int, most: int) -> None:
 def route(
     logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
+    out = empty_routing(logits, top_k)
+    route_into(logits, top_k, softmax, normalize, bias, out)
+    return out
+
+
+def route_into(
+    logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None, out: tuple[Tensor, ...],
+    sums: tuple[bool, int, int] = NO_SUMS,
+) -> None:  # fmt: skip
+    """Fill `empty_routing`, and what `sums` points to, as `route_cpu` does."""
     T, E = logits.shape
     _check_experts("route", E, _native.max_experts)
     logits = rows(logits)
     bias = None if bias is None else bias.contiguous()
-    out = weights, indices, counts, offsets, row_map = empty_routing(logits, top_k)
-    workspace = _workspace(logits, _native.route_workspace(T, E))
+    weights, indices, counts, offsets, row_map = out
+    workspace = _workspace(logits, _native.route_workspace(T, E, sums != NO_SUMS))
     launch(
         "route", logits, T, E, top_k, logits.data_ptr(), logits.stride(0), address(bias), softmax, normalize,
         indices.data_ptr(), weights.data_ptr(), counts.data_ptr(), offsets.data_ptr(), row_map.data_ptr(),
-        workspace.data_ptr(),
+        workspace.data_ptr(), *sums,
     )  # fmt: skip
-    return out
 
 
 def route_backward(
-    grad_weights: Tensor, logits: Tensor, indices: Tensor, softmax: bool, normalize: bool
-) -> Tensor:
+    grad_weights: Tensor, logits: Tensor, indices: Tensor, softmax: bool, normalize: bool,
+    sums: tuple[bool, int, int] = NO_SUMS,
+) -> Tensor:  # fmt: skip
     T, E = logits.shape
     _check_experts("route_backward", E, _native.max_experts)
     logits, grad_weights, indices = rows(logits), grad_weights.contiguous(), indices.contiguous()
     grad_logits = logits.new_empty(T, E)
     launch(
         "route_backward", logits, T, E, indices.shape[1], logits.data_ptr(), logits.stride(0), softmax, normalize,
-        indices.data_ptr(), grad_weights.data_ptr(), grad_logits.data_ptr(),
+        indices.data_ptr(), grad_weights.data_ptr(), grad_logits.data_ptr(), *sums,
     )  # fmt: skip
     return grad_logits
 

@@ -15,6 +15,7 @@ LIB = torch.library.Library("sigma", "FRAGMENT")
 NATIVE = (torch.float32,)
 STORED = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take as it is stored; sums are f32
 REFERENCE = (torch.float32, torch.float64)
+NO_SUMS = (True, 0, 0)  # of a router: whether of softmax, and where the probabilities' and the square's lie
 
 _LARGE = (
     32 << 20

@@ -10,6 +10,7 @@ from sigma_kernels.backends import Backend, register_table, select
 from sigma_kernels.ops import cuda
 from sigma_kernels.ops.library import (
     NATIVE,
+    NO_SUMS,
     REFERENCE,
     address,
     check_device,
@@ -112,9 +113,6 @@ def _route_cpu(
     out = empty_routing(logits, top_k)
     route_cpu(logits, top_k, softmax, normalize, bias, out)
     return out
-
-
-NO_SUMS = (True, 0, 0)
 
 
 def route_cpu(

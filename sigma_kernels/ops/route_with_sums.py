@@ -60,60 +60,61 @@ def _outputs(logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
     return weights, logits.new_empty(logits.shape[1]), logits.new_empty(()), *order
 
 
-def _cpu(
-    logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None, sums_softmax: bool
-) -> tuple[Tensor, ...]:
-    out = weights, probabilities, square, *order = _outputs(logits, top_k)
-    sums = sums_softmax, probabilities.data_ptr(), square.data_ptr()
-    route_cpu(logits, top_k, softmax, normalize, bias, (weights, *order), sums)
-    return out
+def _fused(route: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
+    """A row of kernels that sum in the pass that chooses."""
 
-
-def _backward_cpu(
-    grad_weights: Tensor, grad_probabilities: Tensor, grad_square: Tensor, logits: Tensor, indices: Tensor,
-    softmax: bool, normalize: bool, sums_softmax: bool,
-) -> Tensor:  # fmt: skip
-    grad_probabilities = grad_probabilities.contiguous()  # .sum() sends stride 0
-    sums = sums_softmax, grad_probabilities.data_ptr(), grad_square.data_ptr()
-    return route_backward_cpu(grad_weights, logits, indices, softmax, normalize, sums)
-
-
-def _apart(route: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """A row whose choice is made by `route`, and whose sums by the definition, on the device of the logits."""
-
-    def run(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        *choice, sums_softmax = arguments
-        weights, *rest = route(logits, *choice)
-        return weights, *reference.router_sums(logits, "softmax" if sums_softmax else "sigmoid"), *rest
+    def run(
+        logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None, sums_softmax: bool
+    ) -> tuple[Tensor, ...]:
+        out = weights, probabilities, square, *order = _outputs(logits, top_k)
+        sums = sums_softmax, probabilities.data_ptr(), square.data_ptr()
+        route(logits, top_k, softmax, normalize, bias, (weights, *order), sums)
+        return out
 
     return run
 
 
-def _backward_apart(route_backward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _fused_backward(route_backward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(
         grad_weights: Tensor, grad_probabilities: Tensor, grad_square: Tensor, logits: Tensor, indices: Tensor,
         softmax: bool, normalize: bool, sums_softmax: bool,
     ) -> Tensor:  # fmt: skip
-        with torch.enable_grad():
-            leaf = logits.detach().requires_grad_()
-            sums = reference.router_sums(leaf, "softmax" if sums_softmax else "sigmoid")
-        (of_sums,) = torch.autograd.grad(sums, leaf, (grad_probabilities, grad_square))
-        return of_sums + route_backward(grad_weights, logits, indices, softmax, normalize)
+        grad_probabilities = grad_probabilities.contiguous()  # .sum() sends stride 0
+        sums = sums_softmax, grad_probabilities.data_ptr(), grad_square.data_ptr()
+        return route_backward(grad_weights, logits, indices, softmax, normalize, sums)
 
     return run
 
 
+def _reference(
+    logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None, sums_softmax: bool
+) -> tuple[Tensor, ...]:
+    weights, *order = route_reference(logits, top_k, softmax, normalize, bias)
+    return weights, *reference.router_sums(logits, "softmax" if sums_softmax else "sigmoid"), *order
+
+
+def _backward_reference(
+    grad_weights: Tensor, grad_probabilities: Tensor, grad_square: Tensor, logits: Tensor, indices: Tensor,
+    softmax: bool, normalize: bool, sums_softmax: bool,
+) -> Tensor:  # fmt: skip
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        sums = reference.router_sums(leaf, "softmax" if sums_softmax else "sigmoid")
+    (of_sums,) = torch.autograd.grad(sums, leaf, (grad_probabilities, grad_square))
+    return of_sums + route_backward_reference(grad_weights, logits, indices, softmax, normalize)
+
+
 register_table("route_with_sums", [
     triton_row("router_sums", "route_with_sums", NATIVE),
-    cuda.row(_apart(cuda.route), NATIVE),
-    Backend("cpu", _cpu, NATIVE, "cpu"),
-    Backend("reference", _apart(route_reference), REFERENCE, by_name=True),
+    cuda.row(_fused(cuda.route_into), NATIVE),
+    Backend("cpu", _fused(route_cpu), NATIVE, "cpu"),
+    Backend("reference", _reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 register_table("route_with_sums_backward", [
     triton_row("router_sums", "route_with_sums_backward", NATIVE),
-    cuda.row(_backward_apart(cuda.route_backward), NATIVE),
-    Backend("cpu", _backward_cpu, NATIVE, "cpu"),
-    Backend("reference", _backward_apart(route_backward_reference), REFERENCE, by_name=True),
+    cuda.row(_fused_backward(cuda.route_backward), NATIVE),
+    Backend("cpu", _fused_backward(route_backward_cpu), NATIVE, "cpu"),
+    Backend("reference", _backward_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 
 define(

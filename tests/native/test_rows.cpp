@@ -1,5 +1,7 @@
 // Rows and what decides about them: routing, permutation, conversion.
 
+#include <algorithm>
+
 #include "check.h"
 #include "convert.h"
 #include "permute.h"
@@ -143,6 +145,55 @@ void test_route(const Case& c) {
     }
 }
 
+// A largest logit that is infinite: the square is infinite, not NaN, unless the row has a NaN; the gradient
+// is NaN.
+void test_infinite_rows(int64_t E) {
+  const float inf = INFINITY;
+  for (const float largest : {inf, -inf})
+    for (const bool has_nan : {false, true})
+      for (const bool sums_softmax : {true, false}) {
+        Floats logits(E, -inf), weights(1, NAN), grad(E, 0), sums(E, NAN), square(1, NAN);
+        logits[E / 2] = largest;
+        if (has_nan) logits[E - 1] = NAN;
+        const Floats ones(E, 1);
+        std::vector<int32_t> indices(1), counts(E), offsets(E + 1), row_map(1);
+        route({.T = 1,
+               .E = E,
+               .k = 1,
+               .logits = logits.data(),
+               .ld = E,
+               .bias = nullptr,
+               .is_softmax = true,
+               .is_normalized = false,
+               .indices = indices.data(),
+               .weights = weights.data(),
+               .counts = counts.data(),
+               .offsets = offsets.data(),
+               .row_map = row_map.data(),
+               .threads = 1,
+               .sums_softmax = sums_softmax,
+               .probabilities = sums.data(),
+               .square = square.data()});
+        expect("squares of infinite rows", has_nan ? std::isnan(square[0]) : square[0] == inf);
+        route_backward({.T = 1,
+                        .E = E,
+                        .k = 1,
+                        .logits = logits.data(),
+                        .ld = E,
+                        .is_softmax = true,
+                        .is_normalized = false,
+                        .indices = indices.data(),
+                        .grad_weights = ones.data(),
+                        .grad_logits = grad.data(),
+                        .threads = 1,
+                        .sums_softmax = sums_softmax,
+                        .grad_probabilities = ones.data(),
+                        .grad_square = ones.data()});
+        expect("gradients of infinite rows",
+               std::all_of(grad.begin(), grad.end(), [](float x) { return std::isnan(x); }));
+      }
+}
+
 // Every number of 16 bits survives the way through f32, and every f32 goes to the nearest, ties to even.
 template <class T>
 void test_convert() {
@@ -199,6 +250,7 @@ void test_rows(const Case& c, const std::vector<int32_t>& row_map) {
 void test_numbers_and_maps() {
   test_convert<Bf16>();
   test_convert<F16>();
+  for (const int64_t E : {3, 40}) test_infinite_rows(E);  // a tail alone, whole vectors and a tail
   const int32_t bad[] = {0, 1, 5};
   int32_t counts[3], offsets[4], row_map[3];
   group_by_expert(bad, 3, 3, counts, offsets, row_map, 1) == 2 ? ++passed : ++failed;

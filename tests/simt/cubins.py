@@ -43,8 +43,17 @@ WANTED = {
     "group.cu": {"place_slots_kernel": ("MATCH.ANY",)},
     "grouped_gemm.cu": {"grouped_gemm_kernel": TENSOR_CORE},
     "grouped_outer.cu": {"grouped_outer_kernel": TENSOR_CORE},
-    "route.cu": {"route_kernel": (VECTOR_LOAD,)},
-    "route_backward.cu": {"route_backward_kernel": (VECTOR_LOAD, VECTOR_STORE)},
+    "route.cu": {
+        "route_kernelILi1ELb0E": (VECTOR_LOAD,),  # Lb1: with sums
+        "route_kernelILi1ELb1E": (VECTOR_LOAD,),
+        "route_kernel": (VECTOR_LOAD,),
+        "add_partials_kernel": ("LDG.E", "DADD"),
+    },
+    "route_backward.cu": {
+        "route_backward_kernelILi1ELb0E": (VECTOR_LOAD, VECTOR_STORE),
+        "route_backward_kernelILi1ELb1E": (VECTOR_LOAD, VECTOR_STORE),
+        "route_backward_kernel": (VECTOR_LOAD, VECTOR_STORE),
+    },
     "swiglu.cu": {
         "swiglu_kernelINS0_4Bf16ELi8E": (VECTOR_LOAD, VECTOR_STORE),
         "swiglu_kernelINS0_3F16ELi8E": (VECTOR_LOAD, VECTOR_STORE),

@@ -103,7 +103,7 @@ struct Result {
 Result run(const Case& c, const Floats& logits, const Floats& bias) {
   const int64_t R = int64_t{c.T} * c.k;
   Result out{check::unwritten(R), Ints(R, -1), {Ints(c.E, -1), Ints(c.E + 1, -1), Ints(R, -1)}};
-  Ints workspace(route_workspace(c.T, c.E) / sizeof(int32_t), -1);
+  Ints workspace(route_workspace(c.T, c.E, false) / sizeof(int32_t), -1);
   const cudaError_t error = route({.T = c.T,
                                    .E = c.E,
                                    .k = c.k,

@@ -93,6 +93,16 @@ inline float sum_kept_sigmoid(const float* x, float max, float* y, int64_t n) {
   });
 }
 
+// log sum exp from the largest and sum_exp(max).  Where the largest is infinite so is the answer, unless the
+// row has a NaN: a sum of exps would tell neither, as exp clamps and inf - inf is NaN.
+inline float log_sum_exp(const float* x, float max, float exps, int64_t n) {
+  if (!__builtin_isinf(max)) return max + __builtin_logf(exps);
+  return max + sum_row(n, [&](int64_t i, int64_t left) SK_STEP {
+           const Vec v = load_up_to(x + i, left);
+           return v == v ? Vec{} : v;
+         });
+}
+
 inline float dot(const float* x, const float* y, int64_t n) {
   return sum_row(
       n, [&](int64_t i, int64_t left) SK_STEP { return load_up_to(x + i, left) * load_up_to(y + i, left); });
@@ -182,7 +192,7 @@ inline float route_row(const RouteRow& r) {
     exps = add_to_sums(r, max);
   else if (r.is_softmax && !(r.is_normalized && !r.bias))
     exps = sum_exp(r.logits, max, r.E);
-  const float log_of_sum = r.sums.probabilities ? max + __builtin_logf(exps) : 0.0f;
+  const float log_of_sum = r.sums.probabilities ? log_sum_exp(r.logits, max, exps, r.E) : 0.0f;
   if (r.is_softmax) inverse_sum = 1.0f / exps;
   const float* ranked = r.logits;
   if (r.bias) {
@@ -239,7 +249,7 @@ inline void softmax_backward(const RouteRowBackward& r, bool has_weights, const 
     return;
   }
   const float sum = sum_kept_exp(r.logits, max, r.q, r.E), inverse_sum = 1.0f / sum;
-  const float square = 2.0f * r.grad_square * (max + __builtin_logf(sum));
+  const float square = 2.0f * r.grad_square * log_sum_exp(r.logits, max, sum, r.E);
   float inner = c ? dot(r.q, c, r.E) : 0.0f;
   for (int j = 0; has_weights && j < r.k; ++j) inner += r.grad_weights[j] * r.q[r.indices[j]];
   const float shift = square - inner * inverse_sum;
