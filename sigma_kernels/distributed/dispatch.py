@@ -78,13 +78,12 @@ def combine(y: Tensor, sent: Dispatch) -> Tensor:
 
 
 def process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    if group is not None:
-        return group
-    if not (dist.is_available() and dist.is_initialized()):
+    found = group if group is not None or not dist.is_available() else dist.group.WORLD
+    if found is None:
         raise RuntimeError(
             "sigma_kernels.distributed: no process group; call torch.distributed.init_process_group"
         )
-    return dist.group.WORLD
+    return found
 
 
 def experts_of_rank(op: str, num_experts: int, ranks: int) -> int:
