@@ -13,7 +13,7 @@ WARM_UPS = 3
 TURN_S = 2e-3  # of the device: events tell half a microsecond apart
 MOST_CALLS = 64  # of a turn
 MOST_HOLD_S = 0.1
-LEAST_FLUSH = 256 * 2**20  # bytes
+LEAST_FLUSH = 512 * 2**20  # bytes; the last cache of an MI300X has 256 MiB
 CYCLES = 10**7
 SMI = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
 
@@ -58,8 +58,8 @@ class Gpu:
         self.properties = cuda.get_device_properties(self.device)
         l2 = getattr(self.properties, "L2_cache_size", 0)
         self.buffer = torch.empty(max(2 * l2, LEAST_FLUSH), dtype=torch.uint8, device=self.device)
-        self._slept()  # the first launch loads the kernel
-        self.cycles_per_s = CYCLES / self._slept()
+        self._slept(10 * CYCLES)  # loads the kernel, and the clocks rise
+        self.cycles_per_s = CYCLES / self._slept(CYCLES)
 
     def now(self) -> float:
         return self.seconds
@@ -75,7 +75,7 @@ class Gpu:
             call()
         took, queued = self._timed(call, calls, 0)
         repeats = max(1, min(math.ceil(TURN_S / max(took, 1e-9)), MOST_CALLS // calls))
-        hold = min(repeats * queued, MOST_HOLD_S)
+        hold = min(2 * repeats * queued, MOST_HOLD_S)  # twice: the host is not always as fast
 
         def run() -> None:
             self.seconds += self._timed(call, repeats * calls, hold)[0] / repeats
@@ -99,10 +99,10 @@ class Gpu:
     def _events(self) -> tuple[Any, Any]:
         return self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True)
 
-    def _slept(self) -> float:
+    def _slept(self, cycles: int) -> float:
         start, end = self._events()
         start.record()
-        self.cuda._sleep(CYCLES)
+        self.cuda._sleep(cycles)
         end.record()
         self.cuda.synchronize()
         return start.elapsed_time(end) / 1e3

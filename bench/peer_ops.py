@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from peers import counts_of
 from torch import Tensor
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -68,7 +69,7 @@ def softmax_topk_argsort(logits: Tensor, k: int) -> tuple[Tensor, ...]:
     """The choice and the order: weights, indices, counts [E], slot of each row."""
     weights, indices = softmax_topk(logits, k)
     flat = indices.reshape(-1)
-    return weights, indices, torch.bincount(flat, minlength=logits.shape[1]), flat.argsort(stable=True)
+    return weights, indices, counts_of(flat, logits.shape[1]), flat.argsort(stable=True)
 
 
 def softmax_argmax_argsort(logits: Tensor) -> tuple[Tensor, ...]:
@@ -76,7 +77,7 @@ def softmax_argmax_argsort(logits: Tensor) -> tuple[Tensor, ...]:
     p = logits.softmax(-1)
     indices = p.argmax(-1, keepdim=True)
     flat = indices.reshape(-1)
-    counts = torch.bincount(flat, minlength=logits.shape[1])
+    counts = counts_of(flat, logits.shape[1])
     return p.gather(1, indices), indices, counts, flat.argsort(stable=True)
 
 

@@ -10,11 +10,18 @@ from torch import Tensor
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+def counts_of(flat: Tensor, E: int) -> Tensor:
+    """torch.bincount, which on a GPU waits for it to learn the largest."""
+    if flat.is_cpu:
+        return torch.bincount(flat, minlength=E)
+    return flat.new_zeros(E).scatter_add_(0, flat, torch.ones_like(flat))
+
+
 def in_expert_order(index: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """slot of each row, token of each row, end of each expert's rows."""
     flat = index.reshape(-1)
     slot_of_row = flat.argsort(stable=True)
-    return slot_of_row, slot_of_row // index.shape[1], torch.bincount(flat, minlength=E).cumsum(0)
+    return slot_of_row, slot_of_row // index.shape[1], counts_of(flat, E).cumsum(0)
 
 
 def combined(y: Tensor, weights: Tensor, slot_of_row: Tensor, token_of_row: Tensor, T: int) -> Tensor:

@@ -217,7 +217,7 @@ def test_what_it_does_not_take(on_emulator):
 
 def test_every_operation_has_a_row():
     """Defends: an operation added for the CPU alone, which a model on a GPU then misses."""
-    assert set(OPS) == set(_tables)
+    assert set(OPS) == set(_tables) - {"moe_experts_fp8"}, "fp8 is Triton's alone"
 
 
 @pytest.mark.skipif(hasattr(_C, "cuda"), reason="this installation was built with CUDA")

@@ -21,6 +21,7 @@ def arguments(ranks: int, out: Path, *more: str) -> list[str]:
         "router.balance": "global",
         "train.batch_size": 8 // ranks,
         "train.save_every": 4,
+        "optim.eps": 1e-2,  # so that Adam's step depends on the size of a gradient, whose factor P would else be lost
         "train.eval_every": 4,
     }
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]

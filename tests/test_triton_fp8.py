@@ -17,6 +17,7 @@ SHAPES = [  # T, H, I, E, k
     (1, 1, 1, 1, 1),
     (7, 33, 17, 5, 1),
     (40, 24, 16, 96, 1),
+    (6, 16, 0, 2, 1),
     (150, 272, 140, 3, 2),
 ]
 
@@ -42,7 +43,7 @@ def units(request, monkeypatch):
 
 
 @by_both
-@pytest.mark.parametrize("R, N, K", [(9, 67, 33), (60, 130, 272), (150, 256, 1040)])
+@pytest.mark.parametrize("R, N, K", [(9, 67, 33), (60, 130, 272)])
 def test_products_equal_those_of_what_was_rounded(backend, units, R, N, K, block):
     """Defends: scales of the wrong block, -0, which is NaN to gfx942, a factor of 4, descriptors and pointers."""
     E, x = 3, torch.randn(R, K)
@@ -70,7 +71,8 @@ def test_products_equal_those_of_what_was_rounded(backend, units, R, N, K, block
 def test_the_layer_equals_the_reference(backend, shape, block):
     """Within what a row that is rounded the other way in one number in thousands makes."""
     x, index, weights, gate_up, down = experts_inputs(*shape)
-    inputs = x, index, weights, *quantized(gate_up, down, block=block)
+    g, gs, d, ds = quantized(gate_up, down, block=block)
+    inputs = x, index, weights, g, gs.mT.contiguous().mT, d, ds.mT.contiguous().mT  # scales of any strides
     got = sk.moe_experts_fp8(*inputs)
     with sk.backend("reference"):
         want = sk.moe_experts_fp8(*inputs)

@@ -1,5 +1,7 @@
 """The single operations in Triton equal the reference: grouped products, permutations, accumulation."""
 
+import mmap
+
 import interpreted
 import numpy as np
 import pytest
@@ -71,8 +73,17 @@ def test_which_weights_have_a_descriptor():
     assert {layout: product.weight_operand(w, tile, w.dtype)[1] for layout, w in layouts.items()} == {
         x: x for x in layouts
     }
-    others = torch.zeros(3, 48, 41), wide[:, :, ::2], wide[:0], torch.zeros(3, 0, 40)
-    assert [product.weight_operand(w, tile, w.dtype)[1] for w in others] == [""] * 4
+    by_row = torch.zeros(48, 3, 40).transpose(0, 1)
+    others = (
+        torch.zeros(3, 48, 41), wide[:, :, ::2], wide[:0], torch.zeros(3, 0, 40), wide[:1].expand(3, -1, -1), by_row,
+        torch.zeros(5850).as_strided((3, 48, 40), (1950, 40, 1)),
+    )  # fmt: skip
+    assert [product.weight_operand(w, tile, w.dtype)[1] for w in others] == [""] * 7
+    half_within = torch.zeros(3, 40, 36).transpose(1, 2)
+    assert [product.weight_operand(half_within, tile, torch.float32, pair)[1] for pair in (False, True)] == [
+        "kn",
+        "",
+    ]
 
 
 @every_dtype
@@ -127,6 +138,19 @@ def test_accumulate_grad(backend, k):
         sk.moe_experts(x, index, weights, gate_up, down).sum().backward()
     for p, g in zip((gate_up, down), once, strict=True):
         assert_close(p.grad, 2 * g, tolerance(torch.float32, T))
+
+
+def test_weights_whose_rows_are_far_apart(backend):
+    """Defends: a place along K computed in 32 bits: a block's numbers lie within them, those of all K do not."""
+    apart, K, N = 2_500_000, 1024, 16
+    no_reserve = 0x4000  # Linux's: 10 GB, of which 4 MB are touched
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = torch.frombuffer(mmap.mmap(-1, 4 * apart * K, flags=flags), dtype=torch.float32)
+    w = memory.as_strided((1, N, K), (0, 1, apart))
+    w.copy_(torch.randn(1, N, K))
+    x, y = torch.randn(3, K), torch.empty(3, N)
+    multiply_rows(x, w, torch.tensor([0, 3], dtype=torch.int32), y)
+    assert_close(y, x.double() @ w[0].double().T, tolerance(torch.float32, K))
 
 
 FAR = 2**31 // 64 + 5  # a row of 64 whose first element is beyond what 32 bits count

@@ -20,10 +20,9 @@ def main() -> None:
         if (found := verdict(error)) is None:
             raise
         code, sentence = found
-        if (
-            code != 2 or os.environ.get("RANK", "0") == "0"
-        ):  # what one rank refuses all do: the first one says it
-            print(f"error: {sentence}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # under torchrun
+        if rank == "0" or code != 2:  # what one rank refuses all do: the first one says it
+            print(f"error: {'' if rank == '0' else f'rank {rank}: '}{sentence}", file=sys.stderr)
         sys.exit(code)
 
 

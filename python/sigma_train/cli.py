@@ -75,7 +75,7 @@ def train(
             highlight=False,
         )
         trainer.run()
-        sample = generate(model, trainer.data.tokenizer, "def ")
+        sample = generate(model, trainer.data.tokenizer, "def ", ranks=ranks)
         if ranks.is_first:
             console.print("\nsample:\n", style="bold")
             typer.echo(sample)

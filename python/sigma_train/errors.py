@@ -14,6 +14,10 @@ class Failure(RuntimeError):
     """A run or a machine that failed, in one sentence; exit code 1."""
 
 
+class LostRank(Failure):
+    """Another rank died or hangs: a run may go on from its checkpoint; exit code 3."""
+
+
 class Stopped(BaseException):
     """A signal where there is nothing to save; exit code 128 + its number, as shells have it."""
 
@@ -30,6 +34,8 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
             return 128 + error.number, text
         case WrongInput():
             return 2, text
+        case LostRank():
+            return 3, text
         case Failure():
             return 1, text
         case RuntimeError() | ValueError() if text.startswith("SIGMA_"):  # sigma_kernels, of its environment

@@ -8,6 +8,7 @@ from sigma_train.checkpoint import CheckpointError, latest_checkpoint, load_chec
 from sigma_train.config import Config, load_config
 from sigma_train.errors import WrongInput
 from sigma_train.model import LanguageModel
+from sigma_train.ranks import Ranks
 from sigma_train.tokenizer import Tokenizer, read_tokenizer
 
 
@@ -40,6 +41,7 @@ def generate(
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,
+    ranks: Ranks = Ranks(),  # noqa: B008
 ) -> str:
     """prompt and what the model adds to it; temperature 0 takes the likeliest token each time."""
     generator = torch.Generator().manual_seed(seed)
@@ -54,6 +56,7 @@ def generate(
             below = (best.values - best.values[0]).double()  # 0 / temperature is 0 however small it is
             choice = torch.multinomial((below / temperature).softmax(-1), 1, generator=generator)
             ids.append(int(best.indices[choice]))
+        ids[-1] = ranks.first(ids[-1])  # all end after the same token
         if ids[-1] == tokenizer.eos_id:
             break
     return tokenizer.decode(ids)

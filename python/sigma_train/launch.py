@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Callable
@@ -17,17 +18,19 @@ from sigma_train.ranks import RESTART_COUNT
 def launch(ranks: int, restarts: int, arguments: list[str], say: Callable[[str], None]) -> None:
     """Run `sigma train ARGUMENTS` on so many ranks, which share this machine's cores.
 
-    A rank that dies takes the others along; then all go on from the newest checkpoint, `restarts` times at most.  The
-    agent restarts as well, but what was refused, too: the same settings, as often.
+    A rank that dies or hangs takes the others along; all then go on from the newest checkpoint, `restarts` times at
+    most.
+    The agent would start again whatever failed: what was refused, or diverged, would do so as often.
     Raises: WrongInput or Failure if ranks still fail, Stopped by a signal, once they have saved.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it logs is said here
+    logging.disable(logging.ERROR)  # what the agent logs is said here
+    handled = [s.name for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) is not signal.SIG_IGN]
     for restart in range(restarts + 1):
         os.environ[RESTART_COUNT] = str(restart)
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-            run_id=uuid.uuid4().hex, max_restarts=0,
+            run_id=uuid.uuid4().hex, max_restarts=0, signals_to_handle=",".join(handled),
         )  # fmt: skip
         try:
             elastic_launch(config, sys.executable)("-P", "-m", "sigma_train", *arguments)
@@ -40,6 +43,7 @@ def launch(ranks: int, restarts: int, arguments: list[str], say: Callable[[str],
             raise WrongInput("the ranks refused their input, as said above")
         how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
         ended = f"rank {rank} ended first, with {how}"
-        if restart == restarts:
-            raise Failure(f"{ended}, after {restarts} restarts")
+        is_lost = failure.exitcode < 0 or failure.exitcode == 3
+        if restart == restarts or not is_lost:
+            raise Failure(f"{ended}, after {restart} restarts")
         say(f"{ended}; all ranks start again from the newest checkpoint, {restart + 1} of {restarts} times")

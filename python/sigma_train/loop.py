@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import ctypes.util
+import itertools
 import math
 import signal
 import time
@@ -55,7 +56,8 @@ class Trainer:
         self.checkpoints = self.out / "checkpoints"
         self.step, self.tokens_seen, self._saved, self._stop = 0, 0, -1, False
         _C.isa()  # a SIGMA_ISA that this processor has not, before anything is written
-        latest = latest_checkpoint(self.checkpoints) if self.checkpoints.is_dir() else None
+        has_any = ranks.is_first and self.checkpoints.is_dir()
+        latest = ranks.first(latest_checkpoint(self.checkpoints) if has_any else None)
         if latest is not None and not resume:
             raise ConfigError(
                 f"{self.out} already holds a run; continue it with --resume or name another --out"
@@ -127,8 +129,8 @@ class Trainer:
         while self.step < t.steps:
             is_spent = t.time_budget_s is not None and time.monotonic() - started > t.time_budget_s
             stops, budgets = self.ranks.summed(self._stop, is_spent)  # what one rank knows all must do
-            self._stop = stops > 0
-            if self._stop:
+            if stops:
+                self._stop = True
                 break
             if budgets:
                 self.line.say(f"time budget of {t.time_budget_s:g} s is spent")
@@ -232,7 +234,7 @@ class Trainer:
         self.line.say(f"step {self.step:5d}  validation {bits:.4f} bits per byte", style="bold")
 
     def _sample(self) -> None:
-        sample = generate(self.model, self.data.tokenizer, "def ", max_tokens=60)
+        sample = generate(self.model, self.data.tokenizer, "def ", max_tokens=60, ranks=self.ranks)
         self._record(sample=sample)
         self.line.say(f"step {self.step:5d}  sample:")
         self.console.print(sample, markup=False, highlight=False)
@@ -259,14 +261,14 @@ def clip(model: LanguageModel, most: float) -> float:
 def evaluate(model: LanguageModel, data: TokenDataset, config: Config, ranks: Ranks = Ranks()) -> float:  # noqa: B008
     """Bits per byte on the first eval_batches batches of each rank of the validation split."""
     t = config.train
-    batches = list(data.eval_batches(t.batch_size, t.seq_len, t.eval_batches * ranks.size))
+    batches = data.eval_batches(t.batch_size, t.seq_len, t.eval_batches * ranks.size)
     nats, num_bytes = 0.0, 0
-    for first in range(0, len(batches), ranks.size):
-        # Who has none left computes the last one again, as the others wait for its part of the experts.
-        inputs, targets = batches[min(first + ranks.rank, len(batches) - 1)]
+    while group := list(itertools.islice(batches, ranks.size)):
+        # Who has none left computes another's again, as the others wait for its part of the experts.
+        inputs, targets = group[min(ranks.rank, len(group) - 1)]
         with precision(config):
             logits = model(inputs)
-        if first + ranks.rank < len(batches):
+        if ranks.rank < len(group):
             nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
             num_bytes += data.count_bytes(targets)
     nats, num_bytes = ranks.summed(nats, num_bytes)

@@ -57,16 +57,18 @@ def average_expert_gradients(model: LanguageModel, ranks: Ranks) -> None:
 def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and the optimizer's state by parameters' names, the same whatever the number of ranks; a collective.
 
-    Empty on all ranks but the first.  A tensor that two names share stands under the first.
+    Empty on all ranks but the first.  A tensor that two names share stands under the first.  Of an optimizer that has
+    made no step there is nothing to tell, and asking would have it make one.
     """
     names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
     weights = get_model_state_dict(model, options=WHOLE)
     return (
         {name: x for name, x in weights.items() if name in names},
-        get_optimizer_state_dict(model, optimizer, options=WHOLE),
+        get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {},
     )
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """What `whole_state` gave, on every rank; each keeps its part."""
-    set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+    if state:
+        set_optimizer_state_dict(model, optimizer, state, options=WHOLE)

@@ -1,19 +1,23 @@
 """The ranks of a run: those that torchrun started, or this process alone."""
 
 import contextlib
+import ctypes
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from sigma_train.errors import Failure
+from sigma_train.errors import LostRank
 
 RESTART_COUNT = "SIGMA_RESTART_COUNT"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,14 @@ class Ranks:
         """Of all: it writes files and speaks."""
         return self.rank == 0
 
+    def first(self, value: T) -> T:
+        """What the first rank has, on all of them; a collective."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     def summed(self, *values: float | Tensor) -> list[float]:
         """Numbers, each over all ranks; a collective."""
         total = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values])
@@ -43,27 +55,38 @@ def is_launched() -> bool:
 
 
 def restarts() -> int:
-    """How often the ranks of this run have been started anew, by `launch` or by torchrun."""
-    return max(int(os.environ.get(name, "0")) for name in (RESTART_COUNT, "TORCHELASTIC_RESTART_COUNT"))
+    """How often `launch` has started the ranks of this run anew."""
+    return int(os.environ.get(RESTART_COUNT, "0"))
 
 
 @contextlib.contextmanager
 def joined(timeout_s: float) -> Iterator[Ranks]:
     """The ranks of this run, joined for as long as the block lasts.
 
-    Raises: Failure where another rank is lost, or waited for longer than timeout_s.
+    Raises: LostRank where another rank is lost, or waited for longer than timeout_s.
     """
     if not is_launched():
         yield Ranks()
         return
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    if RESTART_COUNT in os.environ:
+        _end_with_parent()
+    rank = os.environ.get("RANK", "?")
     try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
         size = dist.get_world_size()
         mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("ranks",)) if size > 1 else None
         yield Ranks(dist.get_rank(), size, mesh)
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        raise Failure(f"rank {dist.get_rank()} lost another rank: {' '.join(str(error).split())}") from None
+        raise LostRank(f"rank {rank} lost another rank: {' '.join(str(error).split())}") from None
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """Have Linux send SIGTERM when the agent dies, so that no rank trains on alone; it saves and ends."""
+    libc, pr_set_pdeathsig = ctypes.CDLL(None), 1
+    if hasattr(libc, "prctl"):
+        libc.prctl(pr_set_pdeathsig, signal.SIGTERM)

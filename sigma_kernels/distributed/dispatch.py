@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sigma_kernels.distributed.exchange import all_to_all, exchange
-from sigma_kernels.ops.library import check_shape
+from sigma_kernels.ops.library import check_float, check_routing, check_shape
 from sigma_kernels.ops.permute import permute, unpermute
 from sigma_kernels.ops.route import group_by_expert
 from sigma_kernels.routing import Routing
@@ -49,6 +49,8 @@ def dispatch(x: Tensor, routing: Routing, group: dist.ProcessGroup | None = None
     Raises: RuntimeError without a process group, ValueError if E is no multiple of its ranks, or as `permute`.
     """
     group = process_group(group)
+    T, _ = check_routing("dispatch", routing, "x", x)
+    check_shape("dispatch", "x", x, (T, "H"))
     ranks = group.size()
     experts = experts_of_rank("dispatch", routing.num_experts, ranks)
     counts = routing.counts.contiguous()
@@ -70,8 +72,9 @@ def combine(y: Tensor, sent: Dispatch) -> Tensor:
         y: [R', H], for each of `sent.rows` what the experts of this rank made of it.
         sent: what `dispatch` returned.
     Returns: [T, H].
-    Raises: ValueError if y is not [R', H].
+    Raises: ValueError if y is not [R', H], TypeError if its dtype is not that of the weights.
     """
+    check_float("combine", **{"y": y, "routing.weights": sent.source.weights})
     check_shape("combine", "y", y, (sent.rows.shape[0], "H"))
     back = exchange(y, sent.receive, sent.send, sent.group)
     return unpermute(back, sent.source)

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from sigma_kernels.distributed.dispatch import combine, dispatch, experts_of_rank, process_group
 from sigma_kernels.nn.moe import MoE
@@ -17,6 +16,9 @@ from sigma_kernels.routing import Routing
 
 class ExpertParallelMoE(MoE):
     """`sk.nn.MoE` on P ranks: each has the whole router, and E/P of the experts, those of its place in the group.
+
+    Parameters start as each rank's own generator has them, the router's too: make it `from_whole`, of a layer that all
+    ranks made alike, or load it.
 
     Every rank calls it, with tokens of its own, however many.  The gradient of the router is of this rank's tokens, as
     under data parallelism; that of the experts is of all ranks' tokens, summed.  Where the loss is the mean over ranks,
@@ -41,9 +43,14 @@ class ExpertParallelMoE(MoE):
         return experts_of_rank("ExpertParallelMoE", num_experts, self.group.size())
 
     def _shard(self, mesh: DeviceMesh) -> None:
+        from torch.distributed.tensor import (
+            DTensor,
+            Shard,
+        )  # half a second that `import sigma_kernels` can do without
+
         for name, own in list(self.experts.named_parameters()):
             whole = DTensor.from_local(own.detach(), mesh, [Shard(0)], run_check=False)
-            setattr(self.experts, name, nn.Parameter(whole))
+            setattr(self.experts, name, nn.Parameter(whole, own.requires_grad))
 
     @classmethod
     def from_whole(cls, moe: MoE, group: dist.ProcessGroup | DeviceMesh | None = None) -> Self:
@@ -61,15 +68,19 @@ class ExpertParallelMoE(MoE):
         state = moe.state_dict()
         parts = {name: x[mine] if name.startswith("experts.") else x for name, x in state.items()}
         here.load_state_dict({name: part.clone() for name, part in parts.items()}, assign=True)
+        for name, parameter in here.named_parameters():
+            parameter.requires_grad_(moe.get_parameter(name).requires_grad)
         if mesh:
             here._shard(mesh)
-        return here
+        return here.train(moe.training)
 
     def answered(self, x: Tensor, routing: Routing) -> Tensor:
-        gate_up, down = (
-            p.to_local() if isinstance(p, DTensor) else p
-            for p in (self.experts.gate_up_proj, self.experts.down_proj)
-        )
+        gate_up, down = (local(p) for p in (self.experts.gate_up_proj, self.experts.down_proj))
         sent = dispatch(as_weights(x, down), routing, self.group)
         out = combine(experts_of_routing(sent.rows, sent.routing, gate_up, down), sent)
         return out if out.dtype == x.dtype else out.to(x.dtype)
+
+
+def local(parameter: Any) -> Tensor:
+    """Of a DTensor this rank's part."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

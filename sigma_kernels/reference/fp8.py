@@ -12,7 +12,7 @@ def quantize_rows(x: Tensor, by_block: bool) -> tuple[Tensor, Tensor]:
     """x [T, K] in e4m3 and its scales: [T, 1], or of each 128 numbers of a row [T, ceil(K/128)]."""
     T, K = x.shape
     size = SCALE_BLOCK if by_block else max(1, K)
-    groups = F.pad(x.float(), (0, -K % size)).view(T, -(-K // size), size)
+    groups = F.pad(x.float(), (0, -K % size if K else size)).view(T, max(1, -(-K // size)), size)
     scale = scale_of(groups.abs().amax(2), LARGEST)
     return (groups / scale[..., None]).to(torch.float8_e4m3fn).flatten(1)[:, :K], scale
 

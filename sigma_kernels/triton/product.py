@@ -71,7 +71,12 @@ def weights(
     else:
         n = tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
-        begin = w + e.to(tl.int64) * strides[0] + first.to(tl.int64) * strides[1] + k0 * strides[2]
+        begin = (
+            w
+            + e.to(tl.int64) * strides[0]
+            + first.to(tl.int64) * strides[1]
+            + tl.cast(k0, tl.int64) * strides[2]
+        )
         within = (
             n[None, :] * strides[1] + k[:, None] * strides[2]
         )  # 32 bits; only where the block begins has 64
@@ -110,16 +115,22 @@ def scales(scale_ptr, e, first, N, k0, K, SCALED: tl.constexpr, BLOCK_N: tl.cons
     return tl.load(scale_ptr + at, mask=n < N, other=0.0)[None, :]
 
 
-def weight_operand(w: Tensor, tile: Tile, dtype: torch.dtype) -> tuple[Tensor | TensorDescriptor, str]:
+def weight_operand(
+    w: Tensor, tile: Tile, dtype: torch.dtype, is_pair: bool = False
+) -> tuple[Tensor | TensorDescriptor, str]:
     """w [E, N, K] of any strides as `multiply` takes it beside rows of `dtype`, and its TMA.
 
-    A descriptor where the GPU has them, one dimension is contiguous and the others are multiples of 16 bytes apart.
+    A descriptor where the GPU has them and w lies by expert, then by row, each a multiple of 16 bytes after the last;
+    of a pair, whose second half begins within a row where N is contiguous, there too.
     """
     blocks = {"nk": (tile.columns, tile.depth), "kn": (tile.depth, tile.columns)}
     if has_tma(dtype, w.device) and w.numel() and w.data_ptr() % 16 == 0:
         for layout, block in blocks.items():
             v = w if layout == "nk" else w.transpose(1, 2)
-            if v.stride(2) == 1 and all(stride * w.itemsize % 16 == 0 for stride in v.stride()[:2]):
+            (of_expert, of_row, unit), size = v.stride(), w.itemsize
+            lies_so = unit == 1 and v.shape[2] <= of_row <= of_expert
+            begins = [of_expert, of_row, w.shape[1] // 2 if is_pair and layout == "kn" else 0]
+            if lies_so and all(begin * size % 16 == 0 for begin in begins):
                 return TensorDescriptor.from_tensor(v, [1, *block]), layout
     return w, ""
 

@@ -106,7 +106,7 @@ def gate_up(
     for tile in map(fused, row_tiles(2 * I, H, R, E, x.dtype, x.device)):
         programs = tile.programs(R, E, I, x.device)
         if programs:
-            w, layout = weight_operand(proj, tile, x.dtype)
+            w, layout = weight_operand(proj, tile, x.dtype, is_pair=True)
             gate_up_kernel[(programs,)](
                 x, w, offsets, row_map, kept, hidden, row_scale, scale, E, I, H, top_k, x.stride(0), *proj.stride(),
                 tile.least, tile.most, TMA=layout, SCALED=scaled_by(scale), PRECISION=precision(x.dtype, x.device),

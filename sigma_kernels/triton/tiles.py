@@ -99,7 +99,9 @@ def row_tiles(
     for rows in heights:
         columns, depth, warps, stages = TABLE[architecture(device), dtype.itemsize][rows]
         most = UNLIMITED if rows == heights[-1] else rows
-        tile = Tile(rows, fitted(columns, N), fitted(depth, K), warps, stages, least, most)
+        tile = Tile(
+            rows, fitted(columns, N), fitted(depth, K, 32 // dtype.itemsize), warps, stages, least, most
+        )
         found += [tile] if least < R else []
         least = most
     return found
@@ -120,9 +122,9 @@ def outer_tile(A: int, B: int, R: int, E: int, dtype: torch.dtype, device: torch
     return Tile(fitted(rows, A), fitted(columns, B), depth, warps, stages)
 
 
-def fitted(block: int, size: int) -> int:
-    """`block`, or less where that covers `size`; matrix units take no less than 16."""
-    return max(16, min(block, triton.next_power_of_2(size)))
+def fitted(block: int, size: int, least: int = 16) -> int:
+    """`block`, or less where that covers `size`; matrix units take no less than 16, of fp8's depth 32."""
+    return max(16, least, min(block, triton.next_power_of_2(size)))
 
 
 def lines(width: int, device: torch.device) -> int:
@@ -140,8 +142,12 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return "gfx950" if properties.gcnArchName.startswith("gfx950") else "gfx942"
+        return "gfx950" if _gcn_name(device).startswith("gfx950") else "gfx942"
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(properties.major, "sm_80")
+
+
+def _gcn_name(device: torch.device) -> str:
+    return torch.cuda.get_device_properties(device).gcnArchName
 
 
 @cache
@@ -160,8 +166,10 @@ def has_tma(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether e4m3 is compiled and has block sizes; what takes the table of sm_80 has not."""
-    return (architecture(device), 1) in TABLE
+    """Whether e4m3 is compiled and has block sizes; what takes the table of another has not."""
+    name = architecture(device)
+    is_other = device.type == "cuda" and torch.version.hip and name not in _gcn_name(device)
+    return (name, 1) in TABLE and not is_other
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> str:
