@@ -154,6 +154,29 @@ def test_a_signal_before_the_first_step_is_saved_as_it_says(make_trainer, monkey
     cut.run()
     assert said == ["stopped at step 0; saved, continue with --resume"]
     assert load_checkpoint(latest_checkpoint(cut.checkpoints)).step == 0
+    whole, again = make_trainer("whole", "train.steps=2"), Trainer(cut.config, Console(quiet=True), True)
+    for trainer in (whole, again):
+        trainer.run()
+    assert losses(again) == losses(whole)
+
+
+def test_a_signal_while_ranks_agree_is_not_lost(make_trainer, monkeypatch):
+    """Defends: a stop that comes after this rank has said that there is none."""
+    trainer = make_trainer("run", "train.steps=3")
+    ranks = SimpleNamespace(
+        **{name: getattr(trainer.ranks, name) for name in ("rank", "size", "is_first", "first")}
+    )
+
+    def summed(*values):
+        if len(values) == 2 and trainer.step == 1:
+            trainer._on_signal()
+        return [float(value) for value in values]
+
+    ranks.summed = summed
+    trainer.ranks = ranks
+    trainer.run()
+    assert trainer.is_stopped
+    assert len(losses(trainer)) == 2
 
 
 def test_cosine_by_hand():
