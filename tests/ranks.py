@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from support import assert_close, tolerance
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 import sigma_kernels as sk
 from sigma_kernels.distributed import ExpertParallelMoE, combine, dispatch
@@ -112,7 +113,18 @@ def refused(rank: int, ranks: int) -> None:
     ):
         message = caught(ValueError, call)
         assert f"must be a multiple of the {ranks} ranks, found E={2 * ranks + 1}" in message, message
-    sent = dispatch(torch.randn(4, 8), sk.route(torch.randn(4, 2 * ranks)))
+    plane = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("a", "b"))
+    assert "of one dimension, found 2" in caught(ValueError, lambda: ExpertParallelMoE(16, 8, 4, group=plane))
+    assert "must be a ProcessGroup, found str" in caught(
+        TypeError, lambda: ExpertParallelMoE(16, 8, 4, group="x")
+    )
+    routing = sk.route(torch.randn(4, 2 * ranks))
+    if rank == 0:  # alone: the others must not be left waiting
+        assert "x must be [4, H], found [5, 8]" in caught(
+            ValueError, lambda: dispatch(torch.randn(5, 8), routing)
+        )
+        assert "not int32" in caught(RuntimeError, lambda: dispatch(torch.ones(4, 8).int(), routing))
+    sent = dispatch(torch.randn(4, 8), routing)
     message = caught(ValueError, lambda: combine(torch.randn(sent.rows.shape[0] + 1, 8), sent))
     assert f"y must be [{sent.rows.shape[0]}, H]" in message, message
 

@@ -117,6 +117,14 @@ def test_fp8_is_multiplied_as_it_is_stored(architecture, told):
     assert told in launch.compiled(gpu.target).asm["ptx" if architecture == "sm_90" else "amdgcn"]
 
 
+def test_hopper_adds_no_more_fp8_than_a_step_in_few_bits():
+    """Defends: sums of all of K in what Hopper's units add fp8 in, which no interpreter shows."""
+    calls = others(SHAPE, BF16, "sm_90", GPUS["sm_90"].processors)
+    launch = next(call for call in calls if "fp8 by channel" in form(call) and call.bound["BLOCK_M"] == 128)
+    code = launch.compiled(GPUS["sm_90"].target).asm["ttgir"]
+    assert "maxNumImpreciseAcc = 128 : i32" in code
+
+
 def test_a_descriptor_that_is_not_used_is_found():
     """Defends: a compiler that makes pointers of descriptors, as it does for sm_80."""
     launch = products("sm_90")[0]

@@ -72,6 +72,8 @@ def test_refuses():
         sk.moe_experts_fp8(x, index, weights, g, gs, d, ds[:, :1, None])
     with pytest.raises(ValueError, match=r"down_scale must be \[3, 6\], found \[3, 5\]"):
         sk.moe_experts_fp8(x, index, weights, g, gs, d, ds[:, :5])
+    with sk.backend("reference"), pytest.raises(ValueError, match=r"expert indices must lie in 0\.\.2"):
+        sk.moe_experts_fp8(x, index + 3, weights, g, gs, d, ds)
     with pytest.raises(
         TypeError, match=r"dtype must be torch.int8 or torch.float8_e4m3fn, found torch.float8_e5m2"
     ):

@@ -4,7 +4,9 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,83 @@ def test_a_run_that_loses_a_rank_goes_on_by_itself(cache, tmp_path, whole, numbe
     assert "resumed" in stdout
     assert "all ranks start again from the newest checkpoint, 1 of 3 times" in stderr
     assert_same_run(out, whole)
+
+
+@pytest.fixture
+def long_run(cache, tmp_path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """Two ranks at work on a run that does not end by itself."""
+    out = tmp_path / "run"
+    command = [*SIGMA, *arguments(2, out, "--steps", "100000")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=cache, **pipes) as process:
+        metrics = out / "metrics.jsonl"
+        while not metrics.exists() or len(rows(out, "loss")) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        yield process, out
+        process.kill()
+
+
+def test_sigterm_reaches_all_ranks_and_they_save(long_run):
+    process, out = long_run
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=100)
+    assert (process.returncode, stderr.count("error")) == (143, 1), stderr
+    assert "saved, continue with --resume" in stdout
+    assert load_checkpoint(latest_checkpoint(out / "checkpoints")).step == max(rows(out, "loss"))
+
+
+def test_ranks_whose_parent_is_killed_save_and_end(long_run):
+    """Defends: ranks that train on alone, and hold the folder."""
+    process, out = long_run
+    pids = [process_of(rank, out) for rank in (0, 1)]
+    process.kill()
+    until = time.monotonic() + 100
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert load_checkpoint(latest_checkpoint(out / "checkpoints")).step == max(rows(out, "loss"))
+
+
+def test_by_torchrun_in_bf16_with_biases_and_micro_steps(cache, tmp_path):
+    """Defends: counts of one rank, which move its biases alone; tokens in f32 beside experts in bf16."""
+    more = [
+        "--preset",
+        "smoke",
+        "--steps",
+        "4",
+        "--dtype",
+        "bf16",
+        "--set",
+        "train.grad_accum=2",
+        "--set",
+        "optim.eps=1e-2",
+    ]
+    more += ["--set", "router.balance=bias", "--set", "router.bias_rate=0.1"]
+    one = sigma("train", *more, "--out", str(tmp_path / "one"), env=cache)
+    assert one.returncode == 0, one.stderr
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = [*more, "--set", "train.batch_size=4", "--out", str(tmp_path / "two")]
+    result = subprocess.run(
+        [*torchrun, "-m", "sigma_train", *two], env=cache, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    of_one, of_two = (rows(tmp_path / name, "loss") for name in ("one", "two"))
+    assert all(abs(of_one[step] - of_two[step]) <= 1e-3 * of_one[step] for step in of_one)
+    for step, layers in rows(tmp_path / "one", "load").items():
+        for want, got in zip(layers, rows(tmp_path / "two", "load")[step], strict=True):
+            moved = sum(abs(a - b) for a, b in zip(want, got, strict=True))
+            assert sum(got) == sum(want) == 2 * 8 * 64
+            assert moved <= 0.02 * sum(want), "more tokens have another expert than bf16's rounding moves"
+
+
+def test_an_environment_that_is_not_torchruns_is_refused(cache, tmp_path):
+    result = sigma(
+        "train", "--preset", "smoke", "--out", str(tmp_path / "run"), env={**cache, "WORLD_SIZE": "2"}
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: the ranks' environment is not torchrun's: ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_experts_that_cannot_be_shared_out_are_refused(cache, tmp_path):

@@ -69,7 +69,7 @@ def test_products_equal_those_of_what_was_rounded(backend, units, R, N, K, block
 @by_both
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_layer_equals_the_reference(backend, shape, block):
-    """Within what a row that is rounded the other way in one number in thousands makes."""
+    """Within what one number of a row makes that sums of another order round the other way: 2e-5 was seen."""
     x, index, weights, gate_up, down = experts_inputs(*shape)
     g, gs, d, ds = quantized(gate_up, down, block=block)
     inputs = x, index, weights, g, gs.mT.contiguous().mT, d, ds.mT.contiguous().mT  # scales of any strides
@@ -77,13 +77,16 @@ def test_the_layer_equals_the_reference(backend, shape, block):
     with sk.backend("reference"):
         want = sk.moe_experts_fp8(*inputs)
     assert got.shape == want.shape
-    assert (got - want).norm() <= 2e-3 * want.norm()
+    assert (got - want).norm() <= 1e-4 * want.norm()
 
 
 @by_both
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_rows(backend, block, dtype):
-    """What lies between the projections is rounded to their dtype and then to fp8: one number in 30 the other way."""
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.02), (torch.float16, 0.01)], ids=str)
+def test_narrow_rows(backend, block, dtype, bound):
+    """What lies between the projections is rounded to their dtype before fp8, some numbers then the other way.
+
+    That is all that differs: 0.013 and 0.006 were seen at most, where fp8 itself is off by 0.06.
+    """
     x, index, weights, gate_up, down = experts_inputs(60, 160, 130, 4, 2)
     x, weights = x.to(dtype), weights.to(dtype)
     narrow = quantized(gate_up, down, block=block)
@@ -91,7 +94,7 @@ def test_narrow_rows(backend, block, dtype):
     with sk.backend("reference"):
         want = sk.moe_experts_fp8(x.float(), index, weights.float(), *narrow)
     assert got.dtype == dtype
-    assert (got - want).norm() <= 0.02 * want.norm()
+    assert (got - want).norm() <= bound * want.norm()
 
 
 @by_both

@@ -18,9 +18,8 @@ from sigma_train.ranks import RESTART_COUNT
 def launch(ranks: int, restarts: int, arguments: list[str], say: Callable[[str], None]) -> None:
     """Run `sigma train ARGUMENTS` on so many ranks, which share this machine's cores.
 
-    A rank that dies or hangs takes the others along; all then go on from the newest checkpoint, `restarts` times at
-    most.
-    The agent would start again whatever failed: what was refused, or diverged, would do so as often.
+    A rank that dies or hangs takes the others along; all go on from the newest checkpoint, `restarts` times at most.
+    That is not left to the agent, which starts whatever failed again: what was refused would be so again.
     Raises: WrongInput or Failure if ranks still fail, Stopped by a signal, once they have saved.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))

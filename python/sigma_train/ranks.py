@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from sigma_train.errors import LostRank
+from sigma_train.errors import LostRank, WrongInput
 
 RESTART_COUNT = "SIGMA_RESTART_COUNT"
 T = TypeVar("T")
@@ -63,26 +63,30 @@ def restarts() -> int:
 def joined(timeout_s: float) -> Iterator[Ranks]:
     """The ranks of this run, joined for as long as the block lasts.
 
-    Raises: LostRank where another rank is lost, or waited for longer than timeout_s.
+    Raises: LostRank where another rank is lost, or waited for longer than timeout_s; WrongInput for an environment that
+        is not torchrun's.
     """
     if not is_launched():
         yield Ranks()
         return
     if RESTART_COUNT in os.environ:
         _end_with_parent()
-    rank = os.environ.get("RANK", "?")
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    except ValueError as error:  # a variable that is missing or no number
+        raise WrongInput(f"the ranks' environment is not torchrun's: {error}") from None
+    except RuntimeError as error:
+        raise LostRank(f"the ranks did not meet: {' '.join(str(error).split())}") from None
+    try:
         size = dist.get_world_size()
         mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("ranks",)) if size > 1 else None
         yield Ranks(dist.get_rank(), size, mesh)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        raise LostRank(f"rank {rank} lost another rank: {' '.join(str(error).split())}") from None
+        raise LostRank(f"another rank is lost: {' '.join(str(error).split())}") from None
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def _end_with_parent() -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sigma_kernels.distributed.exchange import all_to_all, exchange
-from sigma_kernels.ops.library import check_float, check_routing, check_shape
+from sigma_kernels.ops.library import check_float, check_shape
 from sigma_kernels.ops.permute import permute, unpermute
 from sigma_kernels.ops.route import group_by_expert
 from sigma_kernels.routing import Routing
@@ -49,14 +49,13 @@ def dispatch(x: Tensor, routing: Routing, group: dist.ProcessGroup | None = None
     Raises: RuntimeError without a process group, ValueError if E is no multiple of its ranks, or as `permute`.
     """
     group = process_group(group)
-    T, _ = check_routing("dispatch", routing, "x", x)
-    check_shape("dispatch", "x", x, (T, "H"))
     ranks = group.size()
     experts = experts_of_rank("dispatch", routing.num_experts, ranks)
+    packed = permute(x, routing)  # before anything is sent: what it refuses, no other rank waits for
     counts = routing.counts.contiguous()
     arriving = all_to_all(counts, [experts] * ranks, [experts] * ranks, group).view(ranks, experts)
     sent, received = torch.stack([counts.view(ranks, experts).sum(1), arriving.sum(1)]).tolist()
-    rows = exchange(permute(x, routing), sent, received, group)
+    rows = exchange(packed, sent, received, group)
     expert = torch.arange(experts, dtype=torch.int32, device=x.device).repeat(ranks)
     index = expert.repeat_interleave(arriving.flatten(), output_size=rows.shape[0])
     ones = rows.new_ones(rows.shape[0], 1)
@@ -82,6 +81,10 @@ def combine(y: Tensor, sent: Dispatch) -> Tensor:
 
 def process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     found = group if group is not None or not dist.is_available() else dist.group.WORLD
+    if not isinstance(found, dist.ProcessGroup | None):
+        raise TypeError(
+            f"sigma_kernels.distributed: group must be a ProcessGroup, found {type(found).__name__}"
+        )
     if found is None:
         raise RuntimeError(
             "sigma_kernels.distributed: no process group; call torch.distributed.init_process_group"

@@ -27,12 +27,15 @@ class ExpertParallelMoE(MoE):
     Args: as `sk.nn.MoE`, num_experts being all that there are.  group: the ranks, all where not given; of a DeviceMesh
         of one dimension the experts' parameters are DTensors, sharded by expert, so that norms, optimizers and
         checkpoints see them whole and FSDP2 (with these in `ignored_params`) can have all others.
-    Raises: RuntimeError without a process group, ValueError if num_experts is no multiple of its ranks.
+    Raises: RuntimeError without a process group, ValueError if num_experts is no multiple of its ranks,
+        or the mesh has several dimensions.
     """
 
     def __init__(
         self, *sizes: int, group: dist.ProcessGroup | DeviceMesh | None = None, **options: Any
     ) -> None:
+        if isinstance(group, DeviceMesh) and group.ndim != 1:
+            raise ValueError(f"ExpertParallelMoE: group must be a mesh of one dimension, found {group.ndim}")
         # Before the parameters are made, whose number it decides.
         self.group = group.get_group() if isinstance(group, DeviceMesh) else process_group(group)
         super().__init__(*sizes, **options)

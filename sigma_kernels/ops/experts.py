@@ -15,9 +15,8 @@ from sigma_kernels.ops.library import (
     REFERENCE,
     STORED,
     as_weights,
-    check_device,
+    check_experts,
     check_float,
-    check_index,
     check_offsets,
     check_routing,
     check_shape,
@@ -69,21 +68,9 @@ def moe_experts(
         gate_up_proj=gate_up_proj,
         down_proj=down_proj,
     )
-    check_index(op, "top_k_index", top_k_index)
-    check_device(op, "top_k_index", top_k_index, "hidden_states", hidden_states)
-    check_shape(op, "hidden_states", hidden_states, ("T", "H"))
-    T, H = hidden_states.shape
-    check_shape(op, "top_k_index", top_k_index, (T, "k"))
-    check_shape(op, "top_k_weights", top_k_weights, (T, top_k_index.shape[1]))
-    check_shape(op, "down_proj", down_proj, ("E", H, "I"))
-    E, _, I = down_proj.shape
-    check_shape(op, "gate_up_proj", gate_up_proj, (E, 2 * I, H))
+    E, _, _ = check_experts(op, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
     if activation != "silu":
         raise ValueError(f"{op}: activation must be 'silu', found {activation!r}")
-    if top_k_index.shape[1] == 0 or E == 0:
-        raise ValueError(
-            f"{op}: at least one expert must be there and chosen, found E={E}, k={top_k_index.shape[1]}"
-        )
     if is_recorded(hidden_states, top_k_weights, gate_up_proj, down_proj):
         _, offsets, row_map = torch.ops.sigma.group_by_expert(saturated(top_k_index), E)
         out, _ = _Experts.apply(hidden_states, top_k_weights, offsets, row_map, gate_up_proj, down_proj)

@@ -249,6 +249,30 @@ def check_index(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be int32 or int64, found {tensor.dtype}")
 
 
+def check_experts(
+    op: str,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+) -> tuple[int, int, int]:
+    """E, H and I of an expert layer whose tensors have the shapes of `moe_experts`."""
+    check_index(op, "top_k_index", top_k_index)
+    check_device(op, "top_k_index", top_k_index, "hidden_states", hidden_states)
+    check_shape(op, "hidden_states", hidden_states, ("T", "H"))
+    T, H = hidden_states.shape
+    check_shape(op, "top_k_index", top_k_index, (T, "k"))
+    k = top_k_index.shape[1]
+    check_shape(op, "top_k_weights", top_k_weights, (T, k))
+    check_shape(op, "down_proj", down_proj, ("E", H, "I"))
+    E, _, I = down_proj.shape
+    check_shape(op, "gate_up_proj", gate_up_proj, (E, 2 * I, H))
+    if k == 0 or E == 0:
+        raise ValueError(f"{op}: at least one expert must be there and chosen, found E={E}, k={k}")
+    return E, H, I
+
+
 def check_offsets(op: str, name: str, offsets: Tensor, experts: int, first: str, data: Tensor) -> None:
     """offsets [E+1]; `risen` looks at their values."""
     check_shape(op, name, offsets, (experts + 1,))

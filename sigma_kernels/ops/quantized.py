@@ -10,11 +10,12 @@ from sigma_kernels.ops.library import (
     REFERENCE,
     STORED,
     check_device,
+    check_experts,
     check_float,
-    check_index,
     check_shape,
     define,
     has_tangent,
+    saturated,
 )
 from sigma_kernels.ops.triton_rows import triton_row
 from sigma_kernels.reference import fp8
@@ -45,7 +46,9 @@ def quantize_experts(
     if dtype not in LEVELS:
         raise TypeError(f"{op}: dtype must be {' or '.join(map(str, LEVELS))}, found {dtype}")
     if block not in ((None, fp8.SCALE_BLOCK) if dtype.is_floating_point else (None,)):
-        raise ValueError(f"{op}: block must be None, or {fp8.SCALE_BLOCK} for fp8, found {block} for {dtype}")
+        raise ValueError(
+            f"{op}: block must be None, or {fp8.SCALE_BLOCK} for fp8, found {block!r} for {dtype}"
+        )
     check_shape(op, "weight", weight, ("E", "N", "K"))
     if weight.is_meta:
         raise ValueError(f"{op}: weight must hold values, found a tensor on meta")
@@ -116,8 +119,8 @@ def moe_experts_fp8(
         gate_up_proj, gate_up_scale: [E, 2I, H] e4m3fn and f32 [E, 2I] or [E, ceil(2I/128), ceil(H/128)].
         down_proj, down_scale: [E, H, I] e4m3fn and f32 [E, H] or [E, ceil(H/128), ceil(I/128)].
     Returns: [T, H], without a gradient.  Runs on GPUs of sm_90, sm_100, gfx942 and gfx950.
-    Raises: TypeError for a dtype, ValueError for a shape or a device, RuntimeError where a gradient would be wanted or
-        no backend has fp8.
+    Raises: TypeError for a dtype, ValueError for a shape, a device or, on a CPU, an index out of range, RuntimeError
+        where a gradient would be wanted or no backend has fp8.
     """
     inputs = hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_scale, down_scale
     _check("moe_experts_fp8", torch.float8_e4m3fn, down_scale.dim() == 3, *inputs)
@@ -138,14 +141,7 @@ def _check(
 ) -> None:
     """Raises: what moe_experts_int8 and moe_experts_fp8 say."""
     check_float(op, hidden_states=hidden_states, top_k_weights=top_k_weights)
-    check_index(op, "top_k_index", top_k_index)
-    check_shape(op, "hidden_states", hidden_states, ("T", "H"))
-    T, H = hidden_states.shape
-    check_shape(op, "top_k_index", top_k_index, (T, "k"))
-    check_shape(op, "top_k_weights", top_k_weights, (T, top_k_index.shape[1]))
-    check_shape(op, "down_proj", down_proj, ("E", H, "I"))
-    E, _, I = down_proj.shape
-    check_shape(op, "gate_up_proj", gate_up_proj, (E, 2 * I, H))
+    E, H, I = check_experts(op, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
 
     def scale_shape(N: int, K: int) -> tuple[int, ...]:
         blocks = -(-N // fp8.SCALE_BLOCK), max(1, -(-K // fp8.SCALE_BLOCK))
@@ -153,26 +149,26 @@ def _check(
 
     check_shape(op, "gate_up_scale", gate_up_scale, scale_shape(2 * I, H))
     check_shape(op, "down_scale", down_scale, scale_shape(H, I))
-    if top_k_index.shape[1] == 0 or E == 0:
-        raise ValueError(
-            f"{op}: at least one expert must be there and chosen, found E={E}, k={top_k_index.shape[1]}"
-        )
     kinds = {"gate_up_proj": (gate_up_proj, stored), "down_proj": (down_proj, stored),
              "gate_up_scale": (gate_up_scale, torch.float32), "down_scale": (down_scale, torch.float32)}  # fmt: skip
     for name, (tensor, dtype) in kinds.items():
         if tensor.dtype != dtype:
             raise TypeError(f"{op}: {name} must be {dtype}, found {tensor.dtype}")
         check_device(op, name, tensor, "hidden_states", hidden_states)
-    check_device(op, "top_k_index", top_k_index, "hidden_states", hidden_states)
     if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
         raise RuntimeError(f"{op}: forward only, call it under torch.no_grad()")
     if has_tangent(hidden_states) or has_tangent(top_k_weights):
         raise NotImplementedError(f"{op}: forward only, it has no jvp")
 
 
+def _fp8_reference(x: Tensor, index: Tensor, weights: Tensor, gate_up_proj: Tensor, *rest: Tensor) -> Tensor:
+    torch.ops.sigma.group_by_expert(saturated(index), gate_up_proj.shape[0])  # refuses what is out of range
+    return fp8.moe_experts_fp8(x, index, weights, gate_up_proj, *rest)
+
+
 register_table("moe_experts_fp8", [
     triton_row("experts", "inference_fp8", STORED),
-    Backend("reference", fp8.moe_experts_fp8, REFERENCE, by_name=True),
+    Backend("reference", _fp8_reference, REFERENCE, by_name=True),
 ])  # fmt: skip
 define(
     "moe_experts_fp8(Tensor x, Tensor index, Tensor weights, Tensor gate_up_proj, Tensor down_proj,"

@@ -9,9 +9,7 @@ from sigma_kernels.triton.tiles import FUSION, lines
 
 LARGEST = tl.constexpr(448.0)  # of e4m3
 INFINITE = tl.constexpr(float("inf"))
-TINY = tl.constexpr(
-    2.0**-126
-)  # a scale is never below it: denormal factors would be coarse, and zero no factor
+TINY = tl.constexpr(2.0**-126)  # of scales the least: denormal ones would be coarse, and zero no factor
 
 
 @triton.jit(do_not_specialize=["T"])

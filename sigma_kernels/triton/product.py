@@ -71,15 +71,10 @@ def weights(
     else:
         n = tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
-        begin = (
-            w
-            + e.to(tl.int64) * strides[0]
-            + first.to(tl.int64) * strides[1]
-            + tl.cast(k0, tl.int64) * strides[2]
-        )
-        within = (
-            n[None, :] * strides[1] + k[:, None] * strides[2]
-        )  # 32 bits; only where the block begins has 64
+        # Where a block begins takes 64 bits, within it 32 do.
+        begin = w + e.to(tl.int64) * strides[0] + first.to(tl.int64) * strides[1]
+        begin += tl.cast(k0, tl.int64) * strides[2]
+        within = n[None, :] * strides[1] + k[:, None] * strides[2]
         b = tl.load(begin + within, mask=(k < K - k0)[:, None] & (first + n < end)[None, :], other=0.0)
     return b
 

@@ -96,12 +96,11 @@ def row_tiles(
     wanted = next(rows for most, rows in BUCKETS if most * E >= R)
     heights = sorted({min(rows, tallest) for rows in wanted})
     found, least = [], 0
+    shallowest = 32 if dtype.itemsize == 1 else 16
     for rows in heights:
         columns, depth, warps, stages = TABLE[architecture(device), dtype.itemsize][rows]
         most = UNLIMITED if rows == heights[-1] else rows
-        tile = Tile(
-            rows, fitted(columns, N), fitted(depth, K, 32 // dtype.itemsize), warps, stages, least, most
-        )
+        tile = Tile(rows, fitted(columns, N), fitted(depth, K, shallowest), warps, stages, least, most)
         found += [tile] if least < R else []
         least = most
     return found
@@ -123,8 +122,8 @@ def outer_tile(A: int, B: int, R: int, E: int, dtype: torch.dtype, device: torch
 
 
 def fitted(block: int, size: int, least: int = 16) -> int:
-    """`block`, or less where that covers `size`; matrix units take no less than 16, of fp8's depth 32."""
-    return max(16, least, min(block, triton.next_power_of_2(size)))
+    """`block`, or less where that covers `size`; matrix units take no less than 16, and 32 of fp8's depth."""
+    return max(least, min(block, triton.next_power_of_2(size)))
 
 
 def lines(width: int, device: torch.device) -> int:
