@@ -20,8 +20,12 @@ def several(size: int, make: Callable[..., Calls], *arguments: Any) -> Iterator[
 
     A call's name goes to the others by a pipe, some 50 us before they make it.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        yield from _several(size, make, arguments, f"{folder}/store")
+
+
+def _several(size: int, make: Callable[..., Calls], arguments: Any, store: str) -> Iterator[Calls]:
     context, threads = get_context("spawn"), torch.get_num_threads()
-    store = tempfile.mkdtemp() + "/store"
     pipes, others = [], []
     for rank in range(1, size):
         mine, theirs = context.Pipe()
