@@ -170,8 +170,13 @@ def test_by_torchrun_in_bf16_with_biases_and_micro_steps(cache, tmp_path):
     assert one.returncode == 0, one.stderr
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = [*more, "--set", "train.batch_size=4", "--out", str(tmp_path / "two")]
-    result = subprocess.run(
-        [*torchrun, "-m", "sigma_train", *two], env=cache, capture_output=True, text=True, check=False
+    result = subprocess.run(  # elsewhere: `python -m`, which torchrun starts, finds the sources of a checkout first
+        [*torchrun, "-m", "sigma_train", *two],
+        env=cache,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     of_one, of_two = (rows(tmp_path / name, "loss") for name in ("one", "two"))
