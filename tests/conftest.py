@@ -1,10 +1,17 @@
-"""Fixtures: every backend this machine has, and fresh memory that starts as NaN."""
+"""Fixtures: every backend this machine has, and fresh memory that starts as NaN.
+
+`pytest --device cuda` runs the tests of a GPU's backends on a GPU, from the files that otherwise show them right in
+Triton's interpreter and in the emulator, and test_gpu.py.
+"""
 
 import os
 from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
 
 # Before torch is imported: with `pytest -n` threads outnumber cores, and those that wait must not do so at full speed.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same bits, as torch wants it said
 
 import numpy as np
 import pytest
@@ -18,12 +25,61 @@ if IS_INTERPRETED:  # a process that test_triton.py starts: see there
 
     interpreted.install()
     np.seterr(all="ignore")  # idle lanes of a block compute exp(-inf - -inf) and store it nowhere
-else:
-    collect_ignore_glob = ["test_triton_*.py"]
+
+IN_THE_INTERPRETER = ("test_triton_*.py",)
+ON_A_GPU = ("test_triton_[!i]*.py", "test_cuda.py", "test_gpu.py")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="where the tensors of tests lie"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if is_on_gpu(config) and (IS_INTERPRETED or not torch.cuda.is_available()):
+        raise pytest.UsageError("--device cuda: torch sees no GPU here, or TRITON_INTERPRET is set")
+
+
+def is_on_gpu(config: pytest.Config) -> bool:
+    return config.getoption("--device") == "cuda"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path.suffix != ".py":
+        return None
+    name = collection_path.name
+    if is_on_gpu(config):
+        return not any(fnmatch(name, pattern) for pattern in ON_A_GPU) or None
+    is_left_out = name == "test_gpu.py" or (
+        not IS_INTERPRETED and any(fnmatch(name, pattern) for pattern in IN_THE_INTERPRETER)
+    )
+    return is_left_out or None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend`: what runs on the tensors of a test; test_gpu.py names its own."""
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "backend" in metafunc.fixturenames and "backend" not in named:
+        is_triton = IS_INTERPRETED or is_on_gpu(metafunc.config)
+        metafunc.parametrize("backend", ["triton"] if is_triton else ["cpu", "reference"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def fresh_memory_is_nan() -> Iterator[None]:
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where tensors are made that name no device."""
+    found = torch.device(request.config.getoption("--device"))
+    if found.type == "cpu":
+        yield found
+        return
+    torch.set_default_device(found)
+    yield found
+    torch.set_default_device(None)
+    torch.cuda.empty_cache()  # for the other processes of `pytest -n`
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan(device: torch.device) -> Iterator[None]:
     """An output that a kernel leaves unwritten shows as NaN."""
     torch.manual_seed(0)
     fill, strict = (
@@ -31,15 +87,14 @@ def fresh_memory_is_nan() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
     )
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
+    # The reference's own operations have on a GPU no deterministic kernels, some of them.
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(strict)
 
 
-@pytest.fixture(
-    params=["triton"] if IS_INTERPRETED else ["cpu", "reference"]
-)  # what runs on tensors of a CPU
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with sk.backend(request.param):
         yield request.param

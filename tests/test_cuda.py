@@ -1,9 +1,12 @@
-"""The CUDA backend from the public functions down: its bindings and kernels run on the emulator of tests/simt."""
+"""The CUDA backend from the public functions down: its bindings and kernels run on the emulator of tests/simt.
+
+With --device cuda on a GPU, where the emulator's schedules that differ by seed are the GPU's own.
+"""
 
 import importlib.util
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -55,15 +58,25 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 @pytest.fixture
-def on_emulator(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every operation has the row of the CUDA backend alone, and takes tensors of a CPU."""
+def reseed(
+    request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[int], None]]:
+    """The CUDA backend runs all; on the emulator a call of this gives the threads another order.
+
+    There every operation has the row of this backend alone, and takes tensors of a CPU.
+    """
+    if device.type == "cuda":
+        with sk.backend("cuda"):
+            yield lambda seed: None
+        return
+    emulated = request.getfixturevalue("emulated")
     monkeypatch.setattr(cuda, "_native", emulated)
     monkeypatch.setattr(cuda, "launch", lambda name, data, *arguments: getattr(emulated, name)(*arguments, 0))
     before = dict(_tables)
     for op in OPS:
         (row,) = (row for row in before[op] if row.name == "cuda")
         register_table(op, [Backend("cuda", row.run, row.dtypes, "cpu")])
-    yield
+    yield emulated.set_seed
     emulated.set_seed(0)
     for op in OPS:
         register_table(op, before[op])
@@ -71,7 +84,7 @@ def on_emulator(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.mark.parametrize("score, normalize", [("softmax", False), ("softmax", True), ("sigmoid", True)])
 @pytest.mark.parametrize("T, E, k", [(0, 5, 2), (1, 1, 1), (40, 96, 1), (33, 37, 8)])
-def test_route(on_emulator, T, E, k, score, normalize):
+def test_route(reseed, T, E, k, score, normalize):
     """Defends: arguments in the wrong order, workspace too small, strided logits taken as contiguous."""
     logits = torch.randn(T, E + 3)[:, :E]
     routing = sk.route(logits, k, score=score, normalize=normalize)
@@ -92,13 +105,13 @@ def test_route(on_emulator, T, E, k, score, normalize):
 @pytest.mark.parametrize("balance_score", SCORES)
 @pytest.mark.parametrize("score, normalize", [("softmax", False), ("softmax", True), ("sigmoid", True)])
 @pytest.mark.parametrize("T, E, k", [(0, 5, 2), (1, 1, 1), (70, 96, 1), (33, 130, 8)])
-def test_route_with_sums(on_emulator, emulated, T, E, k, score, normalize, balance_score):
+def test_route_with_sums(reseed, T, E, k, score, normalize, balance_score):
     """Defends: arguments in the wrong order, workspace without room for the sums, other bits in another order."""
     logits = leaf(T, E, strided=True)
     runs = []
     for seed in (0, 1, 2):
         torch.manual_seed(0)
-        emulated.set_seed(seed)
+        reseed(seed)
         runs.append(check_sums(logits, k, balance_score, score=score, normalize=normalize))
     for other in runs[1:]:
         assert all(map(torch.equal, runs[0], other))
@@ -106,14 +119,14 @@ def test_route_with_sums(on_emulator, emulated, T, E, k, score, normalize, balan
 
 @pytest.mark.parametrize("balance_score", SCORES)
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_sums_of_rows_without_a_finite_largest(on_emulator, row, balance_score):
+def test_sums_of_rows_without_a_finite_largest(reseed, row, balance_score):
     """Defends: NaN where the squared log sum exp is infinite."""
     check_row(row, balance_score)
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
 @pytest.mark.parametrize("T, H, k", [(0, 8, 1), (1, 1, 1), (9, 33, 1), (7, 64, 3)])
-def test_permute_and_unpermute(on_emulator, T, H, k, dtype):
+def test_permute_and_unpermute(reseed, T, H, k, dtype):
     """Defends: there and back, with gradients for rows and weights."""
     routing = sk.group_by_expert(torch.randint(0, 5, (T, k)), 5)
     x, weights = torch.randn(T, H, dtype=dtype), torch.rand(T, k, dtype=dtype)
@@ -130,7 +143,7 @@ def test_permute_and_unpermute(on_emulator, T, H, k, dtype):
 
 @pytest.mark.parametrize("transpose", [True, False])
 @pytest.mark.parametrize("R, N, K, E", [(0, 5, 3, 2), (1, 1, 1, 1), (9, 67, 33, 4), (40, 72, 136, 3)])
-def test_grouped_gemm(on_emulator, R, N, K, E, transpose):
+def test_grouped_gemm(reseed, R, N, K, E, transpose):
     """Defends: both layouts and weights that lie the other way, with both gradients."""
     offsets = torch.tensor([0, *sorted(torch.randint(0, R + 1, (E - 1,)).tolist()), R])
     x, weight = torch.randn(R, K, dtype=bf16), torch.randn(E, K, N, dtype=bf16)
@@ -150,7 +163,7 @@ def test_grouped_gemm(on_emulator, R, N, K, E, transpose):
 @pytest.mark.parametrize(
     "T, H, I, E, k", [(0, 8, 8, 2, 1), (1, 1, 1, 1, 1), (20, 40, 24, 6, 1), (11, 33, 17, 4, 3)]
 )
-def test_moe_experts(on_emulator, T, H, I, E, k, dtype):
+def test_moe_experts(reseed, T, H, I, E, k, dtype):
     """Defends: the whole layer, its four gradients and the path that records none."""
     index = torch.randint(0, E, (T, k))
     inputs = [
@@ -169,7 +182,7 @@ def test_moe_experts(on_emulator, T, H, I, E, k, dtype):
         assert torch.equal(sk.moe_experts(inputs[0], index, *inputs[1:]), got[0])
 
 
-def test_a_layer_trains(on_emulator):
+def test_a_layer_trains(reseed):
     """Defends: an operation that a step of training needs and this backend has no row for."""
     moe = sk.nn.MoE(24, 16, 6, output_scale=4.0).to(bf16)
     wide = sk.nn.MoE(24, 16, 6, output_scale=4.0).double()
@@ -190,7 +203,7 @@ def test_a_layer_trains(on_emulator):
     assert all(p.grad.abs().max() > 0 for p in moe.experts.parameters())
 
 
-def test_gradients_added_in_place(on_emulator):
+def test_gradients_added_in_place(reseed):
     """Defends: accumulate_grad adds to what is there."""
     layer = sk.nn.Experts(8, 8, 3).to(bf16)
     x, index, weights = (
@@ -206,7 +219,7 @@ def test_gradients_added_in_place(on_emulator):
         assert_close(p.grad, 2 * before.double(), tolerance(bf16, 1))
 
 
-def test_what_it_does_not_take(on_emulator):
+def test_what_it_does_not_take(reseed):
     """Defends: float32 products and too many experts refused with a reason."""
     index, weights = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
     with pytest.raises(RuntimeError, match="'cuda': it takes bfloat16, float16, not float32"):

@@ -35,16 +35,23 @@ def test_rows_are_rounded_as_the_reference_rounds_them(T, K, dtype):
 
 
 @pytest.fixture(params=["e4m3fn", "e4m3fnuz"])
-def units(request, monkeypatch):
+def units(request, monkeypatch, device):
     """Matrix units: of one kind, or gfx942's."""
+    if device.type == "cuda" and request.param != "e4m3fn":
+        pytest.skip("no units of NVIDIA's take e4m3fnuz")
     if request.param == "e4m3fnuz":
         for module in (grouped_gemm, swiglu):
             monkeypatch.setattr(module, "precision", lambda dtype, device: "fnuz")
 
 
+def sums(device: torch.device, K: int) -> float:
+    """The bound of a sum's error: Hopper's units add products of fp8 in fewer bits than f32's, 1.2e-3 was seen."""
+    return 2**-9 if device.type == "cuda" else tolerance(torch.float32, K)
+
+
 @by_both
 @pytest.mark.parametrize("R, N, K", [(9, 67, 33), (60, 130, 272)])
-def test_products_equal_those_of_what_was_rounded(backend, units, R, N, K, block):
+def test_products_equal_those_of_what_was_rounded(backend, device, units, R, N, K, block):
     """Defends: scales of the wrong block, -0, which is NaN to gfx942, a factor of 4, descriptors and pointers."""
     E, x = 3, torch.randn(R, K)
     x[0, :20] = -1e-9
@@ -58,18 +65,21 @@ def test_products_equal_those_of_what_was_rounded(backend, units, R, N, K, block
     y = torch.empty(R, N)
     grouped_gemm.multiply_rows(q, w, offsets, y, scale=scale, row_scale=row_scale)
     want = reference.grouped_gemm(rows, weights, offsets)
-    assert_close(y, want, tolerance(torch.float32, K))
+    assert_close(y, want, sums(device, K))
     hidden, row_map = torch.empty(R, N // 2), torch.randperm(R, dtype=torch.int32)
     if N % 2 == 0:
         swiglu.gate_up(q, w, offsets, row_map, 1, None, hidden, scale, row_scale)
         want = reference.swiglu(reference.grouped_gemm(rows[row_map.long()], weights, offsets))
-        assert_close(hidden, want, 2 * tolerance(torch.float32, K))
+        assert_close(hidden, want, 2 * sums(device, K))
 
 
 @by_both
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_layer_equals_the_reference(backend, shape, block):
-    """Within what one number of a row makes that sums of another order round the other way: 2e-5 was seen."""
+def test_the_layer_equals_the_reference(backend, device, shape, block):
+    """Within what one number of a row makes that sums of another order round the other way: 2e-5 was seen.
+
+    By Hopper's sums many round so: 4e-3.
+    """
     x, index, weights, gate_up, down = experts_inputs(*shape)
     g, gs, d, ds = quantized(gate_up, down, block=block)
     inputs = x, index, weights, g, gs.mT.contiguous().mT, d, ds.mT.contiguous().mT  # scales of any strides
@@ -77,7 +87,7 @@ def test_the_layer_equals_the_reference(backend, shape, block):
     with sk.backend("reference"):
         want = sk.moe_experts_fp8(*inputs)
     assert got.shape == want.shape
-    assert (got - want).norm() <= 1e-4 * want.norm()
+    assert (got - want).norm() <= (0.01 if device.type == "cuda" else 1e-4) * want.norm()
 
 
 @by_both

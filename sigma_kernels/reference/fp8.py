@@ -18,8 +18,11 @@ def quantize_rows(x: Tensor, by_block: bool) -> tuple[Tensor, Tensor]:
 
 
 def scale_of(largest: Tensor, level: int) -> Tensor:
-    """A denormal factor would be coarse, and zero no factor at all."""
-    return (largest / level).clamp(min=torch.finfo(torch.float32).tiny)
+    """A denormal factor would be coarse, and zero no factor at all.
+
+    By a tensor: a GPU's torch multiplies by the reciprocal of a number, which is not the quotient's last bit.
+    """
+    return (largest / largest.new_full((), level)).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def dequantized(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
