@@ -47,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept = items
+    if config.getoption("--device") == "cpu":
+        kept = [i for i in kept if parameter(i, "shape", None) not in shapes.STEPS]
     if config.getoption("--quick"):
         kept = [i for i in kept if parameter(i, "shape", shapes.A) == shapes.A]
     if config.getoption("--tiny"):

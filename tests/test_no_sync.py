@@ -83,7 +83,7 @@ def test_no_call_waits_for_the_gpu(gpu, k, dtype):
     step(k, dtype)
     launches, seen = gpu
     names = {launch.name for launch in launches}
-    assert {"route", "count_slots", "gate_up", "grouped_gemm", "gate_up_backward", "grouped_outer"} <= names
+    assert {"route", "count_slots", "gate_up", "grouped_gemm", "swiglu_backward", "grouped_outer"} <= names
     assert "sigma::moe_experts_backward" in seen
 
 

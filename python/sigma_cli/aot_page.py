@@ -91,10 +91,11 @@ def form(launch: Launch) -> str:
     scaled = bound.get("SCALED")
     marks = {
         "map": bound.get("row_map_ptr") is not None and launch.name == "grouped_gemm",
-        "weights": bound.get("weights_ptr") is not None and launch.name != "gate_up_backward",
+        "weights": bound.get("weights_ptr") is not None and launch.name != "swiglu_backward",
         "int8": bool(scaled) and bound["row_scale_ptr"] is None,
         f"fp8 by {scaled}": bool(scaled) and bound["row_scale_ptr"] is not None,
         "TMA": bool(bound.get("TMA")),
+        "by token": bound.get("token_map_ptr") is not None,
         "a by token": bound.get("a_map_ptr") is not None,
         "b by token": bound.get("b_map_ptr") is not None,
         "adds": bound.get("ACCUMULATE", False),
@@ -118,23 +119,16 @@ def work(launch: Launch, shape: Shape) -> tuple[float, float, float]:
     elif launch.name == "grouped_gemm":
         step, product = bound["BLOCK_M"], bound["N"] * bound["K"]
     else:
-        sums = 2 if launch.name == "gate_up" else 1
-        step, product = bound["BLOCK_M"], sums * bound["I"] * bound["H"]
+        step, product = bound["BLOCK_M"], 2 * bound["I"] * bound["H"]  # gate and up
     padded = shape.E * math.ceil(shape.rows / step) * step
     return moved, 2.0 * padded * product, 2.0 * shape.T * shape.k * product
-
-
-def serves(launch: Launch, shape: Shape) -> bool:
-    """Whether this launch computes anything where all experts have the same rows."""
-    bound = launch.bound
-    return bound.get("least", 0) < math.ceil(shape.rows) <= bound.get("most", math.inf)
 
 
 def bounds(gpu: Gpu, shape: Shape, dtype: torch.dtype) -> list[tuple[str, ...]]:
     """A line for each launch of the layer: what it moves and computes, the least time for either; then their sum."""
     out, total, wanted_total = [], 0.0, 0.0
     for launch in layer(shape, dtype, gpu.architecture, gpu.processors):
-        if launch.name not in PRODUCTS or not serves(launch, shape):
+        if launch.name not in PRODUCTS:
             continue
         moved, flops, wanted = work(launch, shape)
         by_memory, by_flops = moved / gpu.bandwidth, flops / gpu.flops[dtype.itemsize]
@@ -186,7 +180,7 @@ def page(tables: dict[Cell, list[tuple[tuple[str, ...], bool]]], command: Sequen
         "H=1024, I=512, k=1 and T = 512, 2,048, 8,192 and 65,536, and k=8 with T=8,192: sizes divisible by 16, without "
         "which loads are narrow.",
         "",
-        "A kernel is good if it spills no register, its shared memory fits, its product runs on the matrix units "
+        "A kernel is good if it spills no register, or as few as were seen to pay on a GPU, its shared memory fits, its product runs on the matrix units "
         "(f32 on NVIDIA: on the scalar ones, as torch asks unless TF32 is allowed) and its operands are loaded by 4 "
         "bytes or more. Registers, spills and instructions are read from SASS or AMD's assembly. Occupancy: warps "
         "that registers and shared memory let a processor hold, of the most it can.",

@@ -27,6 +27,7 @@ ENVIRONMENT = ("MALLOC_", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "SIGMA_ISA", "SI
                "MKL_")  # fmt: skip
 PACKAGES = ("transformers", "numpy", "ggml-python", "kt-kernel")
 GPU_ENVIRONMENT = ("CUDA_", "HIP_", "TRITON_", "PYTORCH_", "NVIDIA_TF32_OVERRIDE")
+PLACES = ("_HOME", "_DIR", "_PATH", "_VERSION")  # of these, where things lie changes no time
 GPU_PACKAGES = ("triton", "megablocks", "grouped_gemm", "sonicmoe", "liger-kernel", "vllm")
 SHARES = ("race", "ours, ms", "bound, ms", "of", "share", "best peer", "over ours")
 COLUMNS = ("who", "median, ms", "fastest, ms", "rounds", "over ours")
@@ -147,7 +148,11 @@ def environment(command: str, threads: int | None, device: str = "cpu") -> dict[
         "thp": huge.read_text().split("[")[1].split("]")[0]
         if huge.exists()
         else "not offered by this system",
-        "variables": {n: value for n, value in sorted(os.environ.items()) if n.startswith(prefixes)},
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(prefixes) and not name.endswith(PLACES)
+        },
         "versions": {"torch": torch.__version__, "sigma-kernels": sk.__version__, **installed(packages)},
     }
 

@@ -12,7 +12,7 @@ from sigma_kernels.triton.grouped_gemm import multiply_rows
 from sigma_kernels.triton.grouped_outer import outer_of_tokens
 from sigma_kernels.triton.permute import combine
 from sigma_kernels.triton.product import SCALE_BLOCK, scaled_by
-from sigma_kernels.triton.swiglu import gate_up, gate_up_backward
+from sigma_kernels.triton.swiglu import gate_up, swiglu_backward
 from sigma_kernels.triton.tiles import has_fp8
 
 
@@ -106,9 +106,10 @@ def backward(
     )
     grad_gate_up = x.new_empty(R, 2 * I)
     hidden = None if of_down is None else x.new_empty(R, I)
-    grad_weights = gate_up_backward(
-        grad_out, down_proj, offsets, row_map, weights, kept, grad_gate_up, hidden
-    )
+    grad_hidden = x.new_empty(R, I)
+    columns_of_down = down_proj.transpose(1, 2)
+    multiply_rows(grad_out, columns_of_down, offsets, grad_hidden, token_map=row_map, top_k=top_k)
+    grad_weights = swiglu_backward(grad_hidden, row_map, weights, kept, grad_gate_up, hidden)
     accumulates = into is not None
     if of_down is not None and hidden is not None:
         outer_of_tokens(of_down, grad_out, hidden, offsets, accumulates, top_k=top_k, a_map=row_map)

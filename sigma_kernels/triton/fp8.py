@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigma_kernels.triton.tiles import FUSION, lines
+from sigma_kernels.triton.tiles import FUSION, cdiv, lines, power_of_2
 
 LARGEST = tl.constexpr(448.0)  # of e4m3
 INFINITE = tl.constexpr(float("inf"))
@@ -42,13 +42,13 @@ def quantize_rows_kernel(
 
 def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """x [T, K], unit inner stride, as e4m3 [T, K] and f32 scales [T, K/group], the last group being what is left."""
-    (T, K), groups = x.shape, max(1, triton.cdiv(x.shape[1], group))
+    (T, K), groups = x.shape, max(1, cdiv(x.shape[1], group))
     q = x.new_empty(T, K, dtype=torch.float8_e4m3fn)
     scale = x.new_empty(T, groups, dtype=torch.float32)
     if T:
-        width = min(1024, triton.next_power_of_2(max(1, group)))
+        width = min(1024, power_of_2(max(1, group)))
         block = lines(width, x.device)
-        quantize_rows_kernel[(triton.cdiv(T, block), groups)](
+        quantize_rows_kernel[(cdiv(T, block), groups)](
             x, q, scale, T, K, group, x.stride(0), BLOCK_T=block, BLOCK_K=width, **FUSION
         )
     return q, scale

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sigma_kernels.routing import empty_order
-from sigma_kernels.triton.tiles import FUSION
+from sigma_kernels.triton.tiles import FUSION, cdiv, power_of_2
 
 CHUNK = 1024  # blocks that an expert's program sums at once: 131,072 slots
 BLOCK = 128  # ranks are found by comparing all pairs of a block: 64 for each thread of 8 warps, in registers
@@ -79,7 +79,7 @@ def group_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
 def fill_order(indices: Tensor, counts: Tensor, offsets: Tensor, row_map: Tensor) -> None:
     """The same into memory that exists; all int32 and contiguous."""
     R, E = indices.numel(), counts.shape[0]
-    blocks, width = max(1, triton.cdiv(R, BLOCK)), triton.next_power_of_2(E + 1)
+    blocks, width = max(1, cdiv(R, BLOCK)), power_of_2(E + 1)
     partial = torch.empty((E + 1) * blocks, dtype=torch.int32, device=indices.device)
     count_slots_kernel[(blocks,)](indices, partial, R, E, blocks, BLOCK=BLOCK, BLOCK_E=width, **FUSION)
     scan_blocks_kernel[(E + 1,)](partial, counts, E, blocks, BLOCK=CHUNK, **FUSION)

@@ -7,18 +7,22 @@ so the grid is known without the counts.  Its time is that of writing the result
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sigma_kernels.ops.library import rows
-from sigma_kernels.triton.tiles import outer_tile, precision
+from sigma_kernels.triton.tiles import cdiv, has_tma, outer_tile, precision
 
 
 @triton.jit
 def grouped_outer_kernel(
-    a_ptr, b_ptr, offsets_ptr, a_map_ptr, b_map_ptr, out_ptr, M, N, top_k: tl.constexpr, stride_a, stride_b,
-    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    a_ptr, b_ptr, offsets_ptr, a_map_ptr, b_map_ptr, out, M, N, top_k: tl.constexpr, stride_a, stride_b,
+    ACCUMULATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[e] (+)= a[rows of e].T @ b[rows of e]; a map reads the row's token instead of the row."""
+    """out[e] (+)= a[rows of e].T @ b[rows of e]; a map reads the row's token instead of the row.
+
+    TMA: out is a descriptor of [E, M, N], not a pointer.
+    """
     column_tiles = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(M, BLOCK_M) * column_tiles
     e = tl.program_id(0) // tiles
@@ -42,11 +46,17 @@ def grouped_outer_kernel(
         left = tl.load(a, mask=is_row & (m < M)[None, :], other=0.0)
         right = tl.load(b, mask=is_row & (n < N)[None, :], other=0.0)
         sum = tl.dot(tl.trans(left), right, sum, input_precision=PRECISION)
-    out = out_ptr + e.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
-    is_live = (m < M)[:, None] & (n < N)[None, :]
-    if ACCUMULATE:
-        sum += tl.load(out, mask=is_live, other=0.0).to(tl.float32)
-    tl.store(out, sum.to(out_ptr.dtype.element_ty), mask=is_live)
+    if TMA:
+        at = [e, local // column_tiles * BLOCK_M, local % column_tiles * BLOCK_N]
+        if ACCUMULATE:
+            sum += out.load(at).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
+        out.store(at, sum.to(out.dtype).reshape(1, BLOCK_M, BLOCK_N))
+    else:
+        place = out + e.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
+        is_live = (m < M)[:, None] & (n < N)[None, :]
+        if ACCUMULATE:
+            sum += tl.load(place, mask=is_live, other=0.0).to(tl.float32)
+        tl.store(place, sum.to(out.dtype.element_ty), mask=is_live)
 
 
 def grouped_outer(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, accumulate: bool) -> None:
@@ -71,7 +81,9 @@ def outer_of_tokens(
         return
     R = (b if b_map is None else a).shape[0]
     tile = outer_tile(M, N, R, E, a.dtype, a.device)
-    grouped_outer_kernel[(E * triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
-        a, b, offsets, a_map, b_map, out, M, N, top_k, a.stride(0), b.stride(0), ACCUMULATE=accumulate,
-        PRECISION=precision(a.dtype, a.device), **tile.options(),
+    has_descriptor = has_tma(a.dtype, a.device) and N * out.itemsize % 16 == out.data_ptr() % 16 == 0
+    place = TensorDescriptor.from_tensor(out, [1, tile.rows, tile.columns]) if has_descriptor else out
+    grouped_outer_kernel[(E * cdiv(M, tile.rows) * cdiv(N, tile.columns),)](
+        a, b, offsets, a_map, b_map, place, M, N, top_k, a.stride(0), b.stride(0), ACCUMULATE=accumulate,
+        TMA=has_descriptor, PRECISION=precision(a.dtype, a.device), **tile.options(),
     )  # fmt: skip

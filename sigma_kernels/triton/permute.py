@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sigma_kernels.ops.library import rows
-from sigma_kernels.triton.tiles import FUSION, lines
+from sigma_kernels.triton.tiles import FUSION, cdiv, lines, power_of_2
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -80,7 +80,7 @@ def permute(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
     if out.numel():
         R, H = out.shape
         height, width = block(H, x.device)
-        permute_rows_kernel[(triton.cdiv(R, height), triton.cdiv(H, width))](
+        permute_rows_kernel[(cdiv(R, height), cdiv(H, width))](
             x, row_map, out, R, H, top_k, x.stride(0), BLOCK_R=height, BLOCK_H=width, **FUSION
         )
     return out
@@ -91,7 +91,7 @@ def unpermute(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int) ->
     R = row_map.shape[0]
     row_of_slot = torch.empty_like(row_map)
     if R:
-        invert_kernel[(triton.cdiv(R, 1024),)](row_map, row_of_slot, R, BLOCK=1024, **FUSION)
+        invert_kernel[(cdiv(R, 1024),)](row_map, row_of_slot, R, BLOCK=1024, **FUSION)
     return combine(rows(y), row_of_slot, weights, top_k, y.dtype)
 
 
@@ -103,7 +103,7 @@ def combine(
     out = y.new_empty(T, H, dtype=dtype)
     if out.numel():
         height, width = block(H, y.device)
-        combine_rows_kernel[(triton.cdiv(T, height), triton.cdiv(H, width))](
+        combine_rows_kernel[(cdiv(T, height), cdiv(H, width))](
             y, row_of_slot, None if weights is None else weights.contiguous(), out, T, H, top_k, y.stride(0),
             BLOCK_T=height, BLOCK_H=width, **FUSION,
         )  # fmt: skip
@@ -119,7 +119,7 @@ def unpermute_backward(
     grad_y, grad_weights = y.new_empty(R, H), torch.empty_like(weights)
     if R:
         height, width = block(H, y.device)
-        combine_backward_kernel[(triton.cdiv(R, height),)](
+        combine_backward_kernel[(cdiv(R, height),)](
             grad_out, y, row_map, weights, grad_y, grad_weights, R, H, top_k, grad_out.stride(0), y.stride(0),
             BLOCK_R=height, BLOCK_H=width, **FUSION,
         )  # fmt: skip
@@ -128,5 +128,5 @@ def unpermute_backward(
 
 def block(H: int, device: torch.device) -> tuple[int, int]:
     """Rows and columns of a program's block."""
-    width = min(triton.next_power_of_2(max(H, 1)), 1024)
+    width = min(power_of_2(max(H, 1)), 1024)
     return lines(width, device), width

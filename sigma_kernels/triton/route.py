@@ -7,7 +7,7 @@ from torch import Tensor
 from sigma_kernels.ops.library import rows
 from sigma_kernels.routing import empty_routing
 from sigma_kernels.triton.group import fill_order
-from sigma_kernels.triton.tiles import FUSION, lines
+from sigma_kernels.triton.tiles import FUSION, cdiv, lines, power_of_2
 
 NOT_A_NUMBER = tl.constexpr(float("nan"))
 LOWEST = tl.constexpr(float("-inf"))
@@ -105,11 +105,11 @@ def route(
     (T, E), logits = logits.shape, rows(logits)
     weights, indices, *order = out = empty_routing(logits, top_k)
     if T:
-        width = triton.next_power_of_2(E)
+        width = power_of_2(E)
         block = lines(width, logits.device)
-        route_kernel[(triton.cdiv(T, block),)](
+        route_kernel[(cdiv(T, block),)](
             logits, None if bias is None else bias.contiguous(), indices, weights, T, E, logits.stride(0), K=top_k,
-            SOFTMAX=softmax, NORMALIZE=normalize, BLOCK_T=block, BLOCK_E=width, BLOCK_J=triton.next_power_of_2(top_k),
+            SOFTMAX=softmax, NORMALIZE=normalize, BLOCK_T=block, BLOCK_E=width, BLOCK_J=power_of_2(top_k),
             **FUSION,
         )  # fmt: skip
     fill_order(indices, *order)
@@ -123,9 +123,9 @@ def route_backward(
     T, E = logits.shape
     logits, out = rows(logits), logits.new_empty(T, E)
     if T:
-        width = triton.next_power_of_2(E)
+        width = power_of_2(E)
         block = lines(width, logits.device)
-        route_backward_kernel[(triton.cdiv(T, block),)](
+        route_backward_kernel[(cdiv(T, block),)](
             logits, indices.contiguous(), grad_weights.contiguous(), out, T, E, logits.stride(0), K=indices.shape[1],
             SOFTMAX=softmax, NORMALIZE=normalize, BLOCK_T=block, BLOCK_E=width, **FUSION,
         )  # fmt: skip

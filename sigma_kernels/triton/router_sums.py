@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sigma_kernels.ops.library import rows
 from sigma_kernels.triton.route import LOWEST, log_sigmoid, route, route_backward, softmax_rows
-from sigma_kernels.triton.tiles import FUSION, lines
+from sigma_kernels.triton.tiles import FUSION, cdiv, lines, power_of_2
 
 INFINITE = tl.constexpr(float("inf"))
 
@@ -69,9 +69,9 @@ def route_with_sums(
     """What `route` answers, and after the weights the probabilities' sum [E] and the square's []."""
     weights, *order = route(logits, top_k, softmax, normalize, bias)
     (T, E), logits = logits.shape, rows(logits)
-    width = triton.next_power_of_2(E)
+    width = power_of_2(E)
     block = lines(width, logits.device)
-    partial = logits.new_empty(triton.cdiv(T, block), E + 1)
+    partial = logits.new_empty(cdiv(T, block), E + 1)
     if T:
         router_sums_kernel[(partial.shape[0],)](
             logits,
@@ -95,9 +95,9 @@ def route_with_sums_backward(
     out = route_backward(grad_weights, logits, indices, softmax, normalize)
     (T, E), logits = logits.shape, rows(logits)
     if T:
-        width = triton.next_power_of_2(E)
+        width = power_of_2(E)
         block = lines(width, logits.device)
-        router_sums_backward_kernel[(triton.cdiv(T, block),)](
+        router_sums_backward_kernel[(cdiv(T, block),)](
             logits, grad_probabilities.contiguous(), grad_square, out, T, E, logits.stride(0), SOFTMAX=sums_softmax,
             BLOCK_T=block, BLOCK_E=width, **FUSION,
         )  # fmt: skip

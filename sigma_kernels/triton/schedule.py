@@ -5,16 +5,13 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_ends(
-    offsets_ptr, E, column_tiles, least, most, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
-):  # fmt: skip
-    """ends[e]: tiles of the experts up to and including e, where those with least < rows <= most have any."""
+def tile_ends(offsets_ptr, E, column_tiles, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+    """ends[e]: tiles of the experts up to and including e."""
     e = tl.arange(0, BLOCK_E)
     is_expert = e < E
     begin = tl.load(offsets_ptr + e, mask=is_expert, other=0)
     count = tl.load(offsets_ptr + e + 1, mask=is_expert, other=0) - begin
-    is_served = (count > least) & (count <= most)
-    return tl.cumsum(tl.where(is_served, tl.cdiv(count, BLOCK_M), 0) * column_tiles, 0)
+    return tl.cumsum(tl.where(is_expert, tl.cdiv(count, BLOCK_M), 0) * column_tiles, 0)
 
 
 @triton.jit

@@ -3,34 +3,31 @@
 The key is (architecture, bytes of an element, mean rows of an expert); N and K only bound a block from above.  T is
 never a key, nor is it in what Triton specialises kernels by: the next step has another T and would compile anew.
 
-Row tiles.  Each launch of a grouped GEMM serves the experts whose count of rows lies in one interval, which it reads
-from `offsets` on the device, so that an expert of 20 rows pays for 32 and not for 128.  An expert belongs to one
-launch alone: up to some 300 rows an expert's time is that of reading its weights, and these are read once, while rows
-of padding cost nothing there.  Two launches are the most: what the mean expects, and what skew makes larger.
+The mean alone decides, though counts differ.  Up to some 300 rows an expert's time is that of reading its weights, and
+its tiles of the same columns run side by side and read them once from memory: many small tiles of a crowded expert cost
+less there than a second launch, for the crowded alone, adds to every step (docs/log.md has both, balanced and skewed).
+
+sm_90's 16-bit rows were measured on an H200; the others are reasoned and never ran.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 
-UNLIMITED = 2**31 - 1
 # A product and a sum are rounded once, on every architecture; Triton's own default is about to change.
 FUSION = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A block of the result, `rows` x `columns`, summed over steps of `depth`; for experts of least < rows <= most."""
+    """A block of the result, `rows` x `columns`, summed over steps of `depth`."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
-    least: int = 0
-    most: int = UNLIMITED
 
     def options(self) -> dict[str, int]:
         """The keywords of a launch that this tile decides."""
@@ -38,44 +35,49 @@ class Tile:
         return {**blocks, "num_warps": self.warps, "num_stages": self.stages, **FUSION}
 
     def programs(self, R: int, E: int, N: int, device: torch.device) -> int:
-        """Persistent programs, at most one for each tile that R rows of E experts can make: 0 where none can."""
-        experts = min(E, R // (self.least + 1))
-        bound = (R // self.rows + experts) * triton.cdiv(N, self.columns) if experts else 0
-        return min(bound, processors(device) * (2 if self.warps <= 4 else 1))
+        """Persistent programs, at most one for each tile that R rows of E experts can make: 0 where there is no row.
+
+        More than a processor holds: the next begins when one ends, and tiles differ in what they cost.
+        """
+        most = (R // self.rows + min(E, R)) * cdiv(N, self.columns)
+        return min(most, processors(device) * (3 if self.warps <= 4 else 2))
 
 
-# Mean rows of an expert, up to: rows of the tile for the many, and of the one for the crowded.
-BUCKETS = ((8, (16, 64)), (32, (32, 128)), (128, (64, 128)), (UNLIMITED, (128,)))
+# Rows of an expert on average, up to: rows of the tile.
+HEIGHTS = ((8, 16), (48, 32), (2**31, 128))
 
-# Light tiles wait for memory: deep pipelines, few warps, two programs a processor.  Heavy ones wait for the matrix
+# Light tiles wait for memory: deep pipelines, few warps, three programs a processor.  Heavy ones wait for the matrix
 # units: the largest block whose sums stay in registers, eight warps.
 # (architecture, bytes of an element) -> {rows: (columns, depth, warps, stages)}
 TABLE: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
-    ("sm_80", 2): {16: (128, 64, 4, 4), 32: (128, 32, 4, 4), 64: (128, 32, 8, 4), 128: (128, 32, 8, 4)},
-    ("sm_90", 2): {16: (128, 64, 4, 4), 32: (128, 64, 4, 4), 64: (128, 64, 8, 4), 128: (256, 64, 8, 3)},
-    ("sm_100", 2): {16: (128, 64, 4, 4), 32: (128, 64, 4, 4), 64: (128, 64, 8, 4), 128: (256, 64, 8, 4)},
-    ("gfx942", 2): {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 2)},
-    ("gfx950", 2): {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 2)},
-    ("sm_80", 4): {16: (64, 32, 4, 3), 32: (64, 16, 4, 4), 64: (64, 16, 4, 3), 128: (64, 16, 8, 3)},
-    ("sm_90", 4): {16: (64, 32, 4, 3), 32: (64, 16, 4, 4), 64: (64, 16, 4, 4), 128: (64, 16, 8, 4)},
-    ("sm_100", 4): {16: (64, 16, 4, 4), 32: (64, 16, 4, 4), 64: (64, 16, 4, 3), 128: (64, 16, 8, 3)},
-    ("gfx942", 4): {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2)},
-    ("gfx950", 4): {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2)},
+    ("sm_80", 2): {16: (128, 64, 4, 4), 32: (128, 32, 4, 4), 128: (128, 32, 8, 4)},
+    ("sm_90", 2): {16: (128, 128, 4, 3), 32: (128, 64, 4, 4), 128: (256, 64, 8, 4)},
+    ("sm_100", 2): {16: (128, 64, 4, 4), 32: (128, 64, 4, 4), 128: (256, 64, 8, 4)},
+    ("gfx942", 2): {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 128: (128, 64, 8, 2)},
+    ("gfx950", 2): {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 128: (128, 64, 8, 2)},
+    ("sm_80", 4): {16: (64, 32, 4, 3), 32: (64, 16, 4, 4), 128: (64, 16, 8, 3)},
+    ("sm_90", 4): {16: (64, 32, 4, 3), 32: (64, 16, 4, 4), 128: (64, 16, 8, 4)},
+    ("sm_100", 4): {16: (64, 16, 4, 4), 32: (64, 16, 4, 4), 128: (64, 16, 8, 3)},
+    ("gfx942", 4): {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 128: (64, 32, 8, 2)},
+    ("gfx950", 4): {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 128: (64, 32, 8, 2)},
     # fp8: a step is at most one block of scales, 128.
-    ("sm_90", 1): {16: (128, 128, 4, 4), 32: (128, 128, 8, 4), 64: (128, 128, 8, 4), 128: (128, 128, 8, 4)},
-    ("sm_100", 1): {16: (128, 128, 4, 4), 32: (128, 128, 8, 4), 64: (128, 128, 8, 4), 128: (128, 128, 8, 4)},
-    ("gfx942", 1): {16: (128, 64, 4, 2), 32: (128, 128, 4, 2), 64: (128, 128, 4, 2), 128: (128, 128, 8, 2)},
-    ("gfx950", 1): {16: (128, 128, 4, 2), 32: (128, 128, 4, 2), 64: (128, 128, 4, 2), 128: (128, 128, 8, 2)},
-    # The interpreter's time is per block, whatever its size; two sizes of rows, so that both kinds of launch are met.
-    ("interpreter", 1): dict.fromkeys((16, 32, 64, 128), (256, 128, 4, 2)),
-    ("interpreter", 2): dict.fromkeys((16, 32, 64, 128), (256, 128, 4, 2)),
-    ("interpreter", 4): dict.fromkeys((16, 32, 64, 128), (256, 128, 4, 2)),
+    ("sm_90", 1): {16: (128, 128, 4, 4), 32: (128, 128, 8, 4), 128: (128, 128, 8, 4)},
+    ("sm_100", 1): {16: (128, 128, 4, 4), 32: (128, 128, 8, 4), 128: (128, 128, 8, 4)},
+    ("gfx942", 1): {16: (128, 64, 4, 2), 32: (128, 128, 4, 2), 128: (128, 128, 8, 2)},
+    ("gfx950", 1): {16: (128, 128, 4, 2), 32: (128, 128, 4, 2), 128: (128, 128, 8, 2)},
+    # The interpreter's time is per block, whatever its size.
+    ("interpreter", 1): dict.fromkeys((16, 32, 128), (256, 128, 4, 2)),
+    ("interpreter", 2): dict.fromkeys((16, 32, 128), (256, 128, 4, 2)),
+    ("interpreter", 4): dict.fromkeys((16, 32, 128), (256, 128, 4, 2)),
 }
+# Gate and up of each column are two sums.  Beyond 64 columns they and the epilogue's addresses spill; here, a little,
+# after the last step: 330 us where 64 columns took 373 (T=32,768 of Sigma-MoE-Tiny).
+PAIRS = {("sm_90", 2, 128): 128}
 
 # The weight gradient sums over an expert's rows: (architecture, bytes) -> rows of the result, columns, warps, stages.
 OUTER: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("sm_80", 2): (128, 128, 8, 3),
-    ("sm_90", 2): (128, 128, 8, 3),
+    ("sm_90", 2): (128, 128, 4, 2),
     ("sm_100", 2): (128, 128, 8, 3),
     ("gfx942", 2): (128, 128, 4, 2),
     ("gfx950", 2): (128, 128, 4, 2),
@@ -89,29 +91,21 @@ OUTER: dict[tuple[str, int], tuple[int, int, int, int]] = {
 }
 
 
-def row_tiles(
-    N: int, K: int, R: int, E: int, dtype: torch.dtype, device: torch.device, tallest: int = 128
-) -> list[Tile]:
-    """The launches of a GEMM of R rows, grouped by E experts, with N columns summed over K."""
-    wanted = next(rows for most, rows in BUCKETS if most * E >= R)
-    heights = sorted({min(rows, tallest) for rows in wanted})
-    found, least = [], 0
+def row_tile(
+    N: int, K: int, R: int, E: int, dtype: torch.dtype, device: torch.device, is_pair: bool = False
+) -> Tile:
+    """That of a GEMM of R rows, grouped by E experts, with N columns summed over K, or N pairs of columns."""
+    height = next(rows for most, rows in HEIGHTS if most * E >= R)
+    return _row_tile(N, K, height, dtype, architecture(device), is_pair)
+
+
+@cache
+def _row_tile(N: int, K: int, height: int, dtype: torch.dtype, name: str, is_pair: bool) -> Tile:
+    columns, depth, warps, stages = TABLE[name, dtype.itemsize][height]
+    if is_pair:
+        columns = min(columns // 2, PAIRS.get((name, dtype.itemsize, height), 64))
     shallowest = 32 if dtype.itemsize == 1 else 16
-    for rows in heights:
-        columns, depth, warps, stages = TABLE[architecture(device), dtype.itemsize][rows]
-        most = UNLIMITED if rows == heights[-1] else rows
-        tile = Tile(rows, fitted(columns, N), fitted(depth, K, shallowest), warps, stages, least, most)
-        found += [tile] if least < R else []
-        least = most
-    return found
-
-
-def fused(tile: Tile) -> Tile:
-    """The tile of a kernel that has gate and up of each column: two sums, or one and both to take its gradient by.
-
-    Beyond 64 columns they and the addresses that the epilogue holds spill (docs/log.md has the figures).
-    """
-    return replace(tile, columns=max(16, min(tile.columns // 2, 64)))
+    return Tile(height, fitted(columns, N), fitted(depth, K, shallowest), warps, stages)
 
 
 def outer_tile(A: int, B: int, R: int, E: int, dtype: torch.dtype, device: torch.device) -> Tile:
@@ -123,7 +117,16 @@ def outer_tile(A: int, B: int, R: int, E: int, dtype: torch.dtype, device: torch
 
 def fitted(block: int, size: int, least: int = 16) -> int:
     """`block`, or less where that covers `size`; matrix units take no less than 16, and 32 of fp8's depth."""
-    return max(least, min(block, triton.next_power_of_2(size)))
+    return max(least, min(block, power_of_2(size)))
+
+
+def power_of_2(size: int) -> int:
+    """The least that is not below size >= 1, as Triton's own, which takes microseconds."""
+    return 1 << (size - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def lines(width: int, device: torch.device) -> int:
