@@ -45,7 +45,9 @@ MIXTRAL = Shape("mixtral-tp8", E=8, k=2, H=4096, I=1792, T=512)  # one rank of 8
 DEEPSEEK_V3 = Shape("deepseek-v3-ep32", E=8, k=1, H=7168, I=2048, T=512)  # one rank of 32: 8 of 256 experts
 
 # Tokens of a training step, which are a GPU's to compute: there FLOPs bound the layer, not the weights' bytes.
-STEPS = [replace(s, name=f"{s.name}-step", T=T) for s, T in ((SIGMA_MOE_TINY, 32_768), (QWEN3_30B_A3B, 16_384))]
+STEPS = [
+    replace(s, name=f"{s.name}-step", T=T) for s, T in ((SIGMA_MOE_TINY, 32_768), (QWEN3_30B_A3B, 16_384))
+]
 
 LAYERS = [A, SIGMA_MOE_TINY, QWEN3_30B_A3B, OLMOE, SWITCH, MIXTRAL, DEEPSEEK_V3, *STEPS]
 DECODE = [replace(A, name="decode", T=T, k=k) for k in (1, 8) for T in (1, 16)]

@@ -180,10 +180,11 @@ def page(tables: dict[Cell, list[tuple[tuple[str, ...], bool]]], command: Sequen
         "H=1024, I=512, k=1 and T = 512, 2,048, 8,192 and 65,536, and k=8 with T=8,192: sizes divisible by 16, without "
         "which loads are narrow.",
         "",
-        "A kernel is good if it spills no register, or as few as were seen to pay on a GPU, its shared memory fits, its "
-        "product runs on the matrix units (f32 on NVIDIA: on the scalar ones, as torch asks unless TF32 is allowed) and "
-        "its operands are loaded by 4 bytes or more. Registers, spills and instructions are read from SASS or AMD's "
-        "assembly. Occupancy: warps that registers and shared memory let a processor hold, of the most it can.",
+        "A kernel is good if it spills no register, or as few as were seen to pay on a GPU, its shared memory fits, "
+        "its product runs on the matrix units (f32 on NVIDIA: on the scalar ones, as torch asks unless TF32 is "
+        "allowed) and its operands are loaded by 4 bytes or more. Registers, spills and instructions are read from "
+        "SASS or AMD's assembly. Occupancy: warps that registers and shared memory let a processor hold, of the most "
+        "it can.",
     ]
     for architecture, gpu in GPUS.items():
         parts += [
