@@ -174,12 +174,26 @@ class TrainConfig(_Section):
     dtype: Literal["f32", "bf16"] = "f32"  # of matrix products; weights and moments of Adam are f32 in both
 
 
+class GuardConfig(_Section):
+    """What is done about a step that is not fit to be learned from; `guard.py` says how it is told."""
+
+    on_nonfinite: Literal["stop", "skip", "rollback", "lower_rate"] = "stop"
+    on_spike: Literal["keep", "stop", "skip", "rollback", "lower_rate"] = (
+        "keep"  # keep: it is written down alone
+    )
+    spike: Positive = 10.0  # robust deviations above the median of what was seen
+    window: Count = 100  # steps that are remembered
+    most: Whole = 20  # steps that are left out; the next ends the run
+    lower_by: OpenShare = 0.5
+
+
 class Config(_Section):
     model: ModelConfig = ModelConfig()
     router: RouterConfig = RouterConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    guard: GuardConfig = GuardConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

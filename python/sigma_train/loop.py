@@ -29,19 +29,21 @@ from sigma_train.checkpoint import (
 )
 from sigma_train.config import Config, ConfigError, shaping_settings
 from sigma_train.dataset import PreparedData, TokenDataset, prepare
-from sigma_train.errors import Failure
 from sigma_train.files import write_text
 from sigma_train.generate import generate
+from sigma_train.guard import Diverged, Guard
 from sigma_train.metrics import Metrics, busiest
 from sigma_train.model import LanguageModel, precision
 from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
-from sigma_train.parallel import average_expert_gradients, load_optimizer, spread, whole_state
+from sigma_train.parallel import (
+    average_expert_gradients,
+    load_model,
+    load_optimizer,
+    spread,
+    whole_state,
+)
 from sigma_train.progress import RunLine
 from sigma_train.ranks import Ranks
-
-
-class Diverged(Failure):
-    """The loss or its gradient is no longer a number; one sentence."""
 
 
 class Trainer:
@@ -66,6 +68,7 @@ class Trainer:
         torch.set_num_threads(config.train.threads or torch.get_num_threads())
         torch.manual_seed(config.train.seed)
         self.data: PreparedData = prepare(config)
+        self.guard = Guard(config.guard)
         self.model = LanguageModel(config)
         checkpoint = self._resume(latest) if latest else None
         spread(self.model, ranks)
@@ -93,6 +96,8 @@ class Trainer:
         load_weights(self.model, checkpoint, path)
         self.step = self._saved = checkpoint.step
         self.tokens_seen = checkpoint.extra["tokens_seen"]
+        if "guard" in checkpoint.extra:  # of a program that had one
+            self.guard.load(checkpoint.extra["guard"])
         self.console.print(f"resumed {path} at step {self.step}")
         return checkpoint
 
@@ -106,13 +111,16 @@ class Trainer:
 
         A signal before the first step meets the handlers of before: there is nothing to save.
         """
-        with contextlib.closing(self.metrics) if self.metrics else contextlib.nullcontext():
+        try:
             is_sparse, is_finished = bool(self.model.moe_layers()), self.step >= self.config.train.steps
             dense = None
             if is_sparse and not is_finished:
                 (dense,) = self.ranks.summed(dense_tokens_per_s(self.config))
             with self.line, self._signals_stop():
                 self._run(dense)
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
 
     @contextlib.contextmanager
     def _signals_stop(self) -> Iterator[None]:
@@ -136,6 +144,9 @@ class Trainer:
                 self.line.say(f"time budget of {t.time_budget_s:g} s is spent")
                 break
             row = self._train_step()
+            if row is None:  # the run has gone back
+                last_log, last_tokens = time.monotonic(), self.tokens_seen
+                continue
             self.step += 1
             self.line.advance(self.step)
             if self.step % t.log_every == 0 or self.step == t.steps:
@@ -143,7 +154,8 @@ class Trainer:
                 speed = row["tokens_per_s"] = (self.tokens_seen - last_tokens) / (now - last_log)
                 share = row["share_of_dense"] = speed / dense if dense else None
                 load = busiest(row["load"]) if "load" in row else None
-                self.line.update(self.step, row["loss"], speed, share, load)
+                if "loss" in row:
+                    self.line.update(self.step, row["loss"], speed, share, load)
                 last_log, last_tokens = now, self.tokens_seen
             self._record(**row)
             pause = time.monotonic()  # validation, samples and checkpoints are no part of tokens a second
@@ -167,11 +179,36 @@ class Trainer:
     def _on_signal(self, *_: Any) -> None:
         self._stop = True
 
-    def _train_step(self) -> dict[str, Any]:
-        t, o = self.config.train, self.config.optim
-        rate = learning_rate(self.step, self.config)
+    def _train_step(self) -> dict[str, Any] | None:
+        """One step, or what is done in its place; its row of the metrics, None where the run has gone back."""
+        if self.step in self.guard.passed_over:
+            return {"guard": "left out"}
+        rate = learning_rate(self.step, self.config) * self.guard.rate_scale
         set_learning_rate(self.optimizer, rate)
-        loss_sum, counts = 0.0, []
+        loss, norm, counts = self._gradients()
+        row = {"loss": loss, "grad_norm": norm, "lr": rate}
+        if trouble := self.guard.trouble(loss, norm):
+            policy, told = trouble
+            if policy != "keep":
+                return self._meet(policy, told)
+            self.guard.accept(loss, norm)
+            self.line.say(f"step {self.step + 1:5d}  {told}", style="yellow")
+            row["guard"] = f"kept: {told}"
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        t = self.config.train
+        self.tokens_seen += t.grad_accum * t.batch_size * t.seq_len * self.ranks.size
+        if self.config.router.balance == "bias":
+            for moe, layer in zip(self.model.moe_layers(), counts, strict=True):
+                sk_nn.update_expert_bias(moe.router, layer, self.config.router.bias_rate)
+        row["tokens"] = self.tokens_seen
+        if counts:
+            row["load"] = [layer.tolist() for layer in counts]
+        return row
+
+    def _gradients(self) -> tuple[float, float, list[Tensor]]:
+        """Loss, norm of the gradient, which is cut, and each layer's counts, all over the ranks."""
+        t, loss_sum, counts = self.config.train, 0.0, []
         for micro in range(t.grad_accum):
             inputs, targets = self.data.train.batch(
                 self.step * t.grad_accum + micro,
@@ -187,30 +224,46 @@ class Trainer:
             counts.append([moe.last_routing.counts for moe in self.model.moe_layers()])
             ((loss + self._balance_loss()) / t.grad_accum).backward()
             loss_sum += loss.item()
-            self.tokens_seen += inputs.numel() * self.ranks.size
         average_expert_gradients(self.model, self.ranks)
-        norm = clip(self.model, o.grad_clip)
-        loss_sum = self.ranks.summed(loss_sum)[0] / self.ranks.size
-        if not (math.isfinite(loss_sum) and math.isfinite(norm)):  # one such step would spoil every weight
-            raise Diverged(
-                f"step {self.step + 1}: loss {loss_sum / t.grad_accum}, gradient norm {norm}; no checkpoint "
-                "holds this step, and a resumed run would meet it again: start anew with a lower optim.lr"
-            )
-        self.optimizer.step()
+        norm = clip(self.model, self.config.optim.grad_clip)
+        (loss_sum,) = self.ranks.summed(loss_sum)
+        layers = [sk_nn.global_counts(sum(layer)) for layer in zip(*counts, strict=True)]
+        return loss_sum / self.ranks.size / t.grad_accum, norm, layers
+
+    def _meet(self, policy: str, told: str) -> dict[str, Any] | None:
+        """Leave the step out, as the policy says; the gradients, which are not fit, are dropped."""
+        self.guard.meet(policy, self.step, told)
         self.optimizer.zero_grad(set_to_none=True)
-        layer_counts = [sk_nn.global_counts(sum(layer)) for layer in zip(*counts, strict=True)]
-        if self.config.router.balance == "bias":
-            for moe, layer in zip(self.model.moe_layers(), layer_counts, strict=True):
-                sk_nn.update_expert_bias(moe.router, layer, self.config.router.bias_rate)
-        row = {
-            "loss": loss_sum / t.grad_accum,
-            "grad_norm": norm,
-            "lr": rate,
-            "tokens": self.tokens_seen,
-        }
-        if layer_counts:
-            row["load"] = [layer.tolist() for layer in layer_counts]
-        return row
+        text = f"{policy}: step {self.step + 1} is left out, {told}"
+        if policy == "rollback":
+            text += f"; back from step {self.step} to {self._roll_back()}"
+        self.line.say(text, style="yellow")
+        if policy != "rollback":
+            return {"guard": text}
+        self._record(guard=text)
+        return None
+
+    def _roll_back(self) -> int:
+        """Weights and optimizer of the newest checkpoint, whose step is the answer; what the guard has met stays.
+
+        Raises: Diverged if there is no checkpoint.
+        """
+        path = self.ranks.first(latest_checkpoint(self.checkpoints) if self.ranks.is_first else None)
+        if path is None:
+            raise Diverged(
+                f"step {self.step + 1}: there is no checkpoint to go back to; train.save_every is larger"
+            )
+        checkpoint = load_checkpoint(path)
+        load_model(self.model, checkpoint.model_state)
+        self.optimizer = make_optimizer(self.model, self.config.optim)
+        load_optimizer(self.model, self.optimizer, checkpoint.optim_state)
+        self.step = self._saved = checkpoint.step
+        self.tokens_seen = checkpoint.extra["tokens_seen"]
+        if self.metrics is not None:
+            self.metrics.close()
+            self.metrics = Metrics(self.out, self.step)
+        self.line.advance(self.step)
+        return self.step
 
     def _balance_loss(self) -> Tensor | float:
         r = self.config.router
@@ -244,6 +297,7 @@ class Trainer:
             "settings": self._settings(),
             "corpus_digest": self.data.stats["corpus_digest"],
             "tokens_seen": self.tokens_seen,
+            "guard": self.guard.state(),
         }
         state = whole_state(self.model, self.optimizer)
         if self.ranks.is_first:

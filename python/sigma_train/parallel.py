@@ -1,5 +1,6 @@
 """A model over the ranks of a mesh: experts by rank, everything else sharded by FSDP2, and its whole state again."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
@@ -66,6 +68,11 @@ def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tenso
         {name: x for name, x in weights.items() if name in names},
         get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {},
     )
+
+
+def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """What `whole_state` gave, on every rank, into a model that is spread; each keeps its part."""
+    set_model_state_dict(model, state, options=replace(WHOLE, strict=False))  # a tied tensor stands once
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
