@@ -138,6 +138,7 @@ def document(*races):
 
 
 def test_the_page_names_command_environment_and_ratios(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("MALLOC_TOP_PAD_", "7")
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     race = a_race(

@@ -27,7 +27,7 @@ def losses(run: Path) -> dict[int, float]:
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, dtype):
     """Defends: state missing from the checkpoint; weights rounded in it; a step that stands twice in the metrics."""
-    args = ["train", "--preset", "smoke", "--steps", "60", "--dtype", dtype]
+    args = ["train", "--preset", "smoke", "--steps", "40", "--dtype", dtype]
     whole = sigma(*args, "--out", str(tmp_path / "whole"), env=cache)
     assert whole.returncode == 0, whole.stderr
     command = [*SIGMA, *args, "--out", str(tmp_path / "cut")]
@@ -38,14 +38,14 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, dtype):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 20 <= max(losses(tmp_path / "cut")) < 60, "the kill came after the work was done"
+    assert 20 <= max(losses(tmp_path / "cut")) < 40, "the kill came after the work was done"
     again = sigma(*args, "--out", str(tmp_path / "cut"), "--resume", env=cache)
     assert again.returncode == 0, again.stderr
     assert "resumed" in again.stdout
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    assert len(losses(tmp_path / "cut")) == 60
+    assert len(losses(tmp_path / "cut")) == 40
     ends = [
-        tmp_path / name / "checkpoints" / "step-00000060" / "model.safetensors" for name in ("cut", "whole")
+        tmp_path / name / "checkpoints" / "step-00000040" / "model.safetensors" for name in ("cut", "whole")
     ]
     assert ends[0].read_bytes() == ends[1].read_bytes()
     for name in ("report.html", "loss.png", "throughput.png", "expert-load.png"):

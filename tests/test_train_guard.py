@@ -29,16 +29,16 @@ def poison(
     monkeypatch: pytest.MonkeyPatch, trainer: loop.Trainer, step: int, factor: float, times: int = 1
 ) -> None:
     """Multiply the gradients of a step, so many times that it is computed."""
-    left, average = [times], loop.average_expert_gradients
+    left, clip = [times], loop.clip
 
-    def hurt(model, ranks):
-        average(model, ranks)
+    def hurt(model, most):
         if trainer.step == step and left[0]:
             left[0] -= 1
             for p in model.parameters():
                 p.grad.mul_(factor)
+        return clip(model, most)
 
-    monkeypatch.setattr(loop, "average_expert_gradients", hurt)
+    monkeypatch.setattr(loop, "clip", hurt)
 
 
 def weights(trainer: loop.Trainer) -> list[torch.Tensor]:
@@ -94,14 +94,14 @@ def test_a_run_that_left_a_step_out_resumes_as_if_it_had_not_ended(make_trainer,
 def test_a_step_that_never_gets_better_ends_the_run(make_trainer, monkeypatch):  # noqa: F811
     """Defends: a run that goes back for ever."""
     trainer = make_trainer("run", *EIGHT, "guard.on_nonfinite=rollback", "guard.most=2")
-    average = loop.average_expert_gradients
+    clip = loop.clip
 
-    def hurt(model, ranks):
-        average(model, ranks)
+    def hurt(model, most):
         if trainer.step >= 4:
             next(model.parameters()).grad.fill_(math.nan)
+        return clip(model, most)
 
-    monkeypatch.setattr(loop, "average_expert_gradients", hurt)
+    monkeypatch.setattr(loop, "clip", hurt)
     with pytest.raises(
         Diverged, match=r"^step 7: .*; 2 steps were left out before, guard.most allows no more$"
     ):
@@ -151,15 +151,15 @@ def test_a_number_that_one_rank_lacks_is_met_by_all(cache, tmp_path):
     """Defends: ranks of which one goes back and the others wait for it; experts and shards not gone back on."""
     faulty = tmp_path / "faulty.py"
     faulty.write_text(
-        "import math, torch.distributed as dist, sigma_train.loop as loop, sigma_cli\n"
-        "average, calls = loop.average_expert_gradients, [0]\n"
-        "def hurt(model, ranks):\n"
-        "    average(model, ranks)\n"
+        "import math, os, sigma_train.loop as loop, sigma_cli\n"
+        "clip, calls = loop.clip, [0]\n"
+        "def hurt(model, most):\n"
         "    calls[0] += 1\n"
-        "    if calls[0] == 6 and ranks.rank == 1:\n"
+        "    if calls[0] == 6 and os.environ['RANK'] == '1':\n"
         "        experts = model.moe_layers()[0].experts\n"
         "        next(experts.parameters()).grad.mul_(math.nan)\n"
-        "loop.average_expert_gradients = hurt\n"
+        "    return clip(model, most)\n"
+        "loop.clip = hurt\n"
         "sigma_cli.main()\n"
     )
     out, common = tmp_path / "run", ["--preset", "smoke", "--steps", "8", "--set", "train.save_every=3"]

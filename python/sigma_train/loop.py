@@ -8,14 +8,15 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sigma_kernels import _C
 from sigma_kernels import nn as sk_nn
@@ -35,13 +36,6 @@ from sigma_train.guard import Diverged, Guard
 from sigma_train.metrics import Metrics, busiest
 from sigma_train.model import LanguageModel, precision
 from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
-from sigma_train.parallel import (
-    average_expert_gradients,
-    load_model,
-    load_optimizer,
-    spread,
-    whole_state,
-)
 from sigma_train.progress import RunLine
 from sigma_train.ranks import Ranks
 
@@ -71,10 +65,11 @@ class Trainer:
         self.guard = Guard(config.guard)
         self.model = LanguageModel(config)
         checkpoint = self._resume(latest) if latest else None
-        spread(self.model, ranks)
+        if ranks.size > 1:
+            parallel().spread(self.model, ranks)
         self.optimizer = make_optimizer(self.model, config.optim)
         if checkpoint is not None:
-            load_optimizer(self.model, self.optimizer, checkpoint.optim_state)
+            parallel().load_optimizer(self.model, self.optimizer, checkpoint.optim_state)
         if ranks.is_first:
             write_text(self.out / "config.toml", config.to_toml())
             self.data.tokenizer.save(self.out / "tokenizer.json")
@@ -224,7 +219,8 @@ class Trainer:
             counts.append([moe.last_routing.counts for moe in self.model.moe_layers()])
             ((loss + self._balance_loss()) / t.grad_accum).backward()
             loss_sum += loss.item()
-        average_expert_gradients(self.model, self.ranks)
+        if self.ranks.size > 1:
+            parallel().average_expert_gradients(self.model, self.ranks)
         norm = clip(self.model, self.config.optim.grad_clip)
         (loss_sum,) = self.ranks.summed(loss_sum)
         layers = [sk_nn.global_counts(sum(layer)) for layer in zip(*counts, strict=True)]
@@ -254,9 +250,9 @@ class Trainer:
                 f"step {self.step + 1}: there is no checkpoint to go back to; train.save_every is larger"
             )
         checkpoint = load_checkpoint(path)
-        load_model(self.model, checkpoint.model_state)
+        parallel().load_model(self.model, checkpoint.model_state)
         self.optimizer = make_optimizer(self.model, self.config.optim)
-        load_optimizer(self.model, self.optimizer, checkpoint.optim_state)
+        parallel().load_optimizer(self.model, self.optimizer, checkpoint.optim_state)
         self.step = self._saved = checkpoint.step
         self.tokens_seen = checkpoint.extra["tokens_seen"]
         if self.metrics is not None:
@@ -299,16 +295,22 @@ class Trainer:
             "tokens_seen": self.tokens_seen,
             "guard": self.guard.state(),
         }
-        state = whole_state(self.model, self.optimizer)
+        state = parallel().whole_state(self.model, self.optimizer)
         if self.ranks.is_first:
             save_checkpoint(self.checkpoints, self.step, *state, extra, self.config.train.keep)
         self._saved = self.step
 
 
+def parallel() -> ModuleType:
+    """sigma_train.parallel, whose FSDP and DTensor take a second to import: not for a run that is refused."""
+    return import_module("sigma_train.parallel")
+
+
 def clip(model: LanguageModel, most: float) -> float:
     """The norm of all gradients, over all ranks, to which they are cut where it is above `most`."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most, foreach=True)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    whole = getattr(norm, "full_tensor", None)  # of a DTensor
+    return (whole() if whole else norm).item()
 
 
 @torch.no_grad()

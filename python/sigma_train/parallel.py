@@ -25,12 +25,10 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def spread(model: LanguageModel, ranks: Ranks) -> None:
-    """Leave on each rank its part of a model that all have whole and the same.
+    """Leave on each of several ranks its part of a model that all have whole and the same.
 
     Raises: ConfigError if the experts cannot be shared out evenly.
     """
-    if ranks.mesh is None:
-        return
     for block in model.layers:
         if not isinstance(block.mlp, MoE):
             continue
@@ -52,7 +50,7 @@ def expert_parameters(model: LanguageModel) -> list[nn.Parameter]:
 def average_expert_gradients(model: LanguageModel, ranks: Ranks) -> None:
     """Of the mean loss over ranks, as FSDP has made the others; these are of the sum."""
     grads = [p.grad for p in expert_parameters(model) if p.grad is not None]
-    if ranks.size > 1 and grads:
+    if grads:
         torch._foreach_mul_(grads, 1 / ranks.size)
 
 
