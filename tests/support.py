@@ -3,7 +3,9 @@
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import forked
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -54,9 +56,16 @@ def balance_rank(rank: int, path: str, logits: torch.Tensor, want: list[float]) 
 SIGMA = [sys.executable, "-P", "-c", "import sigma_cli; sigma_cli.main()"]
 
 
-def sigma(*args: str, env: dict[str, str], **kwargs) -> subprocess.CompletedProcess[str]:
-    """Run the program `sigma`."""
-    return subprocess.run([*SIGMA, *args], env=env, capture_output=True, text=True, check=False, **kwargs)
+def sigma(
+    *args: str, env: dict[str, str], cwd: Path | None = None, **kwargs
+) -> subprocess.CompletedProcess[str]:
+    """Run the program `sigma` to its end."""
+    result = None if kwargs else forked.run(args, env, cwd)
+    if result is not None:
+        return result
+    return subprocess.run(
+        [*SIGMA, *args], env=env, cwd=cwd, capture_output=True, text=True, check=False, **kwargs
+    )
 
 
 def assert_one_sentence(result: subprocess.CompletedProcess[str], code: int, message: str) -> None:

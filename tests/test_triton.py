@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: test_triton_*.py in Triton's interpreter, each file in a process of its own.
+"""The Triton kernels without a GPU: test_triton_*.py in Triton's interpreter, in processes of their own.
 
 The interpreter is chosen before triton is imported, and for a whole process: torch.compile, in other tests of this one,
 would meet it as well.  One file alone: TRITON_INTERPRET=1 pytest tests/test_triton_route.py
@@ -18,11 +18,16 @@ import sigma_kernels as sk
 from sigma_kernels.ops import triton_rows
 
 FILES = sorted(Path(__file__).parent.glob("test_triton_*.py"))
+SHARES = [  # of about the same time
+    [file for file in FILES if "experts" in file.stem],
+    [file for file in FILES if "gemm" in file.stem or "fp8" in file.stem],
+    [file for file in FILES if not any(name in file.stem for name in ("experts", "gemm", "fp8"))],
+]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_in_the_interpreter(file):
-    command = [sys.executable, "-P", "-m", "pytest", "-q", file]
+@pytest.mark.parametrize("files", SHARES, ids=lambda files: files[0].stem)
+def test_in_the_interpreter(files):
+    command = [sys.executable, "-P", "-m", "pytest", "-q", *files]
     result = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

@@ -22,7 +22,9 @@ SHAPES = [  # T, H, I, E, k
     (200, 96, 129, 4, 2),
 ]
 WIDE = [(shape, torch.float32) for shape in SHAPES]
-NARROW = [(shape, dtype) for shape in SHAPES if shape[0] in (1, 7, 150) for dtype in DTYPES[1:]]
+NARROW = [(shape, torch.bfloat16) for shape in SHAPES if shape[0] in (1, 7, 150)] + [
+    (SHAPES[4], torch.float16)
+]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -50,8 +52,7 @@ def test_moe_experts_at_a_larger_size(backend):
     check_experts(inputs, torch.float32)
 
 
-@every_dtype
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("k, dtype", [(1, torch.float32), (1, torch.float16), (2, torch.bfloat16)], ids=str)
 def test_all_tokens_on_one_expert(backend, k, dtype):
     """Defends: the launch for crowded experts; 15 experts without a row get a zero gradient."""
     inputs = experts_inputs(260, 64, 48, 16, k)
