@@ -56,7 +56,7 @@ def test_moe_experts_equals_reference(backend, shape):
 
 def test_moe_experts_at_a_real_size():
     """Defends: what only large blocks reach: row chunks, panels, prefetch past the end, parallel schedules."""
-    check_experts(experts_inputs(2048, 512, 256, 96, 1))
+    check_experts(experts_inputs(1024, 512, 256, 48, 1))
 
 
 @pytest.mark.parametrize("k", [1, 2])
