@@ -1,23 +1,29 @@
 """Steps that are not fit to be learned from: told, left out, gone back on; what remains is as if they had not been."""
 
+import dataclasses
 import json
 import math
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
-from sigma_train import loop
+from sigma_train import loop, selfcheck
 from sigma_train.checkpoint import latest_checkpoint, load_checkpoint
 from sigma_train.config import GuardConfig
 from sigma_train.guard import Diverged, Guard, spike
 from sigma_train.metrics import read_metrics
+from sigma_train.selfcheck import Corrupted
 from support import sigma
 from test_train_learning import make_trainer  # noqa: F401 - a fixture
 
+backends = import_module("sigma_kernels.backends")  # the package's attribute of that name is the function
 EIGHT = ("train.steps=8", "train.save_every=3", "train.eval_every=100")
 
 
@@ -164,6 +170,7 @@ def test_a_number_that_one_rank_lacks_is_met_by_all(cache, tmp_path):
     )
     out, common = tmp_path / "run", ["--preset", "smoke", "--steps", "8", "--set", "train.save_every=3"]
     common += ["--set", "guard.on_nonfinite=rollback", "--set", "train.rank_timeout_s=60"]
+    common += ["--set", "guard.check_every=2", "--set", "router.balance=bias"]
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
         [*torchrun, str(faulty), "train", *common, "--set", "train.batch_size=4", "--out", str(out)],
@@ -178,3 +185,80 @@ def test_a_number_that_one_rank_lacks_is_met_by_all(cache, tmp_path):
     assert sorted(got) == [1, 2, 3, 4, 5, 7, 8]
     assert all(abs(got[step] - want[step]) <= 1e-4 * want[step] for step in (1, 2, 3, 4, 5))
     assert all(abs(got[step] - want[step]) <= 0.05 * want[step] for step in (7, 8)), "one step fewer"
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_sound_machine_is_not_accused(make_trainer, dtype):  # noqa: F811
+    """Defends: a bound that the dtype exceeds; each expert of each layer has its turn."""
+    trainer = make_trainer(dtype, "train.steps=2", "guard.check_every=1", f"train.dtype={dtype}")
+    trainer.run()
+    for turn in range(2 * trainer.config.model.num_experts):
+        assert selfcheck.wrong_expert(trainer.model, trainer.config, turn, turn) is None
+
+
+@pytest.fixture
+def faulty() -> Iterator[Callable[[str, Callable], None]]:
+    """faulty(op, hurt): what the CPU's row of this operation gives goes through `hurt`."""
+    before = {}
+
+    def spoil(op: str, hurt: Callable) -> None:
+        before[op] = backends._tables[op]
+        (row,) = (row for row in before[op] if row.name == "cpu")
+        run = lambda *args, **kwargs: hurt(row.run(*args, **kwargs), *args)  # noqa: E731
+        backends.register_table(op, [dataclasses.replace(row, run=run)])
+
+    yield spoil
+    for op, rows_before in before.items():
+        backends.register_table(op, rows_before)
+
+
+def test_a_flipped_sign_in_one_experts_output_is_found(make_trainer, faulty):  # noqa: F811
+    def hurt(out, x, index, *rest):
+        out[(index == 3).any(1)] *= -1
+        return out
+
+    trainer = make_trainer("run", "train.steps=20", "guard.check_every=2", "train.save_every=2")
+    faulty("moe_experts_inference", hurt)
+    with pytest.raises(Corrupted, match=r"^step 12: rank 0: layer 0, expert 3: the output is off by "):
+        trainer.run()
+    assert load_checkpoint(latest_checkpoint(trainer.checkpoints)).step == 10
+
+
+@pytest.mark.parametrize("place, name", [(0, "of x"), (3, "of down"), (2, "of gate_up")])
+def test_a_wrong_number_in_a_gradient_is_found(make_trainer, faulty, place, name):  # noqa: F811
+    def hurt(grads, *_):
+        grads[place].view(-1)[7] += 0.1
+        return grads
+
+    trainer = make_trainer("run", "train.steps=4", "guard.check_every=4")
+    trainer.run()
+    faulty("moe_experts_backward", hurt)
+    assert f"{name} is off by " in selfcheck.wrong_expert(trainer.model, trainer.config, 0, 0)
+
+
+def test_a_weight_that_is_no_number_is_named(make_trainer, monkeypatch):  # noqa: F811
+    trainer = make_trainer("run", "train.steps=4", "guard.check_every=1")
+    record = trainer._record
+
+    def hurt(**row):
+        record(**row)
+        trainer.model.layers[1].mlp.router.weight.data[0, 0] = math.inf
+
+    monkeypatch.setattr(trainer, "_record", hurt)
+    with pytest.raises(
+        Corrupted, match=r"^step 1: rank 0: layers.1.mlp.router.weight holds what is no finite"
+    ):
+        trainer.run()
+
+
+def test_a_rank_that_holds_other_numbers_is_named(make_trainer, monkeypatch):  # noqa: F811
+    trainer = make_trainer("run", "router.balance=bias", "guard.check_every=1")
+
+    def gather(told, own):
+        told[:] = [own, (own[0], {**own[1], "layers.1.mlp.router.expert_bias": 7}), own]
+
+    monkeypatch.setattr(selfcheck.dist, "all_gather_object", gather)
+    with pytest.raises(
+        Corrupted, match=r"^step 3: rank 1 holds another layers.1.mlp.router.expert_bias than the"
+    ):
+        selfcheck.check(trainer.model, trainer.config, 3, SimpleNamespace(size=3))

@@ -185,6 +185,7 @@ class GuardConfig(_Section):
     window: Count = 100  # steps that are remembered
     most: Whole = 20  # steps that are left out; the next ends the run
     lower_by: OpenShare = 0.5
+    check_every: Whole = 0  # steps between checks for silent corruption; 0: never
 
 
 class Config(_Section):
@@ -231,6 +232,7 @@ class Config(_Section):
 # These change what a run reports, keeps or costs, never the numbers that it computes.
 _NOT_SHAPING = {
     "data": {"cache_dir"},
+    "guard": {"check_every"},
     "train": {
         *("eval_every", "eval_batches", "log_every", "save_every", "sample_every"),
         *("keep", "time_budget_s", "out", "threads", "rank_timeout_s"),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sigma_kernels import _C
 from sigma_kernels import nn as sk_nn
+from sigma_train import selfcheck
 from sigma_train.bound import dense_tokens_per_s
 from sigma_train.checkpoint import (
     Checkpoint,
@@ -153,7 +154,11 @@ class Trainer:
                     self.line.update(self.step, row["loss"], speed, share, load)
                 last_log, last_tokens = now, self.tokens_seen
             self._record(**row)
-            pause = time.monotonic()  # validation, samples and checkpoints are no part of tokens a second
+            pause = (
+                time.monotonic()
+            )  # checks, validation, samples and checkpoints are no part of tokens a second
+            if self.config.guard.check_every and self.step % self.config.guard.check_every == 0:
+                selfcheck.check(self.model, self.config, self.step, self.ranks)
             if self.step % t.eval_every == 0 or self.step == t.steps:
                 self._validate()
             if t.sample_every and self.step % t.sample_every == 0:
