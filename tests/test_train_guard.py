@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from sigma_train import loop, selfcheck
 from sigma_train.checkpoint import latest_checkpoint, load_checkpoint
-from sigma_train.config import GuardConfig
+from sigma_train.config import GuardConfig, load_config
 from sigma_train.guard import Diverged, Guard, spike
 from sigma_train.metrics import read_metrics
 from sigma_train.selfcheck import Corrupted
@@ -261,4 +261,72 @@ def test_a_rank_that_holds_other_numbers_is_named(make_trainer, monkeypatch):  #
     with pytest.raises(
         Corrupted, match=r"^step 3: rank 1 holds another layers.1.mlp.router.expert_bias than the"
     ):
-        selfcheck.check(trainer.model, trainer.config, 3, SimpleNamespace(size=3))
+        selfcheck.check(trainer.model, trainer.config, 3, SimpleNamespace(size=3, rank=0))
+
+
+def test_the_ranks_that_disagree_are_not_named_where_none_is_in_the_majority(make_trainer, monkeypatch):  # noqa: F811
+    trainer = make_trainer("run", "router.balance=bias", "guard.check_every=1")
+
+    def gather(told, own):
+        told[:] = [(own[0], {**own[1], "layers.1.mlp.router.expert_bias": 7}), own]
+
+    monkeypatch.setattr(selfcheck.dist, "all_gather_object", gather)
+    with pytest.raises(
+        Corrupted, match=r"^step 3: the ranks hold different layers.1.mlp.router.expert_bias$"
+    ):
+        selfcheck.check(trainer.model, trainer.config, 3, SimpleNamespace(size=2, rank=0))
+
+
+def test_a_step_replayed_is_judged_as_it_was_the_first_time(make_trainer, monkeypatch):  # noqa: F811
+    """Defends: sound steps called spikes after a rollback, by what lower steps after them left in the history."""
+    settings = (
+        "train.steps=60",
+        "train.save_every=25",
+        "train.eval_every=100",
+        "guard.on_nonfinite=rollback",
+    )
+    trainer = make_trainer("run", *settings, "guard.on_spike=rollback")
+    poison(monkeypatch, trainer, 48, math.nan)
+    trainer.run()
+    other = make_trainer("other", *settings)
+    other.guard.passed_over = {48}
+    other.run()
+    assert trainer.guard.passed_over == {48}
+    assert trainer.guard.state()["seen"] == other.guard.state()["seen"]
+
+
+def test_nothing_is_saved_that_was_not_checked(make_trainer, monkeypatch):  # noqa: F811
+    """Defends: a checkpoint between two checks with what the next check finds."""
+    trainer = make_trainer("run", *EIGHT, "guard.check_every=4", "guard.on_nonfinite=skip")
+    record = trainer._record
+
+    def hurt(**row):
+        record(**row)
+        if trainer.step == 5:
+            trainer.model.norm.weight.data[0] = math.inf
+
+    monkeypatch.setattr(trainer, "_record", hurt)
+    with pytest.raises(Corrupted, match=r"^step 6: rank 0: norm.weight holds what is no finite number"):
+        trainer.run()
+    assert load_checkpoint(latest_checkpoint(trainer.checkpoints)).step == 3
+
+
+def test_a_factor_in_bf16_is_found_and_a_dead_expert_is_not_accused(make_trainer, faulty):  # noqa: F811
+    trainer = make_trainer("run", "train.steps=4", "guard.check_every=4", "train.dtype=bf16")
+    with torch.no_grad():
+        for p in trainer.model.moe_layers()[0].experts.parameters():
+            p[0] = 0
+    assert selfcheck.wrong_expert(trainer.model, trainer.config, 0, 0) is None
+    faulty("moe_experts_inference", lambda out, *_: out * 1.15)
+    assert "the output is off by" in selfcheck.wrong_expert(trainer.model, trainer.config, 1, 0)
+
+
+def test_a_stopped_run_resumes_with_another_policy(make_trainer, monkeypatch):  # noqa: F811
+    stopped = make_trainer("run", *EIGHT)
+    poison(monkeypatch, stopped, 4, math.nan, times=2)
+    with pytest.raises(Diverged, match=r"resume with another guard.on_nonfinite or guard.on_spike"):
+        stopped.run()
+    config = load_config("smoke", None, [], stopped.config.model_dump() | {"guard": {"on_nonfinite": "skip"}})
+    again = loop.Trainer(config, Console(quiet=True), True)
+    again.run()
+    assert again.step == 8

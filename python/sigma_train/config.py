@@ -232,7 +232,7 @@ class Config(_Section):
 # These change what a run reports, keeps or costs, never the numbers that it computes.
 _NOT_SHAPING = {
     "data": {"cache_dir"},
-    "guard": {"check_every"},
+    "guard": {"check_every", "on_nonfinite", "on_spike", "most"},  # what they did is in a checkpoint
     "train": {
         *("eval_every", "eval_batches", "log_every", "save_every", "sample_every"),
         *("keep", "time_budget_s", "out", "threads", "rank_timeout_s"),

@@ -57,7 +57,8 @@ class Guard:
         Raises: Diverged where the policy is to stop, or where it would be the guard.most-th and one.
         """
         advice = (
-            "a resumed run would meet it again: start anew with a lower optim.lr, or set guard.on_nonfinite"
+            "a resumed run would meet it again: resume with another guard.on_nonfinite or guard.on_spike, "
+            "or start anew with a lower optim.lr"
         )
         if policy == "stop":
             raise Diverged(f"step {step + 1}: {told}; no checkpoint holds this step, and {advice}")
@@ -82,8 +83,14 @@ class Guard:
     def load(self, state: dict[str, Any]) -> None:
         self.rate_scale, self.met = state["rate_scale"], state["met"]
         self.passed_over = set(state["passed_over"])
-        for seen, values in zip(self._seen.values(), state["seen"], strict=True):
-            seen.extend(values)
+        self.rewind(state)
+
+    def rewind(self, state: dict[str, Any] | None) -> None:
+        """Have seen what this state has, or nothing, as weights go back to it; what was met stays."""
+        values = state["seen"] if state else [[] for _ in self._seen]
+        for seen, former in zip(self._seen.values(), values, strict=True):
+            seen.clear()
+            seen.extend(former)
 
 
 def spike(value: float, seen: deque[float]) -> float:

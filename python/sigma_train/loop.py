@@ -51,7 +51,7 @@ class Trainer:
         self.config, self.console, self.ranks = config, console, ranks
         self.out = Path(config.train.out)
         self.checkpoints = self.out / "checkpoints"
-        self.step, self.tokens_seen, self._saved, self._stop = 0, 0, -1, False
+        self.step, self.tokens_seen, self._saved, self._checked, self._stop = 0, 0, -1, -1, False
         _C.isa()  # a SIGMA_ISA that this processor has not, before anything is written
         has_any = ranks.is_first and self.checkpoints.is_dir()
         latest = ranks.first(latest_checkpoint(self.checkpoints) if has_any else None)
@@ -147,18 +147,19 @@ class Trainer:
             self.line.advance(self.step)
             if self.step % t.log_every == 0 or self.step == t.steps:
                 now = time.monotonic()
-                speed = row["tokens_per_s"] = (self.tokens_seen - last_tokens) / (now - last_log)
-                share = row["share_of_dense"] = speed / dense if dense else None
-                load = busiest(row["load"]) if "load" in row else None
-                if "loss" in row:
+                if self.tokens_seen > last_tokens and "loss" in row:
+                    speed = row["tokens_per_s"] = (self.tokens_seen - last_tokens) / (now - last_log)
+                    share = row["share_of_dense"] = speed / dense if dense else None
+                    load = busiest(row["load"]) if "load" in row else None
                     self.line.update(self.step, row["loss"], speed, share, load)
                 last_log, last_tokens = now, self.tokens_seen
             self._record(**row)
             pause = (
                 time.monotonic()
             )  # checks, validation, samples and checkpoints are no part of tokens a second
-            if self.config.guard.check_every and self.step % self.config.guard.check_every == 0:
-                selfcheck.check(self.model, self.config, self.step, self.ranks)
+            every = self.config.guard.check_every
+            if every and self.step % every == 0:
+                self._check()
             if self.step % t.eval_every == 0 or self.step == t.steps:
                 self._validate()
             if t.sample_every and self.step % t.sample_every == 0:
@@ -260,6 +261,7 @@ class Trainer:
         parallel().load_optimizer(self.model, self.optimizer, checkpoint.optim_state)
         self.step = self._saved = checkpoint.step
         self.tokens_seen = checkpoint.extra["tokens_seen"]
+        self.guard.rewind(checkpoint.extra.get("guard"))
         if self.metrics is not None:
             self.metrics.close()
             self.metrics = Metrics(self.out, self.step)
@@ -293,7 +295,14 @@ class Trainer:
         self.line.say(f"step {self.step:5d}  sample:")
         self.console.print(sample, markup=False, highlight=False)
 
+    def _check(self) -> None:
+        if self._checked != self.step:
+            selfcheck.check(self.model, self.config, self.step, self.ranks)
+        self._checked = self.step
+
     def _save(self) -> None:
+        if self.config.guard.check_every:
+            self._check()
         extra = {
             "settings": self._settings(),
             "corpus_digest": self.data.stats["corpus_digest"],

@@ -2,6 +2,7 @@
 
 import zlib
 from collections import Counter
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ def check(model: LanguageModel, config: Config, step: int, ranks: Ranks) -> None
     Raises: Corrupted, on all ranks alike.
     """
     turn = step // config.guard.check_every
-    wrong = wrong_expert(model, config, turn, step) or wrong_weight(model)
+    wrong = wrong_expert(model, config, turn, step, ranks.rank) or wrong_weight(model)
     held = {name: zlib.crc32(x.numpy().tobytes()) for name, x in model.named_buffers()}
     told = [(wrong, held)]
     if ranks.size > 1:
@@ -37,13 +38,15 @@ def check(model: LanguageModel, config: Config, step: int, ranks: Ranks) -> None
         if wrong:
             raise Corrupted(f"step {step}: rank {rank}: {wrong}; nothing of this step was saved")
     for name in held:
-        (usual, _), *others = Counter(each[name] for _, each in told).most_common()
+        (usual, count), *others = Counter(each[name] for _, each in told).most_common()
+        if others and count == others[0][1]:
+            raise Corrupted(f"step {step}: the ranks hold different {name}")
         if others:
             rank = next(r for r, (_, each) in enumerate(told) if each[name] != usual)
             raise Corrupted(f"step {step}: rank {rank} holds another {name} than the other ranks")
 
 
-def wrong_expert(model: LanguageModel, config: Config, turn: int, seed: int) -> str | None:
+def wrong_expert(model: LanguageModel, config: Config, turn: int, seed: int, rank: int = 0) -> str | None:
     """An expert of which forward or gradients are not those of the definition in f64, to what the dtype explains."""
     layers = model.moe_layers()
     if not layers:
@@ -60,16 +63,16 @@ def wrong_expert(model: LanguageModel, config: Config, turn: int, seed: int) -> 
     alone = [x, *(p[e : e + 1] for p in projections)]
     got = [among_all, *answers(sk.moe_experts, alone, weights, grad)]
     want = answers(reference.moe_experts, [t.double() for t in alone], weights.double(), grad.double())
-    terms = (
-        max(projections[1].shape[1:]) if dtype == torch.float32 else 16
-    )  # narrow types round their result alone
+    # Narrow types round their result alone.
+    terms = max(projections[1].shape[1:]) if dtype == torch.float32 else 1
     bound = 8 * torch.finfo(dtype).eps * terms**0.5
     names = ("output", "output", "gradient of x", "gradient of gate_up", "gradient of down")
     for name, g, w in zip(names, got, [want[0], *want], strict=True):
-        size = w.square().mean().sqrt() + w.abs()
+        size = (w.square().mean().sqrt() + w.abs()).clamp(min=1e-30)  # an expert may be dead
         off = ((g.double() - w).abs() / size).max().item()
         if not off <= bound:  # NaN neither
-            return f"layer {layer}, expert {e}: the {name} is off by {off:.1e} of its size, more than {bound:.1e}"
+            of_all = rank * projections[0].shape[0] + e
+            return f"layer {layer}, expert {of_all}: the {name} is off by {off:.1e} of its size, more than {bound:.1e}"
     return None
 
 
@@ -82,7 +85,7 @@ def answers(function, leaves: list[Tensor], weights: Tensor, grad: Tensor) -> li
 
 
 def wrong_weight(model: LanguageModel) -> str | None:
-    for name, p in model.named_parameters():
+    for name, p in chain(model.named_parameters(), model.named_buffers()):
         if not own(p.detach()).isfinite().all():
             return f"{name} holds what is no finite number"
     return None

@@ -82,7 +82,9 @@ def outer_of_tokens(
     R = (b if b_map is None else a).shape[0]
     tile = outer_tile(M, N, R, E, a.dtype, a.device)
     has_descriptor = has_tma(a.dtype, a.device) and N * out.itemsize % 16 == out.data_ptr() % 16 == 0
-    place = TensorDescriptor.from_tensor(out, [1, tile.rows, tile.columns]) if has_descriptor else out
+    place: Tensor | TensorDescriptor = out
+    if has_descriptor:  # by its own strides: of a dimension of one, contiguous or not, they may be any
+        place = TensorDescriptor(out, [E, M, N], [M * N, N, 1], [1, tile.rows, tile.columns])
     grouped_outer_kernel[(E * cdiv(M, tile.rows) * cdiv(N, tile.columns),)](
         a, b, offsets, a_map, b_map, place, M, N, top_k, a.stride(0), b.stride(0), ACCUMULATE=accumulate,
         TMA=has_descriptor, PRECISION=precision(a.dtype, a.device), **tile.options(),
