@@ -154,9 +154,8 @@ class Trainer:
                     self.line.update(self.step, row["loss"], speed, share, load)
                 last_log, last_tokens = now, self.tokens_seen
             self._record(**row)
-            pause = (
-                time.monotonic()
-            )  # checks, validation, samples and checkpoints are no part of tokens a second
+            # Checks, validation, samples and checkpoints are no part of tokens a second.
+            pause = time.monotonic()
             every = self.config.guard.check_every
             if every and self.step % every == 0:
                 self._check()
@@ -253,7 +252,7 @@ class Trainer:
         path = self.ranks.first(latest_checkpoint(self.checkpoints) if self.ranks.is_first else None)
         if path is None:
             raise Diverged(
-                f"step {self.step + 1}: there is no checkpoint to go back to; train.save_every is larger"
+                f"step {self.step + 1}: there is no checkpoint to go back to yet; lower train.save_every"
             )
         checkpoint = load_checkpoint(path)
         parallel().load_model(self.model, checkpoint.model_state)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import sigma_kernels as sk
 from sigma_kernels import reference
+from sigma_kernels.distributed.moe import local
 from sigma_train.config import Config
 from sigma_train.errors import Failure
 from sigma_train.model import LanguageModel
@@ -53,7 +54,7 @@ def wrong_expert(model: LanguageModel, config: Config, turn: int, seed: int, ran
         return None
     layer = turn % len(layers)
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    projections = [own(p.detach()).to(dtype) for p in layers[layer].experts.parameters()]
+    projections = [local(p.detach()).to(dtype) for p in layers[layer].experts.parameters()]
     e = turn // len(layers) % projections[0].shape[0]
     H = projections[1].shape[1]
     x, grad = torch.randn(2, ROWS, H, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -86,11 +87,6 @@ def answers(function, leaves: list[Tensor], weights: Tensor, grad: Tensor) -> li
 
 def wrong_weight(model: LanguageModel) -> str | None:
     for name, p in chain(model.named_parameters(), model.named_buffers()):
-        if not own(p.detach()).isfinite().all():
+        if not local(p.detach()).isfinite().all():
             return f"{name} holds what is no finite number"
     return None
-
-
-def own(p: Tensor) -> Tensor:
-    """What this rank holds of it."""
-    return p.to_local() if hasattr(p, "to_local") else p

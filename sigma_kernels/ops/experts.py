@@ -22,7 +22,6 @@ from sigma_kernels.ops.library import (
     check_shape,
     define,
     is_recorded,
-    keep_signature,
     once,
     risen,
     saturated,
@@ -154,7 +153,6 @@ class _Experts(torch.autograd.Function):
         )
 
 
-keep_signature(_Experts)
 _accumulates: ContextVar[bool] = ContextVar("accumulate_grad", default=False)
 
 

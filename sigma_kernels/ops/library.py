@@ -1,6 +1,5 @@
 """The torch library `sigma` and what every operation's file needs: registration, checks, native memory."""
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +61,6 @@ def differentiable(name: str, backward: Callable[..., Any], setup: Callable[...,
 
         setup_context = staticmethod(setup)
 
-    keep_signature(Differentiable)
     Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]
     Differentiable.__name__ = Differentiable.__qualname__ = name
 
@@ -71,11 +69,6 @@ def differentiable(name: str, backward: Callable[..., Any], setup: Callable[...,
         return op(*inputs) if is_bare else Differentiable.apply(*inputs)
 
     return call
-
-
-def keep_signature(function: type[torch.autograd.Function]) -> None:
-    """torch asks for forward's signature at each call, and parses it anew, 40 us, where none is kept."""
-    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
 
 
 class _Once(torch.autograd.Function):
