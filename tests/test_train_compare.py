@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from rich.console import Console
-from sigma_train.compare import compare, validation
+from sigma_train.compare import Runs, compare, page, validation
 from sigma_train.config import ConfigError
 from sigma_train.metrics import read_metrics
 
@@ -56,3 +56,13 @@ def test_settings_that_changed_are_not_mixed(tmp_path, tmp_path_factory):
     compare(["smoke"], 1, settings, tmp_path / "out", console)
     with pytest.raises(ConfigError, match="other settings"):
         compare(["smoke"], 1, [*settings, "optim.lr=1e-4"], tmp_path / "out", console)
+
+
+def test_runs_that_left_steps_out_are_not_said_to_have_seen_the_same():
+    def run(preset: str, tokens: int) -> Runs:
+        rows = [{"step": 1, "tokens": tokens, "val_bits_per_byte": 1.5}, {"step": 1, "tokens_per_s": 9.0}]
+        return Runs(preset, 10, 5, [rows])
+
+    assert "Validation after the same tokens, one seed;" in page([run("a", 2048), run("b", 2048)], 1)
+    told = page([run("a", 2048), run("b", 1024)], 1)
+    assert "Validation after 1,024 to 2,048 tokens, as steps were left out, one seed;" in told

@@ -142,8 +142,14 @@ def page(runs: list[Runs], seeds: int) -> str:
     table = ["| " + " | ".join(run.line) + " |" for run in runs]
     each = [f"- {run.preset}: {', '.join(f'{bits:.4f}' for bits in run.final)}" for run in runs]
     count = "one seed" if seeds == 1 else f"{seeds} seeds"
+    seen = {validation(rows)[-1][0] for run in runs for rows in run.rows}
+    after = (
+        "the same tokens"
+        if len(seen) == 1
+        else f"{min(seen):,} to {max(seen):,} tokens, as steps were left out"
+    )
     return "\n".join([
         f"# {' against '.join(run.preset for run in runs)}", "",
-        f"Validation after the same tokens, {count}; both curves in compare.png.", "",
+        f"Validation after {after}, {count}; both curves in compare.png.", "",
         *head, *table, "", "Bits per byte of each seed:", "", *each, "",
     ])  # fmt: skip
