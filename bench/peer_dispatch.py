@@ -25,6 +25,14 @@ def dispatch_in_torch(x: Tensor, index: Tensor, weights: Tensor, E: int) -> Tens
     return torch.zeros_like(x).index_add(0, slot // k, back * weights.reshape(-1)[slot, None])
 
 
+def answers(sent: sk.distributed.Dispatch) -> Tensor:
+    """Of experts that answer what they are asked, weighted as experts do where k > 1."""
+    if sent.routing.top_k == 1:
+        return sent.rows
+    is_here = sent.routing.indices < sent.routing.num_experts
+    return sent.rows * (sent.routing.weights * is_here).sum(1, keepdim=True)
+
+
 def calls_of(shape: shapes.Shape, backward: bool) -> Calls:
     """On each rank, with tokens of its own."""
     rank, P = dist.get_rank(), dist.get_world_size()
@@ -39,7 +47,7 @@ def calls_of(shape: shapes.Shape, backward: bool) -> Calls:
 
     def ours() -> Tensor:
         sent = sk.distributed.dispatch(x, sk.group_by_expert(index, shape.E, weights))
-        return sk.distributed.combine(sent.rows, sent)
+        return sk.distributed.combine(answers(sent), sent)
 
     def exchange() -> None:
         for _ in range(4 if backward else 2):

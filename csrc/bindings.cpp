@@ -55,7 +55,7 @@ void bind_experts_forward(py::module_& m, const std::string& suffix) {
                        Address offsets, Address row_map, Address weights, Address gate_up_proj,
                        int64_t gate_up_expert, int64_t gate_up_row, Address down_proj, int64_t down_expert,
                        int64_t down_row, Address gate_up, int threads, Address gate_up_scale,
-                       Address down_scale) {
+                       Address down_scale, Address row_of_slot) {
         return Experts<X, W>{.T = T,
                              .H = H,
                              .I = I,
@@ -75,7 +75,8 @@ void bind_experts_forward(py::module_& m, const std::string& suffix) {
                              .gate_up = at<float>(gate_up),
                              .threads = threads,
                              .gate_up_scale = at<float>(gate_up_scale),
-                             .down_scale = at<float>(down_scale)};
+                             .down_scale = at<float>(down_scale),
+                             .row_of_slot = at<int32_t>(row_of_slot)};
       }));
 
   m.def(("experts_inference" + suffix).c_str(),
@@ -287,7 +288,10 @@ PYBIND11_MODULE(_C, m) {
       "rises", [](Address offsets, int64_t E, int64_t R) { return rises(at<int32_t>(offsets), E, R); },
       no_gil());
 
-  m.def("wrong_row", [](Address row_map, int64_t R) { return wrong_row(at<int32_t>(row_map), R); }, no_gil());
+  m.def(
+      "wrong_row",
+      [](Address row_map, int64_t R, int64_t slots) { return wrong_row(at<int32_t>(row_map), R, slots); },
+      no_gil());
 
   m.def(
       "permute",

@@ -11,6 +11,7 @@ if find_spec("sigma_kernels._C") is None:
 from sigma_kernels import _C as _C
 from sigma_kernels import distributed, nn
 from sigma_kernels.backends import backend, backends
+from sigma_kernels.ops.capacity import limit_rows
 from sigma_kernels.ops.experts import accumulate_grad, moe_experts
 from sigma_kernels.ops.grouped_gemm import grouped_gemm
 from sigma_kernels.ops.library import empty_cache
@@ -32,6 +33,7 @@ __all__ = [
     "empty_cache",
     "group_by_expert",
     "grouped_gemm",
+    "limit_rows",
     "moe_experts",
     "moe_experts_fp8",
     "moe_experts_int8",

@@ -11,6 +11,7 @@ class Routing(NamedTuple):
 
     Slot s = t*k + j is the j-th choice of token t; row r is its place in expert order, R = T*k of both.
     Within an expert, rows keep the order of their slots, so the order is the same on every backend.
+    Where R < T*k, slots that row_map does not name are answered by no expert: they add nothing and have no gradient.
 
     Attributes:
         indices: [T, k] int32, the experts of each token, best first.

@@ -95,6 +95,53 @@ def order(rank: int, ranks: int) -> None:
     assert sent.routing.counts.tolist() == [local.count(0), local.count(1)]
 
 
+def visits(rank: int, ranks: int) -> None:
+    """A token goes to a rank once, with what its experts there need to know; absent choices go nowhere."""
+    E, H, T, k = 3 * ranks, 8, 30, 5
+    x = torch.randn(T, H)
+    routing = sk.route(torch.randn(T, E), k)
+    limited, _ = sk.limit_rows(routing, 4)
+    for each in (routing, limited):
+        goes_to = each.indices // 3
+        sent = dispatch(x, each)
+        want = [[t for t in range(T) if (goes_to[t] == p).any()] for p in range(ranks)]
+        assert sent.send == [len(tokens) for tokens in want], "a token was sent twice, or where nobody waits for it"
+        everyone = [None] * ranks
+        dist.all_gather_object(everyone, (x, each.indices, each.weights, want))
+        rows, choices = [], {}
+        for tokens, indices, weights, sends in everyone:
+            for t in sends[rank]:
+                mine = {e - 3 * rank: w for e, w in zip(indices[t].tolist(), weights[t].tolist(), strict=True)}
+                choices[len(rows)] = {e: w for e, w in mine.items() if 0 <= e < 3}
+                rows.append(tokens[t])
+        assert torch.equal(sent.rows, torch.stack(rows))
+        got = sent.routing
+        for r, want_of_row in choices.items():
+            pairs = zip(got.indices[r].tolist(), got.weights[r].tolist(), strict=True)
+            assert {e: w for e, w in pairs if e < 3} == want_of_row
+        assert got.row_map.shape[0] == sum(map(len, choices.values())) == got.counts.sum()
+
+
+def limited(rank: int, ranks: int) -> None:
+    """A layer that leaves choices out says the same on ranks as on one, each rank's tokens having their own limit."""
+    for k in (1, 2):
+        torch.manual_seed(k)
+        whole = sk.nn.MoE(24, 16, 2 * ranks, k, capacity_factor=0.7, drop="last")
+        part = ExpertParallelMoE.from_whole(whole)
+        everyone, x = tokens((20, 9, 0, 1), rank, 24, torch.float32)
+        outs = [whole(t) for t in everyone]
+        got = part(x)
+        assert_close(got, outs[rank], tolerance(torch.float32, 24))
+        outs_of_mine = whole(everyone[rank])
+        assert torch.equal(part.last_dropped, whole.last_dropped)
+        assert len(x) < 2 or part.last_dropped.sum() > 0
+        grad = torch.randn(x.shape)
+        (want,) = torch.autograd.grad(outs_of_mine, whole.router.weight, grad)
+        torch.autograd.backward(outs, [torch.zeros_like(o) if r != rank else grad for r, o in enumerate(outs)])
+        got.backward(grad)
+        assert_close(part.router.weight.grad, want, tolerance(torch.float32, 24))
+
+
 def group_of_two(rank: int, ranks: int) -> None:
     """Experts shared by pairs: a group that is not everyone, in which a rank has another place."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -137,4 +184,4 @@ def caught(kind: type[Exception], call: Callable[[], object]) -> str:
     raise AssertionError(f"no {kind.__name__}")
 
 
-CHECKS = {f.__name__: f for f in (layer, crowded, order, group_of_two, refused)}
+CHECKS = {f.__name__: f for f in (layer, crowded, order, visits, limited, group_of_two, refused)}

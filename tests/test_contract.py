@@ -56,7 +56,7 @@ def opcheck_cases():
         ),
         "group_by_expert": (index.int(), 3),
         "permute": (x, routing.row_map, 1),
-        "unpermute": (y, routing.row_map, weights, 1),
+        "unpermute": (y, routing.row_map, weights, 1, 5),
         "unpermute_backward": (torch.randn(5, 6), y.detach(), routing.row_map, weights.detach()),
         "grouped_gemm": (x, gate_up, OFFSETS, True),
         "grouped_outer": (torch.randn(5, 3), torch.randn(5, 4), OFFSETS),

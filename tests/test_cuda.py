@@ -132,7 +132,7 @@ def test_permute_and_unpermute(reseed, T, H, k, dtype):
     x, weights = torch.randn(T, H, dtype=dtype), torch.rand(T, k, dtype=dtype)
 
     def through(permute, unpermute):
-        return lambda x, w: unpermute(2 * permute(x, routing.row_map, k), routing.row_map, w, k)
+        return lambda x, w: unpermute(2 * permute(x, routing.row_map, k), routing.row_map, w, k, len(x))
 
     ops = torch.ops.sigma
     got = value_and_grads(through(ops.permute, ops.unpermute), [x, weights])

@@ -105,7 +105,7 @@ def test_permutations_at_real_sizes(backend, T, H, k, dtype):
     grad = torch.randn(T, H).to(dtype)
 
     def through(permute, unpermute):
-        return lambda x, w: unpermute(2 * permute(x, routing.row_map, k), routing.row_map, w, k)
+        return lambda x, w: unpermute(2 * permute(x, routing.row_map, k), routing.row_map, w, k, len(x))
 
     ops = torch.ops.sigma
     got = value_and_grads(through(ops.permute, ops.unpermute), [x, weights], grad)

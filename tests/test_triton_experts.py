@@ -3,6 +3,8 @@
 import pytest
 import torch
 from support import assert_close, tolerance, value_and_grads
+from test_ops_absent import SHAPES as SHAPES_ABSENT
+from test_ops_absent import check_absent
 from test_ops_experts import experts_inputs
 
 import sigma_kernels as sk
@@ -117,3 +119,9 @@ def test_only_the_sum_over_choices_is_rounded(backend):
     down[1] *= -1
     got = sk.moe_experts(x, torch.tensor([[0, 1]]), weights, gate_up, down)
     assert torch.equal(got, torch.zeros_like(got))
+
+
+@pytest.mark.parametrize("shape, dtype", [(SHAPES_ABSENT[0], torch.float16), (SHAPES_ABSENT[1], torch.float32)], ids=str)
+def test_absent_choices_add_nothing(backend, shape, dtype):
+    """Defends: memory of slots without a row read as if a product had written it."""
+    check_absent(shape, dtype)

@@ -8,6 +8,7 @@
 #include "experts.h"
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -26,12 +27,15 @@ Rows<const X> by_token(const Experts<X, W>& m, const X* base, int64_t ld) {
 }
 
 // A GEMM that ends a pass: rows go straight to their token for k = 1; else to their slot, and then are added
-// up.
+// up.  Where slots have no row, rows stay in their order and are found by it.
 template <class X, class W, class Gemm>
 void to_tokens(const Experts<X, W>& m, GroupedGemm<X, W, X> g, float* by_slot, X* out, Gemm gemm) {
   if (m.k == 1) {
     g.y = {out, m.H, m.row_map};
-    return gemm(g);
+    gemm(g);
+    for (int64_t t = 0; m.row_of_slot && t < m.T; ++t)
+      if (m.row_of_slot[t] < 0) std::memset(out + t * m.H, 0, m.H * sizeof(X));
+    return;
   }
   gemm(GroupedGemm<X, W, float>{.E = g.E,
                                 .N = g.N,
@@ -41,7 +45,7 @@ void to_tokens(const Experts<X, W>& m, GroupedGemm<X, W, X> g, float* by_slot, X
                                 .w = g.w,
                                 .w_expert = g.w_expert,
                                 .w_row = g.w_row,
-                                .y = {by_slot, m.H, m.row_map},
+                                .y = {by_slot, m.H, m.row_of_slot ? nullptr : m.row_map},
                                 .scale = g.scale,
                                 .slot_of_row = g.slot_of_row,
                                 .threads = g.threads,
@@ -51,7 +55,7 @@ void to_tokens(const Experts<X, W>& m, GroupedGemm<X, W, X> g, float* by_slot, X
                             .k = m.k,
                             .y = by_slot,
                             .ldy = m.H,
-                            .row_of_slot = nullptr,
+                            .row_of_slot = m.row_of_slot,
                             .weights = nullptr,
                             .out = out,
                             .threads = m.threads});
@@ -210,6 +214,8 @@ int64_t experts_inference(Experts<X, W> m, const Index* indices, const RoutingWe
 template <class X, class W>
 void experts_backward(const Experts<X, W>& m, const ExpertsBackward<X, W>& b) {
   down_and_swiglu_backward(m, b);
+  for (int64_t s = 0; m.row_of_slot && s < m.T * m.k; ++s)
+    if (m.row_of_slot[s] < 0) b.grad_weights[s] = 0.0f;
   if (b.grad_x)
     to_tokens(m,
               GroupedGemm<X, W, X>{.E = m.E,

@@ -9,6 +9,7 @@
 namespace sigma::cpu {
 
 // What forward and backward share.  Rows r are in expert order, row_map[r] is the slot t*k + j of row r.
+// R = offsets[E] may be less than T*k: a slot without a row is answered by no expert, and adds nothing.
 // X: how activations are stored, which decides the arithmetic; W: the experts' weights and their gradients.
 // There are <float, float>, <float, Bf16>, <float, F16> and <Bf16, Bf16> (isa/kernels.h), and <float, Int8>
 // forward.
@@ -28,6 +29,7 @@ struct Experts {
   int threads;
   const float* gate_up_scale = nullptr;  // [E, 2I] and [E, H]: factors of the output channels, or null;
   const float* down_scale = nullptr;     // forward alone
+  const int32_t* row_of_slot = nullptr;  // [T*k], -1 where a slot has no row; null where each has one
 };
 
 template <class X>

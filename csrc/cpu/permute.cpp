@@ -22,18 +22,28 @@ void permute(const Permute& p) {
 template <class Y, class O>
 void combine(const Combine<Y, O>& c) {
   const RowKernels<Y>& rows = kernels();
-  const auto source = [&](int64_t s) { return c.y + (c.row_of_slot ? c.row_of_slot[s] : s) * c.ldy; };
+  const auto row_of = [&](int64_t s) { return c.row_of_slot ? c.row_of_slot[s] : s; };
   const auto weight = [&](int64_t s) { return c.weights ? c.weights[s] : 1.0f; };
   const auto add_up = [&](int64_t t, int64_t h, int64_t columns, float* sum) {
-    for (int64_t s = t * c.k; s < (t + 1) * c.k; ++s)
-      (s == t * c.k ? rows.scale_wide : rows.add_scaled)(source(s) + h, weight(s), sum, columns);
+    bool is_first = true;
+    for (int64_t s = t * c.k; s < (t + 1) * c.k; ++s) {
+      const int64_t row = row_of(s);
+      if (row < 0) continue;
+      (is_first ? rows.scale_wide : rows.add_scaled)(c.y + row * c.ldy + h, weight(s), sum, columns);
+      is_first = false;
+    }
+    if (is_first) std::memset(sum, 0, columns * sizeof(float));
   };
 #pragma omp parallel for schedule(static) num_threads(c.threads) if (c.T * c.H * c.k * 4 > kSerialBytes)
   for (int64_t t = 0; t < c.T; ++t) {
     O* const out = c.out + t * c.H;
     if constexpr (std::is_same_v<Y, O>) {
       if (c.k == 1) {
-        rows.scale(source(t), weight(t), out, c.H);
+        const int64_t row = row_of(t);
+        if (row < 0)
+          std::memset(out, 0, c.H * sizeof(O));
+        else
+          rows.scale(c.y + row * c.ldy, weight(t), out, c.H);
         continue;
       }
     }

@@ -21,7 +21,8 @@ struct Permute {
 void permute(const Permute& p);
 
 // out[t] = sum_j weights[t, j] * y[row_of_slot[t*k + j]], summed in float and rounded once; null weights are
-// all one, null row_of_slot is the identity.  <float, float>, <float, Bf16> and <Bf16, Bf16>.
+// all one, null row_of_slot is the identity, a negative row adds nothing.  <float, float>, <float, Bf16> and
+// <Bf16, Bf16>.
 template <class Y = float, class O = Y>
 struct Combine {
   int64_t T, H;

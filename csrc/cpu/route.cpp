@@ -178,11 +178,11 @@ bool rises(const int32_t* offsets, int64_t E, int64_t R) {
   return offsets[0] == 0 && offsets[E] == R && std::is_sorted(offsets, offsets + E + 1);
 }
 
-int64_t wrong_row(const int32_t* row_map, int64_t R) {
-  std::vector<uint8_t> has_row(R, 0);
+int64_t wrong_row(const int32_t* row_map, int64_t R, int64_t slots) {
+  std::vector<uint8_t> has_row(slots, 0);
   for (int64_t r = 0; r < R; ++r) {
     const int64_t s = row_map[r];
-    if (s < 0 || s >= R || has_row[s]) return r;
+    if (s < 0 || s >= slots || has_row[s]) return r;
     has_row[s] = 1;
   }
   return -1;

@@ -53,8 +53,7 @@ int64_t group_by_expert(const Index* indices, int64_t R, int64_t E, int32_t* cou
 // Whether offsets [E+1] rise from 0 to R.
 bool rises(const int32_t* offsets, int64_t E, int64_t R);
 
-// The first row of row_map [R] whose slot is not in 0..R-1 or has a row already, or -1: then each slot has
-// one.
-int64_t wrong_row(const int32_t* row_map, int64_t R);
+// The first row of row_map [R] whose slot is not in 0..slots-1 or has a row already, or -1.
+int64_t wrong_row(const int32_t* row_map, int64_t R, int64_t slots);
 
 }  // namespace sigma::cpu

@@ -113,7 +113,7 @@ def others(shape: Shape, dtype: torch.dtype, architecture: str, processors: int)
             router_sums.route_with_sums_backward(*sums, softmax, normalize, softmax)
         x, weights = torch.empty(T, H, dtype=dtype, device="meta"), weights.to(dtype)
         y = permute.permute(x, row_map, k)
-        permute.unpermute(y, row_map, weights, k)
+        permute.unpermute(y, row_map, weights, k, T)
         permute.unpermute_backward(x, y, row_map, weights)
         w = torch.empty(E, I, H, dtype=dtype, device="meta")
         for weight, transpose in ((w, True), (w.transpose(1, 2), False)):

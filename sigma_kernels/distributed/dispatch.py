@@ -1,7 +1,9 @@
 """Tokens to the ranks that hold their experts, and what these answer back to the tokens.
 
-P ranks hold E/P experts each, in order: rows in expert order are in the order of ranks too, so that `permute` packs
-what is sent and nothing else moves on this side.  Uneven exchanges, no capacity: no token is dropped.
+P ranks hold E/P experts each, in order.  A token goes to a rank once, whatever number of its experts is there: with
+k > 1 the choices travel beside it, the rank sums what its experts make of it, and one row comes back (as DeepEP does:
+Zhao et al. 2025, arXiv 2505.09343).  A visit is a token at a rank; those of a rank are a Routing among ranks, so that
+`permute` packs what is sent and `unpermute` sums what comes back.  Uneven exchanges, no capacity: no token is dropped.
 """
 
 from typing import NamedTuple
@@ -10,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sigma_kernels.distributed.exchange import all_to_all, exchange
+from sigma_kernels.distributed.exchange import Exchange, all_to_all, begin_exchange
 from sigma_kernels.ops.library import check_float, check_shape
-from sigma_kernels.ops.permute import permute, unpermute
-from sigma_kernels.ops.route import group_by_expert
+from sigma_kernels.ops.permute import permute, sum_by_token, unpermute
+from sigma_kernels.ops.route import group_by_expert, group_where_present
 from sigma_kernels.routing import Routing
 
 
@@ -21,10 +23,11 @@ class Dispatch(NamedTuple):
     """What a rank received, and the way back.
 
     Attributes:
-        rows:    [R', H], by the rank they come from, then by expert; differentiable.
-        routing: of these rows among this rank's E/P experts, one choice each of weight 1.
+        rows:    [R', H], tokens by the rank they come from; differentiable.
+        routing: of these among this rank's E/P experts; its weights are the experts' to apply, and one where k = 1.
+            Choices that other ranks answer have no row in it.
         send, receive: rows to and from each rank.
-        source:  the Routing by which the tokens of this rank were sent.
+        visits:  the Routing by which the tokens of this rank were sent: among ranks, or for k = 1 among experts.
         group:   the ranks.
     """
 
@@ -32,51 +35,99 @@ class Dispatch(NamedTuple):
     routing: Routing
     send: list[int]
     receive: list[int]
-    source: Routing
+    visits: Routing
     group: dist.ProcessGroup
 
 
 def dispatch(x: Tensor, routing: Routing, group: dist.ProcessGroup | None = None) -> Dispatch:
     """Send each token to the ranks that hold its experts; a collective, called by all of them.
 
-    Counts are exchanged first, [E] integers, and are waited for: the sizes of what follows depend on them.
+    Counts are exchanged first, and are waited for: the sizes of what follows depend on them.
 
     Args:
         x: [T, H] on this rank; T may differ between ranks, and be 0.
-        routing: of these tokens among all E experts.
+        routing: of these tokens among all E experts; top_k is the same on all ranks.
         group: the ranks that share the experts; all ranks where not given.
     Returns: a Dispatch, whose `rows` and `routing` are what the experts of this rank take, and `combine` their answer.
     Raises: RuntimeError without a process group, ValueError if E is no multiple of its ranks, or as `permute`.
     """
     group = process_group(group)
+    experts = experts_of_rank("dispatch", routing.num_experts, group.size())
+    if routing.top_k == 1:
+        return _one_choice(x, routing, experts, group)
+    return _visited(x, routing, experts, group)
+
+
+def _one_choice(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup) -> Dispatch:
+    """Rows in expert order are in the order of ranks too, and counts say which expert each is for."""
     ranks = group.size()
-    experts = experts_of_rank("dispatch", routing.num_experts, ranks)
     packed = permute(x, routing)  # before anything is sent: what it refuses, no other rank waits for
     counts = routing.counts.contiguous()
     arriving = all_to_all(counts, [experts] * ranks, [experts] * ranks, group).view(ranks, experts)
-    sent, received = torch.stack([counts.view(ranks, experts).sum(1), arriving.sum(1)]).tolist()
-    rows = exchange(packed, sent, received, group)
+    send, receive = torch.stack([counts.view(ranks, experts).sum(1), arriving.sum(1)]).tolist()
+    coming = begin_exchange(packed, send, receive, group)
     expert = torch.arange(experts, dtype=torch.int32, device=x.device).repeat(ranks)
-    index = expert.repeat_interleave(arriving.flatten(), output_size=rows.shape[0])
-    ones = rows.new_ones(rows.shape[0], 1)
-    return Dispatch(rows, group_by_expert(index[:, None], experts, ones), sent, received, routing, group)
+    index = expert.repeat_interleave(arriving.flatten(), output_size=sum(receive))
+    here = group_by_expert(index[:, None], experts, x.new_ones(sum(receive), 1))
+    return Dispatch(coming.wait(), here, send, receive, routing, group)
+
+
+def _visited(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup) -> Dispatch:
+    ranks, (T, k) = group.size(), routing.indices.shape
+    rank = routing.indices // experts  # `ranks` where a choice is absent, as its index is E
+    is_repeated = (rank[:, :, None] == rank[:, None, :]).tril(-1).any(2)
+    rank = rank.masked_fill(is_repeated, ranks)
+    visits = group_where_present(rank, ranks, routing.weights.detach(), T * k)
+    send = visits.counts.tolist()
+    visits = visits._replace(row_map=visits.row_map[: sum(send)])
+    packed = permute(x, visits)  # before anything is sent: what it refuses, no other rank waits for
+    choices = routing.counts.view(ranks, experts).sum(1, dtype=torch.int32)
+    sizes = torch.stack([visits.counts, choices], 1)
+    arriving = all_to_all(sizes, [1] * ranks, [1] * ranks, group).tolist()
+    receive = [rows for rows, _ in arriving]
+    coming = begin_exchange(packed, send, receive, group)
+    token, per_rank = visits.row_map // k, visits.counts
+    first = torch.arange(0, ranks * experts, experts, dtype=torch.int32, device=x.device)
+    index = routing.indices[token] - first.repeat_interleave(per_rank, output_size=sum(send))[:, None]
+    index = index.masked_fill((index < 0) | (index >= experts), experts)
+    indices = begin_exchange(index, send, receive, group)
+    weights = begin_exchange(routing.weights[token], send, receive, group)
+    rows_here = sum(rows for _, rows in arriving)
+    here = group_where_present(indices.wait(), experts, weights.wait(), rows_here)
+    return Dispatch(coming.wait(), here, send, receive, visits, group)
 
 
 def combine(y: Tensor, sent: Dispatch) -> Tensor:
-    """Bring the experts' answers back to the tokens, weighted as they were routed; a collective.
+    """Bring the experts' answers back to the tokens; a collective.
 
-    out[t] = sum_j weights[t, j] * (the answer to choice j of token t).
+    out[t] = sum_j weights[t, j] * (the answer of choice j of token t).
 
     Args:
-        y: [R', H], for each of `sent.rows` what the experts of this rank made of it.
+        y: [R', H], for each of `sent.rows` what the experts of this rank made of it by `sent.routing`, its weights
+            applied: as `moe_experts` does.
         sent: what `dispatch` returned.
     Returns: [T, H].
     Raises: ValueError if y is not [R', H], TypeError if its dtype is not that of the weights.
     """
-    check_float("combine", **{"y": y, "routing.weights": sent.source.weights})
+    return begin_combine(y, sent).wait()
+
+
+class Combining(NamedTuple):
+    """A `combine` on its way."""
+
+    coming: Exchange
+    sent: Dispatch
+
+    def wait(self) -> Tensor:
+        visits = self.sent.visits
+        # With k > 1 the weights were applied where the experts are.
+        return (unpermute if visits.top_k == 1 else sum_by_token)(self.coming.wait(), visits)
+
+
+def begin_combine(y: Tensor, sent: Dispatch) -> Combining:
+    check_float("combine", **{"y": y, "routing.weights": sent.visits.weights})
     check_shape("combine", "y", y, (sent.rows.shape[0], "H"))
-    back = exchange(y, sent.receive, sent.send, sent.group)
-    return unpermute(back, sent.source)
+    return Combining(begin_exchange(y, sent.receive, sent.send, sent.group), sent)
 
 
 def process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -64,7 +64,8 @@ class ExpertParallelMoE(MoE):
             here = cls(
                 H, I, E, router.top_k, score=router.score, normalize=router.normalize,
                 use_bias=router.expert_bias is not None, balance_score=router.balance_score,
-                output_scale=moe.output_scale, group=mesh.get_group() if mesh else group,
+                output_scale=moe.output_scale, capacity_factor=moe.capacity_factor, drop=moe.drop,
+                group=mesh.get_group() if mesh else group,
             )  # fmt: skip
         count = here.experts.down_proj.shape[0]
         mine = slice(here.group.rank() * count, (here.group.rank() + 1) * count)

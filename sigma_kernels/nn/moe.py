@@ -1,5 +1,6 @@
 """The mixture-of-experts layer: a router and its experts."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from sigma_kernels.nn.experts import Experts
 from sigma_kernels.nn.router import TopKRouter
+from sigma_kernels.ops.capacity import Drop, limit_rows
 from sigma_kernels.ops.route import Score
 from sigma_kernels.routing import RouterSums, Routing
 
@@ -21,11 +23,16 @@ class MoE(nn.Module):
         top_k: experts per token; `forward(x, top_k=...)` overrides it for one call.
         score, normalize, use_bias, balance_score: as in TopKRouter.
         output_scale: a constant on the routing weights.
+        capacity_factor: an expert takes at most ceil(capacity_factor * T*k/E) of the rows of a call, and `last_dropped`
+            [E] says how many it was not given; none: all are computed.
+        drop: which are left out, "lightest" or "last"; see `sk.limit_rows`.
+    Raises: ValueError for a capacity_factor that is not above 0.
     """
 
     last_routing: Routing | None = None
     last_logits: Tensor | None = None
     last_sums: RouterSums | None = None
+    last_dropped: Tensor | None = None
 
     def __init__(
         self,
@@ -39,10 +46,14 @@ class MoE(nn.Module):
         use_bias: bool = False,
         output_scale: float = 1.0,
         balance_score: Score | None = None,
+        capacity_factor: float | None = None,
+        drop: Drop = "lightest",
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.output_scale = output_scale
+        if capacity_factor is not None and not capacity_factor > 0:
+            raise ValueError(f"MoE: capacity_factor must be above 0, found {capacity_factor}")
+        self.output_scale, self.capacity_factor, self.drop = output_scale, capacity_factor, drop
         self.router = TopKRouter(
             hidden_size, num_experts, top_k, score=score, normalize=normalize, use_bias=use_bias,
             balance_score=balance_score, **factory,
@@ -68,6 +79,9 @@ class MoE(nn.Module):
         else:
             (routing, logits), sums = self.router(flat, top_k), None
         self.last_routing, self.last_logits, self.last_sums = routing, logits, sums
+        if self.capacity_factor is not None:
+            rows = routing.indices.numel() * self.capacity_factor / routing.num_experts
+            routing, self.last_dropped = limit_rows(routing, max(1, math.ceil(rows)), self.drop)
         weights = routing.weights.to(self.experts.down_proj.dtype)
         if self.output_scale != 1.0:
             weights = weights * self.output_scale

@@ -105,15 +105,25 @@ def permute(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
     return out
 
 
-def unpermute(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
-    row_of_slot = torch.empty_like(row_map)
-    launch("invert", y, row_map.data_ptr(), row_map.shape[0], row_of_slot.data_ptr())
-    return combine(y, row_of_slot, weights, top_k)
+def unpermute(
+    y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int, tokens: int
+) -> Tensor:
+    return combine(y, inverse(row_map, tokens * top_k), weights, top_k)
+
+
+def inverse(row_map: Tensor, slots: int) -> Tensor:
+    """The row of each slot, -1 where it has none."""
+    R = row_map.shape[0]
+    row_of_slot = row_map.new_full((slots,), -1) if R < slots else torch.empty_like(row_map)
+    launch("invert", row_map, row_map.data_ptr(), R, row_of_slot.data_ptr())
+    return row_of_slot
 
 
 def combine(y: Tensor, row_of_slot: Tensor | None, weights: Tensor | None, top_k: int) -> Tensor:
+    """The sum over a token's slots, whose rows are their own where none are given."""
     y = rows(y)
-    T, H = y.shape[0] // top_k, y.shape[1]
+    slots = y.shape[0] if row_of_slot is None else row_of_slot.shape[0]
+    T, H = slots // top_k, y.shape[1]
     weights = None if weights is None else weights.float().contiguous()
     out = y.new_empty(T, H)
     launch(
@@ -127,7 +137,8 @@ def unpermute_backward(
     grad_out: Tensor, y: Tensor, row_map: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     grad_out, y, factors = rows(grad_out), rows(y), weights.float().contiguous()
-    grad_y, grad_weights = y.new_empty(y.shape), torch.empty_like(factors)
+    is_whole = factors.numel() == row_map.shape[0]
+    grad_y, grad_weights = y.new_empty(y.shape), (torch.empty_like if is_whole else torch.zeros_like)(factors)
     launch(
         "combine_backward" + SUFFIX[y.dtype], y, *y.shape, weights.shape[1], grad_out.data_ptr(),
         grad_out.stride(0), y.data_ptr(), y.stride(0), row_map.data_ptr(), factors.data_ptr(), grad_y.data_ptr(),
@@ -144,13 +155,17 @@ def product(
     gather: tuple[Tensor | None, int] = (None, 1),
     scatter: Tensor | None = None,
     scale: Tensor | None = None,
+    slots: int | None = None,
 ) -> Tensor:
-    """One product per expert; rows of x taken by (slot of row, k), rows of y and their factors by slot."""
+    """One product per expert; rows of x taken by (slot of row, k), rows of y and their factors by slot.
+
+    Rows of slots that have none are not written, or zero if `slots` is theirs and all others' number.
+    """
     x, weight = rows(x), matrices(weight)
     E, N, K = weight.shape if transposed else (weight.shape[0], weight.shape[2], weight.shape[1])
     index, divisor = gather
     R = x.shape[0] if index is None else index.shape[0]
-    y = x.new_empty(R, N)
+    y = x.new_zeros(slots, N) if slots is not None and slots > R else x.new_empty(R, N)
     launch(
         "grouped_gemm" + SUFFIX[x.dtype], x, R, E, N, K, offsets.data_ptr(), x.data_ptr(), x.stride(0),
         address(index), divisor, weight.data_ptr(), weight.stride(0), weight.stride(1), transposed, y.data_ptr(),

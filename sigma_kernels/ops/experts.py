@@ -192,10 +192,10 @@ def _reference_from_rows(
     down_proj: Tensor,
     saves: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    top_k = weights.shape[1]
+    tokens, top_k = weights.shape
     gate_up = reference.grouped_gemm(reference.permute(x, row_map, top_k), gate_up_proj, offsets)
     y = reference.grouped_gemm(reference.swiglu(gate_up), down_proj, offsets)
-    return reference.unpermute(y, row_map, weights, top_k), gate_up[: None if saves else 0]
+    return reference.unpermute(y, row_map, weights, top_k, tokens), gate_up[: None if saves else 0]
 
 
 def _inference_reference(
@@ -253,16 +253,17 @@ register_table("moe_experts_backward", [
 ])  # fmt: skip
 
 
-def _order(offsets: Tensor, row_map: Tensor) -> tuple[Tensor, Tensor]:
+def _order(weights: Tensor, offsets: Tensor, row_map: Tensor) -> tuple[Tensor, Tensor]:
     op = "moe_experts"
-    return risen(op, "routing.offsets", offsets, "routing.row_map", row_map), slots(op, row_map)
+    risen_offsets = risen(op, "routing.offsets", offsets, "routing.row_map", row_map)
+    return risen_offsets, slots(op, row_map, weights.numel())
 
 
 _INPUTS = "Tensor x, Tensor weights, Tensor offsets, Tensor row_map, Tensor gate_up_proj, Tensor down_proj"
 define(
     f"moe_experts({_INPUTS}, bool saves=True) -> (Tensor, Tensor)",
     lambda x, weights, offsets, row_map, *rest: select("moe_experts", x)(
-        x, weights, *_order(offsets, row_map), *rest
+        x, weights, *_order(weights, offsets, row_map), *rest
     ),
     lambda x, weights, offsets, row_map, gate_up, down, saves=True: (
         x.new_empty(x.shape),
@@ -283,7 +284,7 @@ define(
     f"moe_experts_backward(Tensor grad_out, {_INPUTS}, Tensor gate_up, bool[] needed)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     lambda grad_out, x, weights, offsets, row_map, *rest: select("moe_experts_backward", x)(
-        grad_out, x, weights, *_order(offsets, row_map), *rest
+        grad_out, x, weights, *_order(weights, offsets, row_map), *rest
     ),
     lambda grad_out, x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up, needed: (
         x.new_empty(x.shape if needed[0] else 0),
@@ -300,7 +301,7 @@ def _backward_into(
     *inputs, gate_up_proj, down_proj, gate_up, x_needed = rest
     x, weights, offsets, row_map = inputs
     grad_x, grad_weights, _, _ = select("moe_experts_backward", x)(
-        grad_out, x, weights, *_order(offsets, row_map), gate_up_proj, down_proj, gate_up, [x_needed, False, False],
+        grad_out, x, weights, *_order(weights, offsets, row_map), gate_up_proj, down_proj, gate_up, [x_needed, False, False],
         into=(of_gate_up, of_down),
     )  # fmt: skip
     return grad_x, grad_weights

@@ -5,7 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sigma_kernels.ops.library import address, empty, gemm_kernel, matrices, operand, rounded, widened
+from sigma_kernels.ops.library import (
+    address,
+    empty,
+    gemm_kernel,
+    matrices,
+    operand,
+    rounded,
+    row_of_slot,
+    widened,
+)
 from sigma_kernels.ops.route import out_of_range
 
 
@@ -19,13 +28,15 @@ def _native(
     gate_up: Tensor | None,
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Any:
+    """`rows`: the row of each slot, None where all have one."""
     (T, H), (E, _, I) = x.shape, down_proj.shape
     return gemm_kernel("Experts", x, down_proj)(
         T, H, I, E, weights.shape[1], x.data_ptr(), x.stride(0), address(offsets), address(row_map),
         weights.data_ptr(), gate_up_proj.data_ptr(), gate_up_proj.stride(0), gate_up_proj.stride(1),
         down_proj.data_ptr(), down_proj.stride(0), down_proj.stride(1), address(gate_up), torch.get_num_threads(),
-        address(gate_up_scale), address(down_scale),
+        address(gate_up_scale), address(down_scale), address(rows),
     )  # fmt: skip
 
 
@@ -43,8 +54,11 @@ def forward(
     gate_up_proj, down_proj = matrices(gate_up_proj), matrices(down_proj)
     (T, H), R, I, f32 = x.shape, row_map.shape[0], down_proj.shape[2], torch.float32
     out, gate_up, hidden = empty(x, T, H), empty(x, R if saves else 0, 2 * I, dtype=f32), empty(x, R, I)
-    by_slot = empty(x, R, H, dtype=f32) if R > T else out
-    native = _native(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up if saves else None)
+    by_slot = empty(x, R, H, dtype=f32) if weights.shape[1] > 1 else out
+    found = row_of_slot(row_map, weights.numel())
+    native = _native(
+        x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up if saves else None, rows=found
+    )
     gemm_kernel("experts_forward", x, down_proj)(
         native, hidden.data_ptr(), by_slot.data_ptr(), out.data_ptr()
     )
@@ -92,14 +106,15 @@ def backward(
     grad_out, x, weights = operand(grad_out), operand(x), widened(weights.contiguous())
     gate_up_proj, down_proj = matrices(gate_up_proj), matrices(down_proj)
     (T, H), R, I = x.shape, row_map.shape[0], down_proj.shape[2]
-    grad_weights = torch.empty_like(weights)
+    grad_weights = torch.empty_like(weights)  # the kernel writes those of slots without a row too
     grad_x = empty(x, T, H) if needed[0] else x.new_empty(0)
     of_gate_up, of_down = into or (
         empty(p, *p.shape) if n else None for p, n in zip((gate_up_proj, down_proj), needed[1:], strict=True)
     )
     grad_gate_up, hidden = empty(x, R, 2 * I), empty(x, R, I)
-    by_slot = empty(x, R, H, dtype=torch.float32) if R > T else grad_x
-    native = _native(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up)
+    by_slot = empty(x, R, H, dtype=torch.float32) if weights.shape[1] > 1 else grad_x
+    found = row_of_slot(row_map, weights.numel())
+    native = _native(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up, rows=found)
     gemm_kernel("experts_backward", x, down_proj)(
         native, grad_out.data_ptr(), grad_out.stride(0), grad_gate_up.data_ptr(), hidden.data_ptr(),
         by_slot.data_ptr(), grad_weights.data_ptr(), grad_x.data_ptr() if needed[0] else 0,

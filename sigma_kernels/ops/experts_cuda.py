@@ -21,7 +21,9 @@ def forward(
     hidden = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
     _activate("swiglu", hidden, gate_up, hidden)
     factors = weights.float().contiguous()
-    by_slot = cuda.product(hidden, down_proj, offsets, True, scatter=row_map, scale=factors)
+    by_slot = cuda.product(
+        hidden, down_proj, offsets, True, scatter=row_map, scale=factors, slots=weights.numel()
+    )
     out = by_slot if k == 1 else cuda.combine(by_slot, None, None, k)
     return out, gate_up if saves else gate_up.new_empty(0, gate_up.shape[1])
 
@@ -56,7 +58,8 @@ def backward(
     k, by_slot = weights.shape[1], (row_map, weights.shape[1])
     grad_hidden = cuda.product(grad_out, down_proj, offsets, False, gather=by_slot)
     factors = weights.float().contiguous()
-    grad_weights = torch.empty_like(factors)
+    is_whole = factors.numel() == row_map.shape[0]
+    grad_weights = (torch.empty_like if is_whole else torch.zeros_like)(factors)
     grad_gate_up, weighted = torch.empty_like(gate_up), torch.empty_like(grad_hidden)
     _activate(
         "swiglu_backward",
@@ -72,7 +75,9 @@ def backward(
     nothing = x.new_empty(0)
     grad_x = nothing
     if needed[0]:
-        rows = cuda.product(grad_gate_up, gate_up_proj, offsets, False, scatter=row_map)
+        rows = cuda.product(
+            grad_gate_up, gate_up_proj, offsets, False, scatter=row_map, slots=weights.numel()
+        )
         grad_x = rows if k == 1 else cuda.combine(rows, None, None, k)
     of_gate_up, of_down = into or (
         p.new_empty(p.shape) if n else None

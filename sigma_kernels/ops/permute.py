@@ -33,9 +33,9 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
     out[r] = x[row_map[r] // k].
 
     Args:    x [T, H]; routing of these T tokens.
-    Returns: [R, H], R = T*k.
-    Raises:  ValueError if x is not [T, H] or, on a CPU, if row_map does not name each slot once; TypeError if
-             row_map is not int32.
+    Returns: [R, H], R = T*k, or less where slots have no row.
+    Raises:  ValueError if x is not [T, H] or, on a CPU, if row_map names a slot twice or one that is not there;
+             TypeError if row_map is not int32.
     """
     op = "permute"
     T, top_k = check_routing(op, routing, "x", x)
@@ -47,6 +47,7 @@ def unpermute(y: Tensor, routing: Routing) -> Tensor:
     """Bring rows in expert order back to their tokens, weighted.
 
     out[t] = sum_j weights[t, j] * y[row of slot t*k + j].  The sum runs over j in order: same bits every time.
+    A slot that has no row adds nothing, and its weight has no gradient.
 
     Args:    y [R, H]; routing, whose weights are differentiated as y is.
     Returns: [T, H].
@@ -55,9 +56,17 @@ def unpermute(y: Tensor, routing: Routing) -> Tensor:
     op = "unpermute"
     check_float(op, **{"y": y, "routing.weights": routing.weights})
     T, top_k = check_routing(op, routing, "y", y)
-    check_shape(op, "y", y, (T * top_k, "H"))
+    check_shape(op, "y", y, (routing.row_map.shape[0], "H"))
     check_shape(op, "routing.weights", routing.weights, (T, top_k))
-    return _unpermute(y, routing.row_map, routing.weights, top_k)
+    return _unpermute(y, routing.row_map, routing.weights, top_k, T)
+
+
+def sum_by_token(y: Tensor, routing: Routing) -> Tensor:
+    """unpermute with all weights one."""
+    op = "sum_by_token"
+    T, top_k = check_routing(op, routing, "y", y)
+    check_shape(op, "y", y, (routing.row_map.shape[0], "H"))
+    return _unpermute(y, routing.row_map, None, top_k, T)
 
 
 def _permute_cpu(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
@@ -71,15 +80,17 @@ def _permute_cpu(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
     return out
 
 
-def _unpermute_cpu(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
+def _unpermute_cpu(
+    y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int, tokens: int
+) -> Tensor:
     y = rows(y)
     weights = None if weights is None else widened(weights.contiguous())
     R, H = y.shape
-    row_of_slot = torch.empty_like(row_map)
+    row_of_slot = torch.full((tokens * top_k,), -1, dtype=torch.int32)
     _C.invert(row_map.data_ptr(), R, row_of_slot.data_ptr())
-    out = empty(y, R // top_k, H)
+    out = empty(y, tokens, H)
     native("combine", y.dtype)(
-        R // top_k, H, top_k, y.data_ptr(), y.stride(0), row_of_slot.data_ptr(),
+        tokens, H, top_k, y.data_ptr(), y.stride(0), row_of_slot.data_ptr(),
         0 if weights is None else weights.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -90,12 +101,17 @@ def _unpermute_backward_cpu(
 ) -> tuple[Tensor, Tensor]:
     dtype = weights.dtype
     grad_out, y, weights = rows(grad_out), rows(y), widened(weights.contiguous())
-    grad_y, grad_weights = empty(y, *y.shape), torch.empty_like(weights)
+    grad_y, grad_weights = empty(y, *y.shape), of_slots(weights, row_map)
     native("combine_backward", y.dtype)(
         *y.shape, weights.shape[1], grad_out.data_ptr(), grad_out.stride(0), y.data_ptr(), y.stride(0),
         row_map.data_ptr(), weights.data_ptr(), grad_y.data_ptr(), grad_weights.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return grad_y, rounded(grad_weights, dtype)
+
+
+def of_slots(weights: Tensor, row_map: Tensor) -> Tensor:
+    """Memory for the gradient of weights [T, k]: zero where a slot has no row."""
+    return torch.empty_like(weights) if weights.numel() == row_map.shape[0] else torch.zeros_like(weights)
 
 
 def _unpermute_backward_reference(
@@ -104,7 +120,7 @@ def _unpermute_backward_reference(
     top_k = weights.shape[1]
     slot = row_map.long()
     rows_of_grad = grad_out[slot // top_k]
-    grad_weights = torch.empty_like(weights)
+    grad_weights = of_slots(weights, row_map)
     grad_weights.view(-1)[slot] = (rows_of_grad * y).sum(-1)
     return rows_of_grad * weights.reshape(-1)[slot, None], grad_weights
 
@@ -130,44 +146,49 @@ register_table("unpermute_backward", [
 
 define(
     "permute(Tensor x, Tensor row_map, int top_k) -> Tensor",
-    lambda x, row_map, top_k: select("permute", x)(x, slots("permute", row_map), top_k),
+    lambda x, row_map, top_k: select("permute", x)(
+        x, slots("permute", row_map, x.shape[0] * top_k), top_k
+    ),
     lambda x, row_map, top_k: x.new_empty(row_map.shape[0], x.shape[1]),
 )
 define(
-    "unpermute(Tensor y, Tensor row_map, Tensor? weights, int top_k) -> Tensor",
-    lambda y, row_map, *rest: select("unpermute", y)(y, slots("unpermute", row_map), *rest),
-    lambda y, row_map, weights, top_k: y.new_empty(y.shape[0] // top_k, y.shape[1]),
+    "unpermute(Tensor y, Tensor row_map, Tensor? weights, int top_k, int tokens) -> Tensor",
+    lambda y, row_map, weights, top_k, tokens: select("unpermute", y)(
+        y, slots("unpermute", row_map, tokens * top_k), weights, top_k, tokens
+    ),
+    lambda y, row_map, weights, top_k, tokens: y.new_empty(tokens, y.shape[1]),
 )
 define(
     "unpermute_backward(Tensor grad_out, Tensor y, Tensor row_map, Tensor weights) -> (Tensor, Tensor)",
     lambda grad_out, y, row_map, weights: select("unpermute_backward", y)(
-        grad_out, y, slots("unpermute", row_map), weights
+        grad_out, y, slots("unpermute", row_map, weights.numel()), weights
     ),
     lambda grad_out, y, row_map, weights: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
 )
 
 
 def _setup_permute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, row_map, ctx.top_k = inputs
+    x, row_map, ctx.top_k = inputs
+    ctx.tokens = x.shape[0]
     ctx.save_for_backward(row_map)
 
 
 def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (row_map,) = ctx.saved_tensors
-    return _unpermute(grad, row_map, None, ctx.top_k), None, None
+    return _unpermute(grad, row_map, None, ctx.top_k, ctx.tokens), None, None
 
 
 def _setup_unpermute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, row_map, weights, ctx.top_k = inputs
+    y, row_map, weights, ctx.top_k, _ = inputs
     ctx.save_for_backward(y, row_map, weights)
 
 
 def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     y, row_map, weights = ctx.saved_tensors
     if weights is None:
-        return _permute(grad, row_map, ctx.top_k), None, None, None
+        return _permute(grad, row_map, ctx.top_k), None, None, None, None
     grad_y, grad_weights = _unpermute_gradients(grad, y, row_map, weights)
-    return grad_y, None, grad_weights, None
+    return grad_y, None, grad_weights, None, None
 
 
 _permute = differentiable("permute", _permute_backward, _setup_permute)
@@ -181,8 +202,9 @@ def _setup_unpermute_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
 def _unpermute_backward_backward(ctx: Any, of_y: Tensor, of_weights: Tensor) -> tuple[Tensor | None, ...]:
     """grad_y and grad_weights are each linear in grad_out, and in weights or y: the same two operations again."""
     grad_out, y, row_map, weights = ctx.saved_tensors
-    top_k = weights.shape[1]
-    by_grad_out = _unpermute(of_y, row_map, weights, top_k) + _unpermute(y, row_map, of_weights, top_k)
+    tokens, top_k = weights.shape
+    by_grad_out = _unpermute(of_y, row_map, weights, top_k, tokens)
+    by_grad_out = by_grad_out + _unpermute(y, row_map, of_weights, top_k, tokens)
     by_y, _ = _unpermute_gradients(grad_out, y, row_map, of_weights)
     _, by_weights = _unpermute_gradients(grad_out, of_y, row_map, weights)
     return by_grad_out, by_y, None, by_weights

@@ -107,6 +107,12 @@ def group_by_expert(indices: Tensor, num_experts: int, weights: Tensor | None = 
     return Routing(narrow, weights, *torch.ops.sigma.group_by_expert(narrow, num_experts))
 
 
+def group_where_present(indices: Tensor, num_experts: int, weights: Tensor, rows: int) -> Routing:
+    """The Routing of choices that are not all there: `num_experts` stands where there is none, and `rows` are."""
+    counts, offsets, row_map = torch.ops.sigma.group_by_expert(indices, num_experts + 1)
+    return Routing(indices, weights, counts[:-1], offsets[:-1], row_map[:rows])
+
+
 def _route_cpu(
     logits: Tensor, top_k: int, softmax: bool, normalize: bool, bias: Tensor | None
 ) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from sigma_kernels.triton.fp8 import quantize_rows
 from sigma_kernels.triton.group import group_by_expert
 from sigma_kernels.triton.grouped_gemm import multiply_rows
 from sigma_kernels.triton.grouped_outer import outer_of_tokens
-from sigma_kernels.triton.permute import combine
+from sigma_kernels.triton.permute import combine, slots_with_rows
 from sigma_kernels.triton.product import SCALE_BLOCK, scaled_by
 from sigma_kernels.triton.swiglu import gate_up, swiglu_backward
 from sigma_kernels.triton.tiles import has_fp8
@@ -65,12 +65,12 @@ def layer(
 ) -> Tensor:
     x, weights = rows(x), weights.contiguous()
     R, top_k, I = row_map.shape[0], weights.shape[1], down_proj.shape[2]
-    hidden, by_slot = x.new_empty(R, I), slots_of(x, R, top_k)
+    hidden, by_slot = x.new_empty(R, I), slots_of(x, row_map, weights)
     left, row_scale = as_stored(x, gate_up_proj, gate_up_scale)
     gate_up(left, gate_up_proj, offsets, row_map, top_k, kept, hidden, gate_up_scale, row_scale)
     left, row_scale = as_stored(hidden, down_proj, down_scale)
     multiply_rows(left, down_proj, offsets, by_slot, row_map, weights, down_scale, row_scale)
-    return by_slot if top_k == 1 else combine(by_slot, None, None, top_k, x.dtype)
+    return summed(by_slot, row_map, top_k, x.dtype)
 
 
 def as_stored(x: Tensor, w: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -80,9 +80,19 @@ def as_stored(x: Tensor, w: Tensor, scale: Tensor | None) -> tuple[Tensor, Tenso
     return quantize_rows(x, SCALE_BLOCK.value if scaled_by(scale) == "block" else max(1, x.shape[1]))
 
 
-def slots_of(x: Tensor, R: int, top_k: int) -> Tensor:
+def slots_of(x: Tensor, row_map: Tensor, weights: Tensor) -> Tensor:
     """Memory for a row of each slot: in f32 where rows are summed yet, so that only their sum is rounded."""
-    return x.new_empty(R, x.shape[1], dtype=torch.float32 if top_k > 1 else x.dtype)
+    slots, is_summed = weights.numel(), weights.shape[1] > 1
+    is_written = is_summed or row_map.shape[0] == slots
+    new = x.new_empty if is_written else x.new_zeros
+    return new((slots, x.shape[1]), dtype=torch.float32 if is_summed else x.dtype)
+
+
+def summed(by_slot: Tensor, row_map: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
+    """[T, H] of the rows of all slots that have one."""
+    if top_k == 1:
+        return by_slot
+    return combine(by_slot, slots_with_rows(row_map, by_slot.shape[0]), None, top_k, dtype)
 
 
 def backward(
@@ -117,10 +127,9 @@ def backward(
         outer_of_tokens(of_gate_up, grad_gate_up, x, offsets, accumulates, top_k=top_k, b_map=row_map)
     grad_x = nothing
     if needed[0]:
-        grad_x = by_slot = slots_of(x, R, top_k)
+        by_slot = slots_of(x, row_map, weights)
         multiply_rows(grad_gate_up, gate_up_proj.transpose(1, 2), offsets, by_slot, row_map)
-        if top_k > 1:
-            grad_x = combine(by_slot, None, None, top_k, x.dtype)
+        grad_x = summed(by_slot, row_map, top_k, x.dtype)
     return (
         grad_x,
         grad_weights,

@@ -33,19 +33,20 @@ def combine_rows_kernel(
     y_ptr, row_of_slot_ptr, weights_ptr, out_ptr, T, H, top_k: tl.constexpr, stride_y,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum_j weights[t, j] * y[row of slot t*k + j]; without a map, rows are slots."""
+    """out[t] = sum_j weights[t, j] * y[row of slot t*k + j]; without a map, rows are slots; a negative row adds nothing."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_live = (t < T)[:, None] & (h < H)[None, :]
     sum = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
     for j in range(top_k):
         row = t * top_k + j
-        weight = 1.0
+        weight, is_there = 1.0, is_live
         if weights_ptr is not None:
             weight = tl.load(weights_ptr + row, mask=t < T, other=0.0).to(tl.float32)[:, None]
         if row_of_slot_ptr is not None:
             row = tl.load(row_of_slot_ptr + row, mask=t < T, other=0)
-        value = tl.load(y_ptr + row.to(tl.int64)[:, None] * stride_y + h[None, :], mask=is_live, other=0.0)
+            is_there = is_live & (row >= 0)[:, None]
+        value = tl.load(y_ptr + row.to(tl.int64)[:, None] * stride_y + h[None, :], mask=is_there, other=0.0)
         sum += weight * value.to(tl.float32)
     out = out_ptr + t.to(tl.int64)[:, None] * H + h[None, :]
     tl.store(out, sum.to(out_ptr.dtype.element_ty), mask=is_live)
@@ -86,20 +87,33 @@ def permute(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
     return out
 
 
-def unpermute(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
-    """[T, H] of y [R, H], weighted where weights are given."""
+def unpermute(
+    y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int, tokens: int
+) -> Tensor:
+    """[tokens, H] of y [R, H], weighted where weights are given."""
     R = row_map.shape[0]
-    row_of_slot = torch.empty_like(row_map)
+    row_of_slot = no_rows(row_map, tokens * top_k) if R < tokens * top_k else torch.empty_like(row_map)
     if R:
         invert_kernel[(cdiv(R, 1024),)](row_map, row_of_slot, R, BLOCK=1024, **FUSION)
     return combine(rows(y), row_of_slot, weights, top_k, y.dtype)
 
 
+def no_rows(row_map: Tensor, slots: int) -> Tensor:
+    return row_map.new_full((slots,), -1)
+
+
+def slots_with_rows(row_map: Tensor, slots: int) -> Tensor | None:
+    """Each slot's number, -1 where it has no row: `combine` of what lies by slot.  None where all have one."""
+    if row_map.shape[0] == slots:
+        return None
+    return no_rows(row_map, slots).index_copy_(0, row_map.long(), row_map)
+
+
 def combine(
     y: Tensor, row_of_slot: Tensor | None, weights: Tensor | None, top_k: int, dtype: torch.dtype
 ) -> Tensor:
-    """The same where the row of each slot is known: its own where no map is given."""
-    T, H = y.shape[0] // top_k, y.shape[1]
+    """The same where the row of each slot is known: its own where no map is given, none where it is negative."""
+    T, H = (y if row_of_slot is None else row_of_slot).shape[0] // top_k, y.shape[1]
     out = y.new_empty(T, H, dtype=dtype)
     if out.numel():
         height, width = block(H, y.device)
@@ -116,7 +130,7 @@ def unpermute_backward(
     """grad_y [R, H] and grad_weights [T, k]."""
     (R, H), top_k = y.shape, weights.shape[1]
     grad_out, y, weights = rows(grad_out), rows(y), weights.contiguous()
-    grad_y, grad_weights = y.new_empty(R, H), torch.empty_like(weights)
+    grad_y, grad_weights = y.new_empty(R, H), weights_like(weights, row_map)
     if R:
         height, width = block(H, y.device)
         combine_backward_kernel[(cdiv(R, height),)](
@@ -124,6 +138,11 @@ def unpermute_backward(
             BLOCK_R=height, BLOCK_H=width, **FUSION,
         )  # fmt: skip
     return grad_y, grad_weights
+
+
+def weights_like(weights: Tensor, row_map: Tensor) -> Tensor:
+    """Memory for the gradient of weights [T, k]: zero where a slot has no row."""
+    return torch.empty_like(weights) if weights.numel() == row_map.shape[0] else torch.zeros_like(weights)
 
 
 def block(H: int, device: torch.device) -> tuple[int, int]:

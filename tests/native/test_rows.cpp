@@ -255,6 +255,8 @@ void test_numbers_and_maps() {
   int32_t counts[3], offsets[4], row_map[3];
   group_by_expert(bad, 3, 3, counts, offsets, row_map, 1) == 2 ? ++passed : ++failed;
   const int32_t twice[] = {1, 0, 1}, below[] = {0, -1, 2}, falls[] = {0, 2, 1, 3};
-  wrong_row(bad, 3) == 2 && wrong_row(twice, 3) == 2 && wrong_row(below, 3) == 1 ? ++passed : ++failed;
+  wrong_row(bad, 3, 3) == 2 && wrong_row(bad, 3, 6) == -1 && wrong_row(twice, 3, 3) == 2 &&
+          wrong_row(below, 3, 3) == 1
+      ? ++passed : ++failed;
   !rises(falls, 3, 3) && !rises(bad, 2, 4) && rises(bad, 2, 5) ? ++passed : ++failed;
 }

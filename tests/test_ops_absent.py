@@ -1,0 +1,166 @@
+"""Choices that no expert answers (dropped ones, or those of another rank): they add nothing and have no gradient."""
+
+import pytest
+import torch
+from support import assert_close, tolerance, value_and_grads
+from test_ops_experts import experts_inputs
+
+import sigma_kernels as sk
+from sigma_kernels import reference
+from sigma_kernels.ops.experts import experts_of_routing
+from sigma_kernels.ops.route import group_where_present
+
+SHAPES = [  # T, H, I, E, k, share of absent choices
+    (9, 17, 12, 4, 1, 0.5),
+    (40, 33, 20, 5, 3, 0.4),
+    (40, 16, 8, 5, 2, 1.0),
+    (0, 16, 8, 5, 2, 0.5),
+    (300, 130, 70, 9, 2, 0.9),
+    (64, 48, 40, 16, 1, 0.0),
+]
+
+
+def choices(T: int, E: int, k: int, share: float, weights: torch.Tensor) -> sk.Routing:
+    """A share of random choices left out; of the first token all, and of the last none, where there are some."""
+    index = torch.randint(0, E, (T, k), dtype=torch.int32)
+    is_absent = torch.rand(T, k) < share
+    if 0 < share < 1:
+        is_absent[:1], is_absent[-1:] = True, False
+    index[is_absent] = E
+    return group_where_present(index, E, weights, T * k - int(is_absent.sum()))
+
+
+def check_absent(shape: tuple[int, int, int, int, int, float], dtype: torch.dtype) -> None:
+    """The layer, and permute beside unpermute, against the reference with a weight of zero where a choice is absent."""
+    T, H, I, E, k, share = shape
+    x, _, weights, gate_up, down = (
+        t.to(dtype) if t.dtype.is_floating_point else t for t in experts_inputs(T, H, I, E, 1)
+    )
+    weights = (torch.rand(T, k) + 0.1).to(dtype)
+    routing = choices(T, E, k, share, weights)
+    is_there = routing.indices < E
+    grad = torch.randn(T, H).to(dtype)
+    depth = max(T, H, I) if dtype == torch.float32 else 4
+
+    def layer(x, w, gate_up, down):
+        return experts_of_routing(x, routing._replace(weights=w), gate_up, down)
+
+    def defined(x, w, gate_up, down):
+        return reference.moe_experts(x, routing.indices.clamp(max=E - 1), w * is_there, gate_up, down)
+
+    def moved(x, w):
+        return sk.unpermute(sk.permute(x, routing), routing._replace(weights=w))
+
+    def summed(x, w):
+        return x * (w * is_there).sum(1, keepdim=True)
+
+    inputs = [x, weights, gate_up, down]
+    wide = [t.double() for t in inputs]
+    for call, want_call, n in ((layer, defined, 4), (moved, summed, 2)):
+        got = value_and_grads(call, inputs[:n], grad)
+        want = value_and_grads(want_call, wide[:n], grad.double())
+        for g, w in zip(got, want, strict=True):
+            assert_close(g, w, tolerance(dtype, depth))
+        assert not (got[2] * ~is_there).any(), "a weight that counts for nothing has a gradient"
+        with torch.no_grad():
+            assert torch.equal(call(*inputs[:n]), got[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_absent_choices_add_nothing(backend, shape):
+    """Defends: rows that were never written read as if they were; sums that begin with an absent choice."""
+    check_absent(shape, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_absent_choices_in_narrow_types(shape, dtype):
+    check_absent(shape, dtype)
+
+
+def test_the_same_bits_at_any_number_of_threads():
+    T, H, I, E, k = 200, 64, 48, 6, 4
+    inputs = [torch.randn(T, H), torch.rand(T, k), torch.randn(E, 2 * I, H), torch.randn(E, H, I)]
+    routing, grad = choices(T, E, k, 0.5, inputs[1]), torch.randn(T, H)
+
+    def layer(x, w, gate_up, down):
+        return experts_of_routing(x, routing._replace(weights=w), gate_up, down)
+
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(value_and_grads(layer, inputs, grad))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+def test_second_derivatives_of_unpermute():
+    routing = choices(5, 3, 2, 0.4, torch.rand(5, 2).double())
+    y = torch.randn(routing.row_map.shape[0], 3, dtype=torch.float64, requires_grad=True)
+    w = routing.weights.clone().requires_grad_()
+    with sk.backend("reference"):
+        assert torch.autograd.gradgradcheck(
+            lambda y, w: sk.unpermute(y, routing._replace(weights=w)), (y, w)
+        )
+        x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradgradcheck(lambda x: sk.permute(x, routing), (x,))
+
+
+def naive_limit(routing: sk.Routing, capacity: int, drop: str) -> set[int]:
+    """Slots that stay, each expert on its own."""
+    stay: set[int] = set()
+    for e in range(routing.num_experts):
+        slots = (routing.indices.reshape(-1) == e).nonzero()[:, 0].tolist()
+        if drop == "lightest":
+            slots.sort(key=lambda s: -routing.weights.reshape(-1)[s].item())  # stable: the later slot goes first
+        stay.update(slots[:capacity])
+    return stay
+
+
+@pytest.mark.parametrize("drop", ["lightest", "last"])
+@pytest.mark.parametrize(
+    "T, E, k, capacity", [(50, 6, 2, 7), (50, 6, 2, 1), (9, 96, 1, 1), (40, 3, 1, 100), (0, 4, 2, 3)]
+)
+def test_limit_rows(T, E, k, capacity, drop):
+    routing = sk.route(torch.randn(T, E), k)
+    routing = routing._replace(weights=(routing.weights * 8).round() / 8)  # ties
+    got, dropped = sk.limit_rows(routing, capacity, drop)
+    stay = naive_limit(routing, capacity, drop)
+    assert set(got.row_map.tolist()) == stay
+    assert len(got.row_map) == len(stay)
+    want = routing.indices.reshape(-1).clone()
+    want[[s for s in range(T * k) if s not in stay]] = E
+    assert torch.equal(got.indices.reshape(-1), want)
+    assert torch.equal(got.counts + dropped, routing.counts)
+    assert (got.counts <= capacity).all()
+    expert = want[got.row_map.long()]
+    assert torch.equal(expert, expert.sort(stable=True).values), "rows are not in expert order"
+
+
+def test_limit_rows_refuses():
+    routing = sk.route(torch.randn(4, 3))
+    with pytest.raises(ValueError, match="limit_rows: capacity must be at least 1, found 0"):
+        sk.limit_rows(routing, 0)
+    with pytest.raises(ValueError, match="limit_rows: drop must be 'lightest' or 'last', found 'first'"):
+        sk.limit_rows(routing, 1, "first")
+
+
+def test_a_layer_of_limited_capacity():
+    """Dropped tokens are zero, the others are what the drop-free layer says; what was dropped is told."""
+    moe = sk.nn.MoE(16, 8, 4, capacity_factor=0.5)
+    x = torch.randn(40, 16, requires_grad=True)
+    y = moe(x)
+    assert moe.last_dropped.sum() == (moe.last_routing.counts - 5).clamp(min=0).sum() > 0
+    is_dropped = (y == 0).all(1)
+    assert is_dropped.sum() == moe.last_dropped.sum()
+    moe.capacity_factor = None
+    whole = moe(x)
+    assert torch.equal(y[~is_dropped], whole[~is_dropped])
+    y.sum().backward()
+    assert not x.grad[is_dropped].any()
+    with pytest.raises(ValueError, match="MoE: capacity_factor must be above 0, found 0"):
+        sk.nn.MoE(16, 8, 4, capacity_factor=0)
