@@ -33,6 +33,12 @@ def answers(sent: sk.distributed.Dispatch) -> Tensor:
     return sent.rows * (sent.routing.weights * is_here).sum(1, keepdim=True)
 
 
+def rows_of_visits(index: Tensor, experts: int, P: int) -> list[int]:
+    """Tokens that go to each rank, each once: no dispatch sends fewer rows."""
+    rank = index // experts
+    return [int((rank == p).any(1).sum()) for p in range(P)]
+
+
 def calls_of(shape: shapes.Shape, backward: bool) -> Calls:
     """On each rank, with tokens of its own."""
     rank, P = dist.get_rank(), dist.get_world_size()
@@ -41,17 +47,18 @@ def calls_of(shape: shapes.Shape, backward: bool) -> Calls:
     x, grad = (torch.randn(shape.T, shape.H, generator=generator) for _ in range(2))
     weights = torch.rand(shape.T, shape.k, generator=generator)
     leaves = x.requires_grad_(), weights.requires_grad_()
-    rows = x.detach().repeat_interleave(shape.k, 0)
-    even = rows.shape[0] // P * P
-    other = torch.empty_like(rows)
+    send = rows_of_visits(index, shape.E // P, P)
+    receive = [send[rank]] * P  # all ranks have the same choices
+    there, back = torch.empty(sum(receive), shape.H), torch.empty(sum(send), shape.H)
 
     def ours() -> Tensor:
         sent = sk.distributed.dispatch(x, sk.group_by_expert(index, shape.E, weights))
         return sk.distributed.combine(answers(sent), sent)
 
     def exchange() -> None:
-        for _ in range(4 if backward else 2):
-            dist.all_to_all_single(other[:even], rows[:even])
+        for _ in range(2 if backward else 1):
+            dist.all_to_all_single(there, back, receive, send)
+            dist.all_to_all_single(back, there, send, receive)
 
     def call(function):
         if not backward:

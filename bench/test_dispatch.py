@@ -4,7 +4,7 @@ import oracle
 import pytest
 import shapes
 import torch
-from peer_dispatch import calls_of
+from peer_dispatch import calls_of, rows_of_visits
 from ranks import several
 from shapes import A
 
@@ -20,6 +20,8 @@ def test_dispatch(race, device, shape, ranks, direction):
     if device.type != "cpu":
         pytest.skip("over gloo, between processes of a CPU")
     shape = shapes.replace(shape, E=-(-shape.E // ranks) * ranks)
+    index = shapes.choices(shape, "balanced")
+    moved = (4 if direction != "forward" else 2) * sum(rows_of_visits(index, shape.E // ranks, ranks)) * shape.H * 4
     backward = direction != "forward"
     with several(ranks, calls_of, shape, backward) as calls, torch.no_grad():
         want = [t.detach() for t in calls["want"]()]
@@ -35,10 +37,10 @@ def test_dispatch(race, device, shape, ranks, direction):
                 shape=shape,
                 load=f"{ranks} ranks",
                 check=check,
-                index=shapes.choices(shape, "balanced"),
-                moved=(4 if backward else 2) * shape.R * shape.H * 4,
-                note="GB/s: of the rows that a rank sends, those to itself among them; a thread a rank, and where "
-                "these are more than the cores they take turns",
+                index=index,
+                moved=moved,
+                note="GB/s: of the rows that a rank sends, a token once to a rank, those to itself among them; a thread "
+                "a rank, and where these are more than the cores they take turns",
                 bound_exchange=calls["exchange"],
                 torch_index_select_all_to_all_index_add=calls["torch"],
             )

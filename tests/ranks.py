@@ -122,6 +122,26 @@ def visits(rank: int, ranks: int) -> None:
         assert got.row_map.shape[0] == sum(map(len, choices.values())) == got.counts.sum()
 
 
+def chunks(rank: int, ranks: int) -> None:
+    """Experts in chunks say the same, in forward and backward, with choices that are left out too."""
+    for k in (1, 3):
+        torch.manual_seed(k)
+        whole = sk.nn.MoE(24, 16, 4 * ranks, k, capacity_factor=1.2)
+        parts = [ExpertParallelMoE.from_whole(whole, chunks=n) for n in (1, 2, 4)]
+        _, x = tokens(TOKENS[ranks][0], rank, 24, torch.float32)
+        grad = torch.randn(x.shape)
+        found = []
+        for part in parts:
+            out = part(x)
+            found.append([out, *torch.autograd.grad(out, [x, *part.parameters()], grad)])
+        for other in found[1:]:
+            for got, want in zip(other, found[0], strict=True):
+                assert_close(got, want, tolerance(torch.float32, 24))
+    assert "chunks must divide the 4 experts of a rank, found 3" in caught(
+        ValueError, lambda: ExpertParallelMoE(16, 8, 4 * ranks, chunks=3)
+    )
+
+
 def limited(rank: int, ranks: int) -> None:
     """A layer that leaves choices out says the same on ranks as on one, each rank's tokens having their own limit."""
     for k in (1, 2):
@@ -184,4 +204,4 @@ def caught(kind: type[Exception], call: Callable[[], object]) -> str:
     raise AssertionError(f"no {kind.__name__}")
 
 
-CHECKS = {f.__name__: f for f in (layer, crowded, order, visits, limited, group_of_two, refused)}
+CHECKS = {f.__name__: f for f in (layer, crowded, order, visits, chunks, limited, group_of_two, refused)}

@@ -15,7 +15,7 @@ from torch import Tensor
 from sigma_kernels.distributed.exchange import Exchange, all_to_all, begin_exchange
 from sigma_kernels.ops.library import check_float, check_shape
 from sigma_kernels.ops.permute import permute, sum_by_token, unpermute
-from sigma_kernels.ops.route import group_by_expert, group_where_present
+from sigma_kernels.ops.route import group_where_present
 from sigma_kernels.routing import Routing
 
 
@@ -51,14 +51,35 @@ def dispatch(x: Tensor, routing: Routing, group: dist.ProcessGroup | None = None
     Returns: a Dispatch, whose `rows` and `routing` are what the experts of this rank take, and `combine` their answer.
     Raises: RuntimeError without a process group, ValueError if E is no multiple of its ranks, or as `permute`.
     """
-    group = process_group(group)
+    return begin_dispatch(x, routing, process_group(group)).wait()
+
+
+class Dispatching(NamedTuple):
+    """A `dispatch` on its way."""
+
+    coming: Exchange
+    indices: Tensor | Exchange  # of what comes among the experts of this rank; num_experts of these where absent
+    weights: Tensor | Exchange
+    experts: int
+    choices: int  # that are not absent
+    send: list[int]
+    receive: list[int]
+    visits: Routing
+    group: dist.ProcessGroup
+
+    def wait(self) -> Dispatch:
+        indices, weights = (x.wait() if isinstance(x, Exchange) else x for x in self[1:3])
+        here = group_where_present(indices, self.experts, weights, self.choices)
+        return Dispatch(self.coming.wait(), here, self.send, self.receive, self.visits, self.group)
+
+
+def begin_dispatch(x: Tensor, routing: Routing, group: dist.ProcessGroup) -> Dispatching:
+    """Counts are exchanged, and what they give the size of is on its way."""
     experts = experts_of_rank("dispatch", routing.num_experts, group.size())
-    if routing.top_k == 1:
-        return _one_choice(x, routing, experts, group)
-    return _visited(x, routing, experts, group)
+    return (_one_choice if routing.top_k == 1 else _visited)(x, routing, experts, group)
 
 
-def _one_choice(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup) -> Dispatch:
+def _one_choice(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup) -> Dispatching:
     """Rows in expert order are in the order of ranks too, and counts say which expert each is for."""
     ranks = group.size()
     packed = permute(x, routing)  # before anything is sent: what it refuses, no other rank waits for
@@ -68,11 +89,11 @@ def _one_choice(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGr
     coming = begin_exchange(packed, send, receive, group)
     expert = torch.arange(experts, dtype=torch.int32, device=x.device).repeat(ranks)
     index = expert.repeat_interleave(arriving.flatten(), output_size=sum(receive))
-    here = group_by_expert(index[:, None], experts, x.new_ones(sum(receive), 1))
-    return Dispatch(coming.wait(), here, send, receive, routing, group)
+    ones, rows = x.new_ones(sum(receive), 1), sum(receive)
+    return Dispatching(coming, index[:, None], ones, experts, rows, send, receive, routing, group)
 
 
-def _visited(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup) -> Dispatch:
+def _visited(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup) -> Dispatching:
     ranks, (T, k) = group.size(), routing.indices.shape
     rank = routing.indices // experts  # `ranks` where a choice is absent, as its index is E
     is_repeated = (rank[:, :, None] == rank[:, None, :]).tril(-1).any(2)
@@ -92,9 +113,8 @@ def _visited(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup
     index = index.masked_fill((index < 0) | (index >= experts), experts)
     indices = begin_exchange(index, send, receive, group)
     weights = begin_exchange(routing.weights[token], send, receive, group)
-    rows_here = sum(rows for _, rows in arriving)
-    here = group_where_present(indices.wait(), experts, weights.wait(), rows_here)
-    return Dispatch(coming.wait(), here, send, receive, visits, group)
+    choices_here = sum(rows for _, rows in arriving)
+    return Dispatching(coming, indices, weights, experts, choices_here, send, receive, visits, group)
 
 
 def combine(y: Tensor, sent: Dispatch) -> Tensor:

@@ -7,10 +7,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from sigma_kernels.distributed.dispatch import combine, dispatch, experts_of_rank, process_group
+from sigma_kernels.distributed.dispatch import (
+    begin_combine,
+    begin_dispatch,
+    combine,
+    dispatch,
+    experts_of_rank,
+    process_group,
+)
 from sigma_kernels.nn.moe import MoE
 from sigma_kernels.ops.experts import experts_of_routing
 from sigma_kernels.ops.library import as_weights
+from sigma_kernels.ops.route import group_where_present
 from sigma_kernels.routing import Routing
 
 
@@ -27,18 +35,30 @@ class ExpertParallelMoE(MoE):
     Args: as `sk.nn.MoE`, num_experts being all that there are.  group: the ranks, all where not given; of a DeviceMesh
         of one dimension the experts' parameters are DTensors, sharded by expert, so that norms, optimizers and
         checkpoints see them whole and FSDP2 (with these in `ignored_params`) can have all others.
-    Raises: RuntimeError without a process group, ValueError if num_experts is no multiple of its ranks,
+        chunks: of a rank's experts; rows of the next one travel while one is computed, in the backward too.  Each chunk
+            is exchanges of its own, and gradients of the chunks' weights are copied together once.
+    Raises: RuntimeError without a process group, ValueError if num_experts is no multiple of its ranks times chunks,
         or the mesh has several dimensions.
     """
 
     def __init__(
-        self, *sizes: int, group: dist.ProcessGroup | DeviceMesh | None = None, **options: Any
+        self,
+        *sizes: int,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        chunks: int = 1,
+        **options: Any,
     ) -> None:
         if isinstance(group, DeviceMesh) and group.ndim != 1:
             raise ValueError(f"ExpertParallelMoE: group must be a mesh of one dimension, found {group.ndim}")
         # Before the parameters are made, whose number it decides.
         self.group = group.get_group() if isinstance(group, DeviceMesh) else process_group(group)
         super().__init__(*sizes, **options)
+        here = self.experts.down_proj.shape[0]
+        if chunks < 1 or here % chunks:
+            raise ValueError(
+                f"ExpertParallelMoE: chunks must divide the {here} experts of a rank, found {chunks}"
+            )
+        self.chunks = chunks
         if isinstance(group, DeviceMesh):
             self._shard(group)
 
@@ -56,7 +76,9 @@ class ExpertParallelMoE(MoE):
             setattr(self.experts, name, nn.Parameter(whole, own.requires_grad))
 
     @classmethod
-    def from_whole(cls, moe: MoE, group: dist.ProcessGroup | DeviceMesh | None = None) -> Self:
+    def from_whole(
+        cls, moe: MoE, group: dist.ProcessGroup | DeviceMesh | None = None, chunks: int = 1
+    ) -> Self:
         """This rank's part of a layer that every rank has whole; parameters are copied."""
         E, H, I = moe.experts.down_proj.shape
         router, mesh = moe.router, group if isinstance(group, DeviceMesh) else None
@@ -65,7 +87,7 @@ class ExpertParallelMoE(MoE):
                 H, I, E, router.top_k, score=router.score, normalize=router.normalize,
                 use_bias=router.expert_bias is not None, balance_score=router.balance_score,
                 output_scale=moe.output_scale, capacity_factor=moe.capacity_factor, drop=moe.drop,
-                group=mesh.get_group() if mesh else group,
+                group=mesh.get_group() if mesh else group, chunks=chunks,
             )  # fmt: skip
         count = here.experts.down_proj.shape[0]
         mine = slice(here.group.rank() * count, (here.group.rank() + 1) * count)
@@ -80,9 +102,43 @@ class ExpertParallelMoE(MoE):
 
     def answered(self, x: Tensor, routing: Routing) -> Tensor:
         gate_up, down = (local(p) for p in (self.experts.gate_up_proj, self.experts.down_proj))
-        sent = dispatch(as_weights(x, down), routing, self.group)
-        out = combine(experts_of_routing(sent.rows, sent.routing, gate_up, down), sent)
+        tokens = as_weights(x, down)
+        if self.chunks > 1:
+            out = self._in_chunks(tokens, routing, gate_up, down)
+        else:
+            sent = dispatch(tokens, routing, self.group)
+            out = combine(experts_of_routing(sent.rows, sent.routing, gate_up, down), sent)
         return out if out.dtype == x.dtype else out.to(x.dtype)
+
+    def _in_chunks(self, x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+        """A chunk's rows travel while the chunk before is computed, and its answers while the next one is."""
+        routings = chunked(routing, self.group.size(), self.chunks)
+        projections = zip(gate_up.chunk(self.chunks), down.chunk(self.chunks), strict=True)
+        ahead = begin_dispatch(x, routings[0], self.group)
+        answers = []
+        for chunk, weights in enumerate(projections):
+            coming = ahead
+            if chunk + 1 < self.chunks:
+                ahead = begin_dispatch(x, routings[chunk + 1], self.group)
+            sent = coming.wait()
+            answers.append(begin_combine(experts_of_routing(sent.rows, sent.routing, *weights), sent))
+        return sum((answer.wait() for answer in answers[1:]), start=answers[0].wait())
+
+
+def chunked(routing: Routing, ranks: int, chunks: int) -> list[Routing]:
+    """Of each rank's experts in `chunks` parts: the choices of part c among the part's experts of all ranks."""
+    E = routing.num_experts
+    per_rank, size = E // ranks, E // ranks // chunks
+    rank, place = routing.indices // per_rank, routing.indices % per_rank
+    index, chunk = rank * size + place % size, place // size
+    rows = routing.counts.view(ranks, chunks, size).sum((0, 2)).tolist()
+    absent, is_absent = ranks * size, routing.indices == E
+    return [
+        group_where_present(
+            index.masked_fill(is_absent | (chunk != c), absent).int(), absent, routing.weights, rows[c]
+        )
+        for c in range(chunks)
+    ]
 
 
 def local(parameter: Any) -> Tensor:
