@@ -142,6 +142,31 @@ def chunks(rank: int, ranks: int) -> None:
     )
 
 
+def payloads(rank: int, ranks: int) -> None:
+    """Rows in fewer bytes are what they were to the rounding of a block's scale, gradients to that of bf16."""
+    E, H, T = 2 * ranks, 300, 50  # two blocks of columns and a part
+    for k in (1, 2):
+        torch.manual_seed(k)
+        routing = sk.route(torch.randn(T, E), k)
+        x = (torch.randn(T, H) * torch.logspace(-20, 20, T)[:, None]).requires_grad_()
+        grad = torch.randn(T, H)
+        want = dispatch(x, routing).rows
+        blocks = torch.nn.functional.pad(want.detach(), (0, 84)).view(-1, 3, 128).abs().amax(2)
+        largest = blocks.repeat_interleave(128, 1)[:, :H]
+        for payload, of_number, of_block in (("bf16", 2**-8, 0.0), ("int8", 0.0, 0.5 / 127), ("fp8", 2**-4, 2**-10 / 448)):
+            sent = dispatch(x, routing, payload=payload)
+            assert sent.rows.dtype == torch.float32
+            assert ((sent.rows - want).abs() <= (of_number * want.abs() + of_block * largest) * 1.001).all(), payload
+            answers = sent.rows if k == 1 else sent.rows * (sent.routing.weights * (sent.routing.indices < 2)).sum(1, True)
+            (got,) = torch.autograd.grad(combine(answers, sent), x, grad)
+            assert_close(got, grad * routing.weights.sum(1, keepdim=True), tolerance(torch.bfloat16, 4))
+    part = ExpertParallelMoE(16, 8, 2 * ranks, payload="int8", chunks=2)
+    part(torch.randn(5, 16)).sum().backward()
+    assert "payload must be one of same, bf16, int8, fp8, found 'f16'" in caught(
+        ValueError, lambda: dispatch(x, routing, payload="f16")
+    )
+
+
 def limited(rank: int, ranks: int) -> None:
     """A layer that leaves choices out says the same on ranks as on one, each rank's tokens having their own limit."""
     for k in (1, 2):
@@ -204,4 +229,4 @@ def caught(kind: type[Exception], call: Callable[[], object]) -> str:
     raise AssertionError(f"no {kind.__name__}")
 
 
-CHECKS = {f.__name__: f for f in (layer, crowded, order, visits, chunks, limited, group_of_two, refused)}
+CHECKS = {f.__name__: f for f in (layer, crowded, order, visits, chunks, payloads, limited, group_of_two, refused)}

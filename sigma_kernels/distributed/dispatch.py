@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sigma_kernels.distributed.exchange import Exchange, all_to_all, begin_exchange
+from sigma_kernels.distributed.payload import Payload, check_payload
 from sigma_kernels.ops.library import check_float, check_shape
 from sigma_kernels.ops.permute import permute, sum_by_token, unpermute
 from sigma_kernels.ops.route import group_where_present
@@ -29,6 +30,7 @@ class Dispatch(NamedTuple):
         send, receive: rows to and from each rank.
         visits:  the Routing by which the tokens of this rank were sent: among ranks, or for k = 1 among experts.
         group:   the ranks.
+        payload_back: how what comes back travels.
     """
 
     rows: Tensor
@@ -37,9 +39,12 @@ class Dispatch(NamedTuple):
     receive: list[int]
     visits: Routing
     group: dist.ProcessGroup
+    payload_back: Payload = "same"
 
 
-def dispatch(x: Tensor, routing: Routing, group: dist.ProcessGroup | None = None) -> Dispatch:
+def dispatch(
+    x: Tensor, routing: Routing, group: dist.ProcessGroup | None = None, payload: Payload = "same"
+) -> Dispatch:
     """Send each token to the ranks that hold its experts; a collective, called by all of them.
 
     Counts are exchanged first, and are waited for: the sizes of what follows depend on them.
@@ -48,10 +53,14 @@ def dispatch(x: Tensor, routing: Routing, group: dist.ProcessGroup | None = None
         x: [T, H] on this rank; T may differ between ranks, and be 0.
         routing: of these tokens among all E experts; top_k is the same on all ranks.
         group: the ranks that share the experts; all ranks where not given.
+        payload: how rows travel: "same" as they are, "bf16", or "int8" or "fp8" with a scale every 128 columns; what
+            comes back and the gradients of all but "same" in bf16.
     Returns: a Dispatch, whose `rows` and `routing` are what the experts of this rank take, and `combine` their answer.
-    Raises: RuntimeError without a process group, ValueError if E is no multiple of its ranks, or as `permute`.
+    Raises: RuntimeError without a process group, ValueError if E is no multiple of its ranks, for another payload, or as
+        `permute`.
     """
-    return begin_dispatch(x, routing, process_group(group)).wait()
+    check_payload("dispatch", payload)
+    return begin_dispatch(x, routing, process_group(group), payload).wait()
 
 
 class Dispatching(NamedTuple):
@@ -70,30 +79,32 @@ class Dispatching(NamedTuple):
     def wait(self) -> Dispatch:
         indices, weights = (x.wait() if isinstance(x, Exchange) else x for x in self[1:3])
         here = group_where_present(indices, self.experts, weights, self.choices)
-        return Dispatch(self.coming.wait(), here, self.send, self.receive, self.visits, self.group)
+        return Dispatch(self.coming.wait(), here, self.send, self.receive, self.visits, self.group, self.coming.payload_back)
 
 
-def begin_dispatch(x: Tensor, routing: Routing, group: dist.ProcessGroup) -> Dispatching:
+def begin_dispatch(
+    x: Tensor, routing: Routing, group: dist.ProcessGroup, payload: Payload = "same"
+) -> Dispatching:
     """Counts are exchanged, and what they give the size of is on its way."""
     experts = experts_of_rank("dispatch", routing.num_experts, group.size())
-    return (_one_choice if routing.top_k == 1 else _visited)(x, routing, experts, group)
+    return (_one_choice if routing.top_k == 1 else _visited)(x, routing, experts, group, payload)
 
 
-def _one_choice(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup) -> Dispatching:
+def _one_choice(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup, payload: Payload) -> Dispatching:
     """Rows in expert order are in the order of ranks too, and counts say which expert each is for."""
     ranks = group.size()
     packed = permute(x, routing)  # before anything is sent: what it refuses, no other rank waits for
     counts = routing.counts.contiguous()
     arriving = all_to_all(counts, [experts] * ranks, [experts] * ranks, group).view(ranks, experts)
     send, receive = torch.stack([counts.view(ranks, experts).sum(1), arriving.sum(1)]).tolist()
-    coming = begin_exchange(packed, send, receive, group)
+    coming = begin_exchange(packed, send, receive, group, payload)
     expert = torch.arange(experts, dtype=torch.int32, device=x.device).repeat(ranks)
     index = expert.repeat_interleave(arriving.flatten(), output_size=sum(receive))
     ones, rows = x.new_ones(sum(receive), 1), sum(receive)
     return Dispatching(coming, index[:, None], ones, experts, rows, send, receive, routing, group)
 
 
-def _visited(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup) -> Dispatching:
+def _visited(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup, payload: Payload) -> Dispatching:
     ranks, (T, k) = group.size(), routing.indices.shape
     rank = routing.indices // experts  # `ranks` where a choice is absent, as its index is E
     is_repeated = (rank[:, :, None] == rank[:, None, :]).tril(-1).any(2)
@@ -106,7 +117,7 @@ def _visited(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup
     sizes = torch.stack([visits.counts, choices], 1)
     arriving = all_to_all(sizes, [1] * ranks, [1] * ranks, group).tolist()
     receive = [rows for rows, _ in arriving]
-    coming = begin_exchange(packed, send, receive, group)
+    coming = begin_exchange(packed, send, receive, group, payload)
     token, per_rank = visits.row_map // k, visits.counts
     first = torch.arange(0, ranks * experts, experts, dtype=torch.int32, device=x.device)
     index = routing.indices[token] - first.repeat_interleave(per_rank, output_size=sum(send))[:, None]
@@ -147,7 +158,7 @@ class Combining(NamedTuple):
 def begin_combine(y: Tensor, sent: Dispatch) -> Combining:
     check_float("combine", **{"y": y, "routing.weights": sent.visits.weights})
     check_shape("combine", "y", y, (sent.rows.shape[0], "H"))
-    return Combining(begin_exchange(y, sent.receive, sent.send, sent.group), sent)
+    return Combining(begin_exchange(y, sent.receive, sent.send, sent.group, sent.payload_back), sent)
 
 
 def process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

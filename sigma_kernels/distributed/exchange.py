@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sigma_kernels.distributed.payload import Payload, decode, encode
+
 
 @dataclass
 class Exchange:
@@ -16,23 +18,29 @@ class Exchange:
     send: list[int]
     receive: list[int]
     group: dist.ProcessGroup
-    coming: Tensor | None = None  # as autograd knows it
-    out: Tensor | None = None
-    work: Any = None
-    read: Tensor | None = None
+    payload: Payload = "same"
+    coming: Tensor | None = None  # what autograd takes for what comes; no memory
+    _sent: Tensor | None = None
+    _out: Tensor | None = None
+    _work: Any = None
 
-    def begin(self, x: Tensor, send: list[int], receive: list[int]) -> None:
-        self.read = x.contiguous()
-        self.out = x.new_empty(sum(receive), *x.shape[1:])
-        self.work = dist.all_to_all_single(
-            self.out, self.read, receive, send, group=self.group, async_op=True
+    def begin(self, x: Tensor, send: list[int], receive: list[int], payload: Payload) -> None:
+        self._sent = encode(x, payload)
+        self._out = self._sent.new_empty(sum(receive), *self._sent.shape[1:])
+        self._work = dist.all_to_all_single(
+            self._out, self._sent, receive, send, group=self.group, async_op=True
         )
 
-    def finish(self) -> Tensor:
-        self.work.wait()
-        out, self.out, self.work, self.read = self.out, None, None, None
+    def finish(self, payload: Payload, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        self._work.wait()
+        out, self._out, self._work, self._sent = self._out, None, None, None
         assert out is not None
-        return out
+        return decode(out, payload, shape[-1], dtype)
+
+    @property
+    def payload_back(self) -> Payload:
+        """Of gradients, whose range no 8 bits are trusted with."""
+        return "same" if self.payload == "same" else "bf16"
 
     def wait(self) -> Tensor:
         """The rows that came."""
@@ -40,50 +48,45 @@ class Exchange:
 
 
 def begin_exchange(
-    x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+    x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, payload: Payload = "same"
 ) -> Exchange:
     """Send the rows of x [sum(send), ...], send[p] of them to rank p, in order; receive[p] will come from it.
 
     `wait` gives what the ranks sent to this one, in the order of ranks: [sum(receive), ...].  Differentiable once:
     gradients go back to where their rows came from, begun where the gradient of what was waited for is there, and
-    waited for where that of x is asked for, so that what lies between runs meanwhile.
+    waited for where that of x is asked for, so that what lies between runs meanwhile.  A payload rounds what is sent,
+    and gradients pass as if it had not.
     Bound: the bytes that leave for other ranks over the link's bandwidth.
     """
-    found = Exchange(send, receive, group)
+    found = Exchange(send, receive, group, payload)
     found.coming = _Begin.apply(x, found)
     return found
-
-
-def exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """The same, waited for at once."""
-    return begin_exchange(x, send, receive, group).wait()
 
 
 class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, found: Exchange) -> Tensor:
-        ctx.found = found
-        found.begin(x, found.send, found.receive)
-        return found.out
+        ctx.found, ctx.shape, ctx.dtype = found, x.shape, x.dtype
+        found.begin(x, found.send, found.receive, found.payload)
+        return x.new_empty(()).expand(sum(found.receive), *x.shape[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.found.finish(), None
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.found.finish(ctx.found.payload_back, ctx.shape, ctx.dtype), None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, coming: Tensor, found: Exchange) -> Tensor:
         ctx.found = found
-        out = found.finish()
-        return out.view_as(out)
+        return found.finish(found.payload, coming.shape, coming.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         found = ctx.found
-        found.begin(grad, found.receive, found.send)
+        found.begin(grad, found.receive, found.send, found.payload_back)
         return grad, None  # of the shape that autograd wants here; _Begin gives what comes instead
 
 

@@ -15,6 +15,7 @@ from sigma_kernels.distributed.dispatch import (
     experts_of_rank,
     process_group,
 )
+from sigma_kernels.distributed.payload import Payload, check_payload
 from sigma_kernels.nn.moe import MoE
 from sigma_kernels.ops.experts import experts_of_routing
 from sigma_kernels.ops.library import as_weights
@@ -35,6 +36,7 @@ class ExpertParallelMoE(MoE):
     Args: as `sk.nn.MoE`, num_experts being all that there are.  group: the ranks, all where not given; of a DeviceMesh
         of one dimension the experts' parameters are DTensors, sharded by expert, so that norms, optimizers and
         checkpoints see them whole and FSDP2 (with these in `ignored_params`) can have all others.
+        payload: how rows travel, as in `dispatch`.
         chunks: of a rank's experts; rows of the next one travel while one is computed, in the backward too.  Each chunk
             is exchanges of its own, and gradients of the chunks' weights are copied together once.
     Raises: RuntimeError without a process group, ValueError if num_experts is no multiple of its ranks times chunks,
@@ -46,6 +48,7 @@ class ExpertParallelMoE(MoE):
         *sizes: int,
         group: dist.ProcessGroup | DeviceMesh | None = None,
         chunks: int = 1,
+        payload: Payload = "same",
         **options: Any,
     ) -> None:
         if isinstance(group, DeviceMesh) and group.ndim != 1:
@@ -58,7 +61,8 @@ class ExpertParallelMoE(MoE):
             raise ValueError(
                 f"ExpertParallelMoE: chunks must divide the {here} experts of a rank, found {chunks}"
             )
-        self.chunks = chunks
+        check_payload("ExpertParallelMoE", payload)
+        self.chunks, self.payload = chunks, payload
         if isinstance(group, DeviceMesh):
             self._shard(group)
 
@@ -77,7 +81,11 @@ class ExpertParallelMoE(MoE):
 
     @classmethod
     def from_whole(
-        cls, moe: MoE, group: dist.ProcessGroup | DeviceMesh | None = None, chunks: int = 1
+        cls,
+        moe: MoE,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        chunks: int = 1,
+        payload: Payload = "same",
     ) -> Self:
         """This rank's part of a layer that every rank has whole; parameters are copied."""
         E, H, I = moe.experts.down_proj.shape
@@ -87,7 +95,7 @@ class ExpertParallelMoE(MoE):
                 H, I, E, router.top_k, score=router.score, normalize=router.normalize,
                 use_bias=router.expert_bias is not None, balance_score=router.balance_score,
                 output_scale=moe.output_scale, capacity_factor=moe.capacity_factor, drop=moe.drop,
-                group=mesh.get_group() if mesh else group, chunks=chunks,
+                group=mesh.get_group() if mesh else group, chunks=chunks, payload=payload,
             )  # fmt: skip
         count = here.experts.down_proj.shape[0]
         mine = slice(here.group.rank() * count, (here.group.rank() + 1) * count)
@@ -106,7 +114,7 @@ class ExpertParallelMoE(MoE):
         if self.chunks > 1:
             out = self._in_chunks(tokens, routing, gate_up, down)
         else:
-            sent = dispatch(tokens, routing, self.group)
+            sent = dispatch(tokens, routing, self.group, self.payload)
             out = combine(experts_of_routing(sent.rows, sent.routing, gate_up, down), sent)
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
@@ -114,12 +122,12 @@ class ExpertParallelMoE(MoE):
         """A chunk's rows travel while the chunk before is computed, and its answers while the next one is."""
         routings = chunked(routing, self.group.size(), self.chunks)
         projections = zip(gate_up.chunk(self.chunks), down.chunk(self.chunks), strict=True)
-        ahead = begin_dispatch(x, routings[0], self.group)
+        ahead = begin_dispatch(x, routings[0], self.group, self.payload)
         answers = []
         for chunk, weights in enumerate(projections):
             coming = ahead
             if chunk + 1 < self.chunks:
-                ahead = begin_dispatch(x, routings[chunk + 1], self.group)
+                ahead = begin_dispatch(x, routings[chunk + 1], self.group, self.payload)
             sent = coming.wait()
             answers.append(begin_combine(experts_of_routing(sent.rows, sent.routing, *weights), sent))
         return sum((answer.wait() for answer in answers[1:]), start=answers[0].wait())
