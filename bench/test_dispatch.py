@@ -21,7 +21,12 @@ def test_dispatch(race, device, shape, ranks, direction):
         pytest.skip("over gloo, between processes of a CPU")
     shape = shapes.replace(shape, E=-(-shape.E // ranks) * ranks)
     index = shapes.choices(shape, "balanced")
-    moved = (4 if direction != "forward" else 2) * sum(rows_of_visits(index, shape.E // ranks, ranks)) * shape.H * 4
+    moved = (
+        (4 if direction != "forward" else 2)
+        * sum(rows_of_visits(index, shape.E // ranks, ranks))
+        * shape.H
+        * 4
+    )
     backward = direction != "forward"
     with several(ranks, calls_of, shape, backward) as calls, torch.no_grad():
         want = [t.detach() for t in calls["want"]()]
@@ -39,7 +44,7 @@ def test_dispatch(race, device, shape, ranks, direction):
                 check=check,
                 index=index,
                 moved=moved,
-                note="GB/s: of the rows that a rank sends, a token once to a rank, those to itself among them; a thread "
+                note="GB/s: of the rows that a rank sends, each token once, those to itself among them; a thread "
                 "a rank, and where these are more than the cores they take turns",
                 bound_exchange=calls["exchange"],
                 torch_index_select_all_to_all_index_add=calls["torch"],

@@ -105,13 +105,17 @@ def visits(rank: int, ranks: int) -> None:
         goes_to = each.indices // 3
         sent = dispatch(x, each)
         want = [[t for t in range(T) if (goes_to[t] == p).any()] for p in range(ranks)]
-        assert sent.send == [len(tokens) for tokens in want], "a token was sent twice, or where nobody waits for it"
+        assert sent.send == [len(tokens) for tokens in want], (
+            "a token was sent twice, or where nobody waits for it"
+        )
         everyone = [None] * ranks
         dist.all_gather_object(everyone, (x, each.indices, each.weights, want))
         rows, choices = [], {}
         for tokens, indices, weights, sends in everyone:
             for t in sends[rank]:
-                mine = {e - 3 * rank: w for e, w in zip(indices[t].tolist(), weights[t].tolist(), strict=True)}
+                mine = {
+                    e - 3 * rank: w for e, w in zip(indices[t].tolist(), weights[t].tolist(), strict=True)
+                }
                 choices[len(rows)] = {e: w for e, w in mine.items() if 0 <= e < 3}
                 rows.append(tokens[t])
         assert torch.equal(sent.rows, torch.stack(rows))
@@ -153,11 +157,21 @@ def payloads(rank: int, ranks: int) -> None:
         want = dispatch(x, routing).rows
         blocks = torch.nn.functional.pad(want.detach(), (0, 84)).view(-1, 3, 128).abs().amax(2)
         largest = blocks.repeat_interleave(128, 1)[:, :H]
-        for payload, of_number, of_block in (("bf16", 2**-8, 0.0), ("int8", 0.0, 0.5 / 127), ("fp8", 2**-4, 2**-10 / 448)):
+        for payload, of_number, of_block in (
+            ("bf16", 2**-8, 0.0),
+            ("int8", 0.0, 0.5 / 127),
+            ("fp8", 2**-4, 2**-10 / 448),
+        ):
             sent = dispatch(x, routing, payload=payload)
             assert sent.rows.dtype == torch.float32
-            assert ((sent.rows - want).abs() <= (of_number * want.abs() + of_block * largest) * 1.001).all(), payload
-            answers = sent.rows if k == 1 else sent.rows * (sent.routing.weights * (sent.routing.indices < 2)).sum(1, True)
+            assert (
+                (sent.rows - want).abs() <= (of_number * want.abs() + of_block * largest) * 1.001
+            ).all(), payload
+            answers = (
+                sent.rows
+                if k == 1
+                else sent.rows * (sent.routing.weights * (sent.routing.indices < 2)).sum(1, True)
+            )
             (got,) = torch.autograd.grad(combine(answers, sent), x, grad)
             assert_close(got, grad * routing.weights.sum(1, keepdim=True), tolerance(torch.bfloat16, 4))
     part = ExpertParallelMoE(16, 8, 2 * ranks, payload="int8", chunks=2)
@@ -182,7 +196,9 @@ def limited(rank: int, ranks: int) -> None:
         assert len(x) < 2 or part.last_dropped.sum() > 0
         grad = torch.randn(x.shape)
         (want,) = torch.autograd.grad(outs_of_mine, whole.router.weight, grad)
-        torch.autograd.backward(outs, [torch.zeros_like(o) if r != rank else grad for r, o in enumerate(outs)])
+        torch.autograd.backward(
+            outs, [torch.zeros_like(o) if r != rank else grad for r, o in enumerate(outs)]
+        )
         got.backward(grad)
         assert_close(part.router.weight.grad, want, tolerance(torch.float32, 24))
 
@@ -229,4 +245,6 @@ def caught(kind: type[Exception], call: Callable[[], object]) -> str:
     raise AssertionError(f"no {kind.__name__}")
 
 
-CHECKS = {f.__name__: f for f in (layer, crowded, order, visits, chunks, payloads, limited, group_of_two, refused)}
+CHECKS = {
+    f.__name__: f for f in (layer, crowded, order, visits, chunks, payloads, limited, group_of_two, refused)
+}

@@ -15,6 +15,8 @@ import pybind11
 import pytest
 import torch
 from support import assert_close, tolerance, value_and_grads
+from test_ops_absent import SHAPES as SHAPES_ABSENT
+from test_ops_absent import check_absent
 from test_ops_route_with_sums import ROWS, SCORES, check_row, check_sums, leaf
 
 import sigma_kernels as sk
@@ -180,6 +182,12 @@ def test_moe_experts(reseed, T, H, I, E, k, dtype):
         assert_close(g, w, tolerance(dtype, 4))
     with torch.no_grad():
         assert torch.equal(sk.moe_experts(inputs[0], index, *inputs[1:]), got[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES_ABSENT[:2], ids=str)
+def test_absent_choices_add_nothing(reseed, shape):
+    """Defends: memory of slots without a row read as if a product had written it."""
+    check_absent(shape, bf16)
 
 
 def test_a_layer_trains(reseed):

@@ -7,7 +7,17 @@ import torch.multiprocessing as mp
 
 import sigma_kernels as sk
 
-CASES = [("layer", 2), ("layer", 4), ("crowded", 2), ("order", 4), ("visits", 4), ("limited", 4), ("chunks", 2), ("payloads", 2), ("group_of_two", 4)]
+CASES = [
+    ("layer", 2),
+    ("layer", 4),
+    ("crowded", 2),
+    ("order", 4),
+    ("visits", 4),
+    ("limited", 4),
+    ("chunks", 2),
+    ("payloads", 2),
+    ("group_of_two", 4),
+]
 CASES += [("refused", 2)]
 
 

@@ -103,9 +103,7 @@ def test_second_derivatives_of_unpermute():
     y = torch.randn(routing.row_map.shape[0], 3, dtype=torch.float64, requires_grad=True)
     w = routing.weights.clone().requires_grad_()
     with sk.backend("reference"):
-        assert torch.autograd.gradgradcheck(
-            lambda y, w: sk.unpermute(y, routing._replace(weights=w)), (y, w)
-        )
+        assert torch.autograd.gradgradcheck(lambda y, w: sk.unpermute(y, routing._replace(weights=w)), (y, w))
         x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradgradcheck(lambda x: sk.permute(x, routing), (x,))
 
@@ -116,7 +114,9 @@ def naive_limit(routing: sk.Routing, capacity: int, drop: str) -> set[int]:
     for e in range(routing.num_experts):
         slots = (routing.indices.reshape(-1) == e).nonzero()[:, 0].tolist()
         if drop == "lightest":
-            slots.sort(key=lambda s: -routing.weights.reshape(-1)[s].item())  # stable: the later slot goes first
+            slots.sort(
+                key=lambda s: -routing.weights.reshape(-1)[s].item()
+            )  # stable: the later slot goes first
         stay.update(slots[:capacity])
     return stay
 

@@ -121,7 +121,9 @@ def test_only_the_sum_over_choices_is_rounded(backend):
     assert torch.equal(got, torch.zeros_like(got))
 
 
-@pytest.mark.parametrize("shape, dtype", [(SHAPES_ABSENT[0], torch.float16), (SHAPES_ABSENT[1], torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    "shape, dtype", [(SHAPES_ABSENT[0], torch.float16), (SHAPES_ABSENT[1], torch.float32)], ids=str
+)
 def test_absent_choices_add_nothing(backend, shape, dtype):
     """Defends: memory of slots without a row read as if a product had written it."""
     check_absent(shape, dtype)

@@ -56,8 +56,8 @@ def dispatch(
         payload: how rows travel: "same" as they are, "bf16", or "int8" or "fp8" with a scale every 128 columns; what
             comes back and the gradients of all but "same" in bf16.
     Returns: a Dispatch, whose `rows` and `routing` are what the experts of this rank take, and `combine` their answer.
-    Raises: RuntimeError without a process group, ValueError if E is no multiple of its ranks, for another payload, or as
-        `permute`.
+    Raises: RuntimeError without a process group, ValueError if E is no multiple of its ranks, for another payload, or
+        as `permute`.
     """
     check_payload("dispatch", payload)
     return begin_dispatch(x, routing, process_group(group), payload).wait()
@@ -67,7 +67,9 @@ class Dispatching(NamedTuple):
     """A `dispatch` on its way."""
 
     coming: Exchange
-    indices: Tensor | Exchange  # of what comes among the experts of this rank; num_experts of these where absent
+    indices: (
+        Tensor | Exchange
+    )  # of what comes among the experts of this rank; num_experts of these where absent
     weights: Tensor | Exchange
     experts: int
     choices: int  # that are not absent
@@ -79,7 +81,15 @@ class Dispatching(NamedTuple):
     def wait(self) -> Dispatch:
         indices, weights = (x.wait() if isinstance(x, Exchange) else x for x in self[1:3])
         here = group_where_present(indices, self.experts, weights, self.choices)
-        return Dispatch(self.coming.wait(), here, self.send, self.receive, self.visits, self.group, self.coming.payload_back)
+        return Dispatch(
+            self.coming.wait(),
+            here,
+            self.send,
+            self.receive,
+            self.visits,
+            self.group,
+            self.coming.payload_back,
+        )
 
 
 def begin_dispatch(
@@ -90,7 +100,9 @@ def begin_dispatch(
     return (_one_choice if routing.top_k == 1 else _visited)(x, routing, experts, group, payload)
 
 
-def _one_choice(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup, payload: Payload) -> Dispatching:
+def _one_choice(
+    x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup, payload: Payload
+) -> Dispatching:
     """Rows in expert order are in the order of ranks too, and counts say which expert each is for."""
     ranks = group.size()
     packed = permute(x, routing)  # before anything is sent: what it refuses, no other rank waits for
@@ -104,7 +116,9 @@ def _one_choice(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGr
     return Dispatching(coming, index[:, None], ones, experts, rows, send, receive, routing, group)
 
 
-def _visited(x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup, payload: Payload) -> Dispatching:
+def _visited(
+    x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup, payload: Payload
+) -> Dispatching:
     ranks, (T, k) = group.size(), routing.indices.shape
     rank = routing.indices // experts  # `ranks` where a choice is absent, as its index is E
     is_repeated = (rank[:, :, None] == rank[:, None, :]).tril(-1).any(2)

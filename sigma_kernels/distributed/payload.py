@@ -1,4 +1,4 @@
-"""How rows are written for the wire: as they are, in half the bytes, or in a quarter with a scale a block of columns."""
+"""How rows are written for the wire: as they are, in two bytes a number, or in one with a scale a block of columns."""
 
 from typing import Literal, get_args
 

@@ -15,9 +15,9 @@ Drop = Literal["lightest", "last"]
 def limit_rows(routing: Routing, capacity: int, drop: Drop = "lightest") -> tuple[Routing, Tensor]:
     """At most `capacity` rows for each expert; choices beyond are answered by none.
 
-    Which are left out: the lightest routing weights of each expert (ties: the later tokens), or the last tokens (GShard:
-    Lepikhin et al. 2020, arXiv 2006.16668).  A token whose choices are all left out gets zero from the layer, beside
-    which its residual stream stays.
+    Which are left out: the lightest routing weights of each expert (ties: the later tokens), or the last tokens
+    (GShard: Lepikhin et al. 2020, arXiv 2006.16668).  A token whose choices are all left out gets zero from the layer,
+    beside which its residual stream stays.
 
     Returns: the Routing, which has R' = sum_e min(counts[e], capacity) rows and index E where a choice is left out; and
         how many of each expert were, [E] int32.

@@ -105,16 +105,14 @@ def permute(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
     return out
 
 
-def unpermute(
-    y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int, tokens: int
-) -> Tensor:
+def unpermute(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int, tokens: int) -> Tensor:
     return combine(y, inverse(row_map, tokens * top_k), weights, top_k)
 
 
 def inverse(row_map: Tensor, slots: int) -> Tensor:
     """The row of each slot, -1 where it has none."""
     R = row_map.shape[0]
-    row_of_slot = row_map.new_full((slots,), -1) if R < slots else torch.empty_like(row_map)
+    row_of_slot = row_map.new_full((slots,), -1) if slots > R else torch.empty_like(row_map)
     launch("invert", row_map, row_map.data_ptr(), R, row_of_slot.data_ptr())
     return row_of_slot
 

@@ -301,8 +301,8 @@ def _backward_into(
     *inputs, gate_up_proj, down_proj, gate_up, x_needed = rest
     x, weights, offsets, row_map = inputs
     grad_x, grad_weights, _, _ = select("moe_experts_backward", x)(
-        grad_out, x, weights, *_order(weights, offsets, row_map), gate_up_proj, down_proj, gate_up, [x_needed, False, False],
-        into=(of_gate_up, of_down),
+        grad_out, x, weights, *_order(weights, offsets, row_map), gate_up_proj, down_proj, gate_up,
+        [x_needed, False, False], into=(of_gate_up, of_down),
     )  # fmt: skip
     return grad_x, grad_weights
 

@@ -287,7 +287,9 @@ def check_routing(op: str, routing: Routing, first: str, data: Tensor) -> tuple[
     T, k = indices.shape
     check_shape(op, "routing.row_map", row_map, ("R",))
     if row_map.shape[0] > T * k:
-        raise ValueError(f"{op}: routing.row_map must be [R], R <= {T * k} = T*k, found {list(row_map.shape)}")
+        raise ValueError(
+            f"{op}: routing.row_map must be [R], R <= {T * k} = T*k, found {list(row_map.shape)}"
+        )
     if row_map.dtype != torch.int32:
         raise TypeError(f"{op}: routing.row_map must be int32, found {row_map.dtype}")
     check_device(op, "routing.row_map", row_map, first, data)

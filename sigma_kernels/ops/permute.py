@@ -80,9 +80,7 @@ def _permute_cpu(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
     return out
 
 
-def _unpermute_cpu(
-    y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int, tokens: int
-) -> Tensor:
+def _unpermute_cpu(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int, tokens: int) -> Tensor:
     y = rows(y)
     weights = None if weights is None else widened(weights.contiguous())
     R, H = y.shape
@@ -146,9 +144,7 @@ register_table("unpermute_backward", [
 
 define(
     "permute(Tensor x, Tensor row_map, int top_k) -> Tensor",
-    lambda x, row_map, top_k: select("permute", x)(
-        x, slots("permute", row_map, x.shape[0] * top_k), top_k
-    ),
+    lambda x, row_map, top_k: select("permute", x)(x, slots("permute", row_map, x.shape[0] * top_k), top_k),
     lambda x, row_map, top_k: x.new_empty(row_map.shape[0], x.shape[1]),
 )
 define(

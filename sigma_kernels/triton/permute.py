@@ -33,7 +33,7 @@ def combine_rows_kernel(
     y_ptr, row_of_slot_ptr, weights_ptr, out_ptr, T, H, top_k: tl.constexpr, stride_y,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum_j weights[t, j] * y[row of slot t*k + j]; without a map, rows are slots; a negative row adds nothing."""
+    """out[t] = sum_j weights[t, j] * y[row of slot t*k + j]; without a map rows are slots, a negative one adds nothing."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_live = (t < T)[:, None] & (h < H)[None, :]
@@ -87,12 +87,10 @@ def permute(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
     return out
 
 
-def unpermute(
-    y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int, tokens: int
-) -> Tensor:
+def unpermute(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int, tokens: int) -> Tensor:
     """[tokens, H] of y [R, H], weighted where weights are given."""
     R = row_map.shape[0]
-    row_of_slot = no_rows(row_map, tokens * top_k) if R < tokens * top_k else torch.empty_like(row_map)
+    row_of_slot = no_rows(row_map, tokens * top_k) if tokens * top_k > R else torch.empty_like(row_map)
     if R:
         invert_kernel[(cdiv(R, 1024),)](row_map, row_of_slot, R, BLOCK=1024, **FUSION)
     return combine(rows(y), row_of_slot, weights, top_k, y.dtype)

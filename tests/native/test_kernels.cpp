@@ -205,7 +205,8 @@ int main() {
     std::vector<int32_t> counts(c.E), offsets(c.E + 1), row_map(R);
     const int64_t wrong =
         group_by_expert(indices.data(), R, c.E, counts.data(), offsets.data(), row_map.data(), 2);
-    wrong == -1 && rises(offsets.data(), c.E, R) && wrong_row(row_map.data(), R, R) == -1 ? ++passed : ++failed;
+    wrong == -1 && rises(offsets.data(), c.E, R) && wrong_row(row_map.data(), R, R) == -1 ? ++passed
+                                                                                          : ++failed;
     test_gemms<float, float>(c, offsets, R);
     test_gemms<float, Bf16>(c, offsets, R);
     test_gemms<float, F16>(c, offsets, R);

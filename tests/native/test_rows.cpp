@@ -257,6 +257,7 @@ void test_numbers_and_maps() {
   const int32_t twice[] = {1, 0, 1}, below[] = {0, -1, 2}, falls[] = {0, 2, 1, 3};
   wrong_row(bad, 3, 3) == 2 && wrong_row(bad, 3, 6) == -1 && wrong_row(twice, 3, 3) == 2 &&
           wrong_row(below, 3, 3) == 1
-      ? ++passed : ++failed;
+      ? ++passed
+      : ++failed;
   !rises(falls, 3, 3) && !rises(bad, 2, 4) && rises(bad, 2, 5) ? ++passed : ++failed;
 }
