@@ -33,7 +33,7 @@ def combine_rows_kernel(
     y_ptr, row_of_slot_ptr, weights_ptr, out_ptr, T, H, top_k: tl.constexpr, stride_y,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum_j weights[t, j] * y[row of slot t*k + j]; without a map rows are slots, a negative one adds nothing."""
+    """out[t] = sum_j weights[t, j] * y[row of slot t*k + j]; without a map rows are slots; none if negative."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_live = (t < T)[:, None] & (h < H)[None, :]
