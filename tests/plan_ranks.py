@@ -18,7 +18,12 @@ COLLECTIVES = {
     "_c10d_functional.all_reduce_.default": "all_reduce",
 }
 AROUND = ("wait_tensor", "_wrap_tensor_autograd")  # move nothing
-OPERAND = {"all_gather": 0, "reduce_scatter": 1, "all_to_all": 1, "all_reduce": 0}  # the larger, or what is sent
+OPERAND = {
+    "all_gather": 0,
+    "reduce_scatter": 1,
+    "all_to_all": 1,
+    "all_reduce": 0,
+}  # the larger, or what is sent
 
 
 class Counted(TorchDispatchMode):
@@ -59,7 +64,9 @@ class Kept:
 
     def pack(self, x: Any) -> Any:
         own = (*self.model.parameters(), *self.model.buffers())
-        held = {part(p).untyped_storage().data_ptr() for p in own if p.dtype == torch.float32}  # no copies in bf16
+        held = {
+            part(p).untyped_storage().data_ptr() for p in own if p.dtype == torch.float32
+        }  # no copies in bf16
         storage = part(x).untyped_storage()
         if storage.data_ptr() not in held:
             self.saved.setdefault(storage.data_ptr(), part(x))  # held, so that no other takes its place

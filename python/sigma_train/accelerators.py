@@ -55,5 +55,7 @@ def accelerator(name: str) -> Accelerator:
     if found := by_lower.get(name.lower()):
         return found
     nearest = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    hint = f"did you mean {by_lower[nearest[0]].name!r}?" if nearest else f"there are {', '.join(ACCELERATORS)}"
+    hint = (
+        f"did you mean {by_lower[nearest[0]].name!r}?" if nearest else f"there are {', '.join(ACCELERATORS)}"
+    )
     raise WrongInput(f"unknown accelerator {name!r}; {hint}")

@@ -43,7 +43,8 @@ def plan(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="all figures as one JSON object")] = False,
     page: Annotated[
-        Path | None, typer.Option(help="no plan of one: write the page of 20 B and 200 B at 64 to 2,048 ranks")
+        Path | None,
+        typer.Option(help="no plan of one: write the page of 20 B and 200 B at 64 to 2,048 ranks"),
     ] = None,
 ) -> None:
     """Say what a training configuration holds, sends and takes on so many ranks, without any of them."""
@@ -65,8 +66,13 @@ def plan(
         "latency_us": latency_us,
     }  # fmt: skip
     if page is not None:
-        if any(x is not None for x in (preset, config, overrides, ranks, expert_ranks, batch_size, dtype)) or json:
-            raise WrongInput("--page plans its own settings: it takes options of the accelerator and shares alone")
+        if (
+            any(x is not None for x in (preset, config, overrides, ranks, expert_ranks, batch_size, dtype))
+            or json
+        ):
+            raise WrongInput(
+                "--page plans its own settings: it takes options of the accelerator and shares alone"
+            )
         from sigma_train.plan_page import write_page
 
         typer.echo(f"wrote {write_page(page, device, _shares('bf16', rates))}")
@@ -124,7 +130,7 @@ def show(made: "Plan", console: "Console") -> None:
     p, where, device = made, made.layout, made.device
     nodes = math.ceil(where.ranks / where.node_ranks)
     console.print(
-        f"[bold]{p.shapes.total / 1e9:.2f} B parameters[/bold], {p.shapes.active_in_layers / 1e9:.3f} B of the layers "
+        f"[bold]{_count(p.shapes.total)} parameters[/bold], {_count(p.shapes.active_in_layers)} of the layers "
         f"active a token; {where.ranks} x {device.name} in {nodes} node{'s' * (nodes > 1)}; "
         f"{where.expert_ranks} ranks share a set of experts, {where.replicas} "
         f"set{'s' * (where.replicas > 1)}; {p.config.train.dtype}; {p.tokens:,} tokens a step",
@@ -135,14 +141,28 @@ def show(made: "Plan", console: "Console") -> None:
         _show_wire(p, console)
     _show_time(p, console)
     console.print(
-        f"A step: {p.flops.total / TFLOP:,.0f} TFLOP, MFU {p.mfu(p.times.expected):.1%}, "
-        f"{p.tokens / p.times.expected:,.0f} tokens/s; [bold]{p.times.bound}[/bold] take most of it",
+        f"A step: {p.flops.total / TFLOP:,.4g} TFLOP, MFU {p.mfu(p.times.expected):.1%}, "
+        f"{p.tokens / p.times.expected:,.0f} tokens/s; most of it: [bold]{p.times.bound}[/bold]",
         highlight=False,
     )
     if p.crowds:
         _show_crowds(p, console)
     for line in assumptions(p):
         console.print(f"- {line}", highlight=False, style="dim")
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _bytes(size: float) -> str:
+    from rich.filesize import decimal
+
+    return decimal(round(size), precision=2)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f}" if seconds >= 1e-2 else f"{seconds * 1e3:.3g}"
 
 
 def _table(console: "Console", title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -171,38 +191,32 @@ MEMORY_ROWS = {
 def _show_memory(p: "Plan", console: "Console") -> None:
     from sigma_train.plan import USABLE
 
-    rows = [[name, f"{getattr(p.memory, key) / 1e9:,.3f}", kind] for key, (name, kind) in MEMORY_ROWS.items()]
+    rows = [[name, _bytes(getattr(p.memory, key)), kind] for key, (name, kind) in MEMORY_ROWS.items()]
     verdict = "fits" if p.fits else "DOES NOT FIT"
     usable = USABLE * p.device.memory_gb
-    rows.append(
-        ["all", f"{p.memory.total / 1e9:,.3f}", f"{verdict}: {usable:,.0f} of {p.device.memory_gb:,.0f} usable"]
-    )
-    _table(console, "Memory of the fullest rank", ["what", "GB", ""], rows)
+    room = f"{verdict}: {usable:,.0f} GB of {p.device.memory_gb:,.0f} usable"
+    rows.append(["all", _bytes(p.memory.total), room])
+    _table(console, "Memory of the fullest rank", ["what", "bytes", ""], rows)
 
 
 def _show_wire(p: "Plan", console: "Console") -> None:
     rows = []
     for c in p.messages:
-        at_most = "" if c.most is None else f"{c.most / 1e6:,.1f}"
-        rows.append([
-            f"{c.part}: {c.what}" if c.part != "small messages" else c.what, f"{c.calls:,}",
-            f"{c.handed / 1e6:,.3f}", f"{c.inside / 1e6:,.3f}", f"{c.outside / 1e6:,.3f}", at_most,
-        ])  # fmt: skip
-    title = "Messages of a rank and step, MB: handed to collectives; sent in the node and out of it"
-    _table(console, title, ["what", "calls", "handed", "in node", "out", "at most"], rows)
+        most = "" if c.most is None else _bytes(c.most)
+        rows.append([c.what, f"{c.calls:,}", _bytes(c.handed), _bytes(c.inside), _bytes(c.outside), most])
+    title = "Messages of a rank and step"
+    _table(console, title, ["what", "calls", "handed over", "sent in node", "out of it", "at most"], rows)
 
 
 def _show_time(p: "Plan", console: "Console") -> None:
     whole = p.times.compute | p.times.wire
     exposed = p.times.exposed
-    rows: list[list[Any]] = [
-        [part, f"{s * 1e3:,.1f}", f"{exposed[part] * 1e3:,.1f}"] for part, s in whole.items()
-    ]
-    rows.append(["a step", f"{p.times.in_order * 1e3:,.1f}", f"{p.times.expected * 1e3:,.1f}"])
+    rows: list[list[Any]] = [[part, _ms(s), _ms(exposed[part])] for part, s in whole.items()]
+    rows.append(["a step", _ms(p.times.in_order), _ms(p.times.expected)])
     rows.append(["MFU", f"{p.mfu(p.times.in_order):.1%}", f"{p.mfu(p.times.expected):.1%}"])
-    _table(console, "Time, ms", ["part", "nothing hidden", "sharding hidden"], rows)
+    _table(console, "Time, ms", ["part", "nothing hidden", "FSDP hidden: expected"], rows)
     console.print(
-        f"If everything that can overlap did: {p.times.overlapped * 1e3:,.1f} ms, "
+        f"If everything that can overlap did: {_ms(p.times.overlapped)} ms, "
         f"MFU {p.mfu(p.times.overlapped):.1%}",
         highlight=False,
     )
@@ -210,9 +224,13 @@ def _show_time(p: "Plan", console: "Console") -> None:
 
 def _show_crowds(p: "Plan", console: "Console") -> None:
     base = p.times.expected
-    rows = [[f"{load:g}", f"{s * 1e3:,.1f}", f"{s / base:.2f}"] for load, s in p.crowds]
-    title = "A step where every layer's busiest expert has so many times the mean"
-    _table(console, title, ["load", "ms", "over balanced"], rows)
+    rows = [[f"{load:g}", _ms(s), f"{s / base:.2f}"] for load, s in p.crowds]
+    _table(
+        console,
+        "A step by the load of every layer's busiest expert",
+        ["over the mean", "ms", "over balanced"],
+        rows,
+    )
 
 
 def assumptions(p: "Plan") -> list[str]:
@@ -222,7 +240,9 @@ def assumptions(p: "Plan") -> list[str]:
     s, d = p.shares, p.device
     measured = MEASURED[p.config.train.dtype]
     is_measured = (s.experts, s.dense, s.memory) == (measured.experts, measured.dense, measured.memory)
-    whence = "measured on one H200 (docs/plan.md), whatever the accelerator" if is_measured else "partly as given"
+    whence = (
+        "measured on one H200 (docs/plan.md), whatever the accelerator" if is_measured else "partly as given"
+    )
     return [
         f"{d.name}: {d.source}",
         f"shares of the peak: experts' products {s.experts:.3g}, other products {s.dense:.3g}, memory {s.memory:.3g}: "

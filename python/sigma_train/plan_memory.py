@@ -113,9 +113,7 @@ def copies(config: Config, shapes: Shapes, layout: Layout) -> int:
         return 0
     c = config.model
     router = (c.num_experts, c.hidden_size)
-    blocks = sum(
-        math.prod(s) for layer in shapes.layers for s in layer.dense if len(s) > 1 and s != router
-    )
+    blocks = sum(math.prod(s) for layer in shapes.layers for s in layer.dense if len(s) > 1 and s != router)
     return 2 * (experts_here(shapes, layout) + blocks + c.vocab_size * c.hidden_size)
 
 

@@ -162,7 +162,7 @@ def layout(config: Config, ranks: int, expert_ranks: int | None, node_ranks: int
     if E == 1 and expert_ranks not in (None, 1):
         raise WrongInput(f"--expert-ranks must be 1 for a dense model, found {expert_ranks}")
     wanted = (1 if E == 1 else ranks) if expert_ranks is None else expert_ranks
-    if ranks % wanted or E % wanted and E > 1:
+    if ranks % wanted or (E % wanted and E > 1):
         largest = math.gcd(E, ranks)
         raise WrongInput(
             f"--expert-ranks, all ranks where it is not given, must divide the {ranks} ranks and "

@@ -29,8 +29,8 @@ class Shares:
     latency_us: float = 5.0
 
 
-# One H200, by its datasheet's peaks.  bf16 products: the layer of Sigma-MoE-Tiny at 32,768 tokens, forward and backward,
-# and the dense layer beside it (docs/log.md).  f32 and memory: docs/results/h200.md.
+# One H200, by its datasheet's peaks.  bf16 products: the layer of Sigma-MoE-Tiny at 32,768 tokens, forward and
+# backward, and the dense layer beside it (docs/log.md).  f32 and memory: docs/results/h200.md.
 MEASURED = {
     "bf16": Shares(experts=0.417, dense=0.467, memory=0.684),
     "f32": Shares(experts=0.070, dense=0.594, memory=0.684),
@@ -90,7 +90,7 @@ class Times:
     @property
     def exposed(self) -> dict[str, float]:
         """All parts, of sharding only what is not hidden; their sum is `expected`."""
-        rest = self.expected - self.in_order + self.wire.get(SHARDING, 0.0)
+        rest = max(0.0, self.expected - self.in_order + self.wire.get(SHARDING, 0.0))
         return self.compute | self.wire | ({SHARDING: rest} if SHARDING in self.wire else {})
 
     @property

@@ -8,7 +8,8 @@ from sigma_train.config import Config
 from sigma_train.plan_memory import F32, I32, experts_here, tokens, width
 from sigma_train.plan_shapes import Group, Layout, Shapes, padded
 
-SHARDING, EXCHANGE, REPLICAS, SMALL = "sharding", "exchange", "replicas", "small messages"
+SHARDING, EXCHANGE = "FSDP", "rows to experts and back"
+REPLICAS, SMALL = "averaging experts' gradients", "small messages"
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class Collective:
     """One kind of message of one rank and step.
 
     handed: bytes given to all calls together: what is sent of an all-to-all, the whole of the others.
-    sent:   of these what leaves for other ranks: 1/n stays of an all-to-all among n; a ring sends (n-1)/n of a gather or a
-            scatter and twice that of an all-reduce.  inside and outside of the node, as a mean over ranks.
+    sent:   what leaves for other ranks, inside and outside of the node, as a mean over ranks: all but 1/n of an
+            all-to-all among n; round a ring (n-1)/n of a gather or a scatter, twice that of an all-reduce.
     most:   bytes that one rank can receive at worst, of a kind that depends on routing.
     """
 
@@ -38,7 +39,14 @@ class Collective:
 
 
 def _collective(
-    group: Group, part: str, what: str, kind: str, dtype: str, calls: int, handed: int, most: int | None = None
+    group: Group,
+    part: str,
+    what: str,
+    kind: str,
+    dtype: str,
+    calls: int,
+    handed: int,
+    most: int | None = None,
 ) -> Collective:
     sent = handed * (group.size - 1) / group.size * (2 if kind == "all_reduce" else 1)
     share = group.pairs if kind == "all_to_all" else group.ring
@@ -63,7 +71,7 @@ def collectives(
     if shapes.experts and layout.replicas > 1:
         size = experts_here(shapes, layout) * F32
         found.append(
-            _collective(layout.around_replicas, REPLICAS, "gradients of experts", "all_reduce", "float32", 1, size)
+            _collective(layout.around_replicas, REPLICAS, "experts' gradients", "all_reduce", "float32", 1, size)
         )  # fmt: skip
     return found + _small(config, shapes, layout)
 
@@ -75,9 +83,9 @@ def _sharding(config: Config, shapes: Shapes, layout: Layout) -> list[Collective
     blocks = sum(padded(s, layout.ranks) for layer in shapes.layers for s in layer.dense) * F32
     L = len(shapes.layers)
     each = (
-        ("weights, forward", "all_gather", L + 1, root + blocks),
-        ("weights, backward", "all_gather", L, blocks),
-        ("gradients", "reduce_scatter", L + 1, root + blocks),
+        ("FSDP, weights forward", "all_gather", L + 1, root + blocks),
+        ("FSDP, weights backward", "all_gather", L, blocks),
+        ("FSDP, gradients", "reduce_scatter", L + 1, root + blocks),
     )
     return [
         _collective(everyone, SHARDING, what, kind, "float32", accum * calls, accum * size)
@@ -104,7 +112,15 @@ def _exchange(
             _collective(group, EXCHANGE, what, "all_to_all", dtype, calls, rows * row, at_worst)
             for what, rows, at_worst in each
         ),
-        _collective(group, EXCHANGE, "counts", "all_to_all", "int32", calls, calls * c.num_experts * I32),
+        _collective(
+            group,
+            EXCHANGE,
+            "counts before dispatch",
+            "all_to_all",
+            "int32",
+            calls,
+            calls * c.num_experts * I32,
+        ),
     ]
 
 
@@ -121,7 +137,10 @@ def _small(config: Config, shapes: Shapes, layout: Layout) -> list[Collective]:
         each.append(("counts of the step", "int32", sparse, sparse * E * I32))
         if config.router.balance == "global" and config.router.balance_coef:
             each.append(("balance loss", "int32", accum * sparse, accum * sparse * E * I32))
-    return [_collective(everyone, SMALL, what, "all_reduce", *rest) for what, *rest in each]
+    return [
+        _collective(everyone, SMALL, what, "all_reduce", dtype, calls, size)
+        for what, dtype, calls, size in each
+    ]
 
 
 def seconds(c: Collective, inside_bytes_s: float, outside_bytes_s: float, latency_s: float) -> float:
