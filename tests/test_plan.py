@@ -316,13 +316,15 @@ def test_a_crowded_expert_fills_its_rank():
 def test_the_plan_as_json(cache):
     args = ["--preset", "smoke", "--set", "model.top_k=[2,1]", "--ranks", "16", "--expert-ranks", "4"]
     result = sigma("plan", *args, "--batch-size", "5", "--dtype", "bf16", "--accelerator", "mi300x", "--network-gb-s",
-                   "25", "--efficiency", "0.5", "--json", env=cache)  # fmt: skip
+                   "25", "--efficiency", "0.5", "--tflops", "1000", "--json", env=cache)  # fmt: skip
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["tokens_per_step"] == 16 * 5 * 64
     assert found["layout"] == {"ranks": 16, "expert_ranks": 4, "node_ranks": 8, "replicas": 4}
     assert found["accelerator"]["network_gb_s"] == 25
     assert found["accelerator"]["memory_gb"] == 192
+    assert found["accelerator"]["bf16_tflops"] == 1000
+    assert found["accelerator"]["f32_tflops"] == 163.4, "of the router, which is f32"
     assert found["shares"]["experts"] == 0.5
     kinds = found["memory_bytes"]
     assert kinds.pop("total") == sum(kinds.values())

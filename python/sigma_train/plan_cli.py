@@ -56,15 +56,18 @@ def plan(
     from sigma_train.config import load_config
     from sigma_train.errors import WrongInput
 
-    peak = {} if tflops is None else {"bf16_tflops": tflops, "f32_tflops": tflops}
-    device = _overridden(
-        named(accelerator), peak, memory_gb=memory_gb, memory_gb_s=memory_gb_s, node_gb_s=node_gb_s,
-        network_gb_s=network_gb_s, node_ranks=node_ranks,
-    )  # fmt: skip
     rates = {
         "experts": efficiency, "dense": dense_efficiency, "memory": memory_share, "link": link_share,
         "latency_us": latency_us,
     }  # fmt: skip
+
+    def device(dtype: str) -> "Accelerator":
+        peak = {} if tflops is None else {f"{dtype}_tflops": tflops}  # the router's stays: f32 in both
+        return _overridden(
+            named(accelerator), peak, memory_gb=memory_gb, memory_gb_s=memory_gb_s, node_gb_s=node_gb_s,
+            network_gb_s=network_gb_s, node_ranks=node_ranks,
+        )  # fmt: skip
+
     if page is not None:
         if (
             any(x is not None for x in (preset, config, overrides, ranks, expert_ranks, batch_size, dtype))
@@ -75,7 +78,7 @@ def plan(
             )
         from sigma_train.plan_page import write_page
 
-        typer.echo(f"wrote {write_page(page, device, _shares('bf16', rates))}")
+        typer.echo(f"wrote {write_page(page, device('bf16'), _shares('bf16', rates))}")
         return
     if ranks is None:
         raise WrongInput("--ranks must be given, the number of devices to plan for")
@@ -83,11 +86,14 @@ def plan(
     train = {key: value for key, value in options.items() if value is not None}
     cfg = load_config(preset, config, list(overrides or []), {"train": train})
 
+    hardware = device(cfg.train.dtype)
+
     from sigma_train.plan import make_plan
     from sigma_train.plan_shapes import layout, shapes
 
-    where = layout(cfg, ranks, expert_ranks, device.node_ranks)
-    made = make_plan(cfg, shapes(cfg), where, device, _shares(cfg.train.dtype, rates))
+    shares = _shares(cfg.train.dtype, rates)
+    where = layout(cfg, ranks, expert_ranks, hardware.node_ranks)
+    made = make_plan(cfg, shapes(cfg), where, hardware, shares)
     if json:
         typer.echo(json_module.dumps(made.as_dict(), indent=2))
     else:
