@@ -16,6 +16,7 @@ from pathlib import Path
 CONTEXT = multiprocessing.get_context("forkserver")
 IMPORTED = [
     "sigma_cli.commands",
+    "torch._dynamo",  # which an optimizer imports
     *(f"sigma_train.{name}" for name in ("compare", "export", "folder", "loop", "parallel", "report")),
 ]
 AT_IMPORT = ("SIGMA_BACKEND", "TRITON_INTERPRET", "OMP_", "MALLOC_")

@@ -12,7 +12,8 @@ def train(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="named settings: tiny-96, tiny-dense, compare-96, compare-dense, smoke, smoke-dense"
+            help="named settings: tiny-96, tiny-dense, compare-96, compare-dense, smoke, smoke-dense, "
+            "sigma-moe-tiny, sigma-moe-200b"
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings")] = None,

@@ -1,0 +1,149 @@
+"""Bytes that a training step hands to collectives, and how many of them leave a rank and its node."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sigma_train.config import Config
+from sigma_train.plan_memory import F32, I32, experts_here, tokens, width
+from sigma_train.plan_shapes import Group, Layout, Shapes, padded
+
+SHARDING, EXCHANGE = "FSDP", "rows to experts and back"
+REPLICAS, SMALL = "averaging experts' gradients", "small messages"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of message of one rank and step.
+
+    handed: bytes given to all calls together: what is sent of an all-to-all, the whole of the others.
+    sent:   what leaves for other ranks, inside and outside of the node, as a mean over ranks: all but 1/n of an
+            all-to-all among n; round a ring (n-1)/n of a gather or a scatter, twice that of an all-reduce.
+    most:   bytes that one rank can receive at worst, of a kind that depends on routing.
+    """
+
+    part: str
+    what: str
+    kind: str
+    dtype: str
+    calls: int
+    handed: int
+    inside: float
+    outside: float
+    ranks: int
+    most: int | None = None
+
+    @property
+    def sent(self) -> float:
+        return self.inside + self.outside
+
+
+def _collective(
+    group: Group,
+    part: str,
+    what: str,
+    kind: str,
+    dtype: str,
+    calls: int,
+    handed: int,
+    most: int | None = None,
+) -> Collective:
+    sent = handed * (group.size - 1) / group.size * (2 if kind == "all_reduce" else 1)
+    share = group.pairs if kind == "all_to_all" else group.ring
+    return Collective(
+        part, what, kind, dtype, calls, handed, sent * share, sent * (1 - share), group.size, most
+    )
+
+
+def collectives(
+    config: Config, shapes: Shapes, layout: Layout, received: Sequence[int] | None = None
+) -> list[Collective]:
+    """Those of one step of the trainer, none on one rank.
+
+    received: rows that this rank's experts get in each layer, over all micro-steps; under balanced routing as many as
+        its tokens send.
+    """
+    if layout.ranks == 1:
+        return []
+    found = _sharding(config, shapes, layout)
+    if shapes.experts and layout.expert_ranks > 1:
+        found += _exchange(config, shapes, layout, received)
+    if shapes.experts and layout.replicas > 1:
+        size = experts_here(shapes, layout) * F32
+        found.append(
+            _collective(layout.around_replicas, REPLICAS, "experts' gradients", "all_reduce", "float32", 1, size)
+        )  # fmt: skip
+    return found + _small(config, shapes, layout)
+
+
+def _sharding(config: Config, shapes: Shapes, layout: Layout) -> list[Collective]:
+    """FSDP2: blocks are gathered forward and again backward, the root once; each is scattered once, all in f32."""
+    accum, everyone = config.train.grad_accum, layout.everyone
+    root = sum(padded(s, layout.ranks) for s in shapes.root) * F32
+    blocks = sum(padded(s, layout.ranks) for layer in shapes.layers for s in layer.dense) * F32
+    L = len(shapes.layers)
+    each = (
+        ("FSDP, weights forward", "all_gather", L + 1, root + blocks),
+        ("FSDP, weights backward", "all_gather", L, blocks),
+        ("FSDP, gradients", "reduce_scatter", L + 1, root + blocks),
+    )
+    return [
+        _collective(everyone, SHARDING, what, kind, "float32", accum * calls, accum * size)
+        for what, kind, calls, size in each
+    ]
+
+
+def _exchange(
+    config: Config, shapes: Shapes, layout: Layout, received: Sequence[int] | None
+) -> list[Collective]:
+    """Rows to their experts and back, their gradients the other way, and before each dispatch the counts."""
+    c, T, Q, accum = config.model, tokens(config), layout.expert_ranks, config.train.grad_accum
+    sent = accum * T * sum(layer.top_k for layer in shapes.layers)
+    back = sent if received is None else sum(received)
+    row, dtype = c.hidden_size * width(config), "bfloat16" if width(config) == 2 else "float32"
+    here = c.num_experts // Q
+    most = accum * row * (Q - 1) * T * sum(min(layer.top_k, here) for layer in shapes.layers)
+    calls = accum * sum(layer.top_k > 0 for layer in shapes.layers)
+    group = layout.around_experts
+    each = (("dispatch", sent, most), ("combine", back, None), ("combine, backward", sent, most),
+            ("dispatch, backward", back, None))  # fmt: skip
+    return [
+        *(
+            _collective(group, EXCHANGE, what, "all_to_all", dtype, calls, rows * row, at_worst)
+            for what, rows, at_worst in each
+        ),
+        _collective(
+            group,
+            EXCHANGE,
+            "counts before dispatch",
+            "all_to_all",
+            "int32",
+            calls,
+            calls * c.num_experts * I32,
+        ),
+    ]
+
+
+def _small(config: Config, shapes: Shapes, layout: Layout) -> list[Collective]:
+    """What takes no bandwidth: counts of tokens, the gradient's norm, the loss, whether to stop."""
+    everyone, accum, E = layout.everyone, config.train.grad_accum, config.model.num_experts
+    sparse = sum(layer.top_k > 0 for layer in shapes.layers)
+    number = len(shapes.dense) + len(shapes.experts)
+    each = [
+        ("norm of the gradient", "float32", 1, number * F32),
+        ("loss, signals", "float64", 2, 3 * 8),
+    ]
+    if sparse:
+        each.append(("counts of the step", "int32", sparse, sparse * E * I32))
+        if config.router.balance == "global" and config.router.balance_coef:
+            each.append(("balance loss", "int32", accum * sparse, accum * sparse * E * I32))
+    return [
+        _collective(everyone, SMALL, what, "all_reduce", dtype, calls, size)
+        for what, dtype, calls, size in each
+    ]
+
+
+def seconds(c: Collective, inside_bytes_s: float, outside_bytes_s: float, latency_s: float) -> float:
+    """The slower of the two kinds of link, and log2 of the ranks times the latency of each call."""
+    steps = math.ceil(math.log2(c.ranks)) if c.ranks > 1 else 0
+    return max(c.inside / inside_bytes_s, c.outside / outside_bytes_s) + c.calls * steps * latency_s
