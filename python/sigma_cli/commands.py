@@ -6,12 +6,14 @@ from typing import Annotated
 
 import typer
 from sigma_train import cli as train_cli
+from sigma_train import ledger_cli
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(train_cli.train)
 app.command()(train_cli.compare)
 app.command()(train_cli.generate)
 app.command()(train_cli.export)
+app.command()(ledger_cli.ledger)
 
 
 class Device(StrEnum):
