@@ -35,7 +35,7 @@ def sentence(totals: Totals) -> str:
         f"{share(totals.utilisation)} of {duration(totals.elapsed * S)} went into useful steps"
         + (f" ({largest})" if largest else "")
         + f"; mfu {share(totals.mfu_useful)} of the useful and {share(totals.mfu_allocated)} of the allocated time"
-        + f"; {totals.interruptions} interruptions"
+        + f"; {totals.interruptions} interruption{'' if totals.interruptions == 1 else 's'}"
     )
 
 
