@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 from sigma_train import cli as train_cli
-from sigma_train import plan_cli
+from sigma_train import ledger_cli, plan_cli
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(train_cli.train)
@@ -14,6 +14,7 @@ app.command()(train_cli.compare)
 app.command()(train_cli.generate)
 app.command()(train_cli.export)
 app.command()(plan_cli.plan)
+app.command()(ledger_cli.ledger)
 
 
 class Device(StrEnum):

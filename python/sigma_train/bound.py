@@ -1,10 +1,15 @@
-"""The price to reach: what the dense model with the same active parameters does on this machine."""
+"""What this machine can do: tokens of the dense model with the same active parameters, FLOPs of a dense product."""
 
+import os
+import platform
+import re
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sigma_train.config import Config
 from sigma_train.model import LanguageModel, precision
@@ -35,3 +40,35 @@ def dense_tokens_per_s(config: Config, steps: int = 3) -> float:
             optimizer.zero_grad(set_to_none=True)
             seconds.append(time.perf_counter() - start)
     return t.grad_accum * t.batch_size * t.seq_len / statistics.median(seconds[1:])
+
+
+def product_flops_per_s(dtype: torch.dtype, seconds: float = 0.1) -> float:
+    """FLOP/s of a dense product of the dtype on this rank: the peak that a step is measured against.
+
+    Square matrices, twice as large each time until a product takes 5 ms or they have 2,048 rows; then the median of
+    those that fit into so many seconds, three at least.
+    """
+    n, took = 64, 0.0
+    while took < 0.005 and n < 2048:
+        n *= 2
+        a, b = torch.ones(2, n, n, dtype=dtype)
+        out = torch.empty(n, n, dtype=dtype)
+        torch.mm(a, b, out=out)  # the first touches memory
+        took = _seconds(a, b, out)
+    rounds = max(3, int(seconds / took))
+    return 2 * n**3 / statistics.median(_seconds(a, b, out) for _ in range(rounds))
+
+
+def _seconds(a: Tensor, b: Tensor, out: Tensor) -> float:
+    start = time.perf_counter()
+    torch.mm(a, b, out=out)
+    return time.perf_counter() - start
+
+
+def machine(config: Config) -> str:
+    """What a rank's peak depends on, in words; equal words, equal peaks."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {cores} cores, {torch.get_num_threads()} threads, {config.train.dtype}"

@@ -54,11 +54,15 @@ def train(
     if nproc is not None and not is_launched():
         from sigma_train.launch import launch
 
-        launch(nproc, max_restarts, sys.argv[2:], lambda text: typer.echo(text, err=True))
+        launch(
+            nproc, max_restarts, sys.argv[2:], lambda text: typer.echo(text, err=True), Path(cfg.train.out)
+        )
         return
 
     from sigma_train.folder import claimed
     from sigma_train.generate import generate
+    from sigma_train.ledger import process_start
+    from sigma_train.ledger_view import sentence
     from sigma_train.loop import Trainer
     from sigma_train.report import write_report
 
@@ -66,7 +70,8 @@ def train(
         console = Console(quiet=not ranks.is_first)
         if ranks.is_first:
             stack.enter_context(claimed(Path(cfg.train.out)))
-        trainer = Trainer(cfg, console, resume or restarts() > 0, ranks)
+        trainer = Trainer(cfg, console, resume or restarts() > 0, ranks, process_start())
+        stack.enter_context(trainer.ledger)
         model = trainer.model
         total = sum(p.numel() for p in model.parameters())
         console.print(
@@ -81,6 +86,8 @@ def train(
             console.print("\nsample:\n", style="bold")
             typer.echo(sample)
             console.print(f"\nreport: {write_report(trainer.out, sample)}", style="bold")
+            trainer.ledger.turn("unknown")
+            console.print(sentence(trainer.ledger.totals()), highlight=False, soft_wrap=True)
 
 
 def compare(

@@ -97,7 +97,8 @@ def compare(
             console.print(f"[bold]{preset}[/bold], seed {seed}, in {folder}")
             with claimed(folder):
                 trainer = Trainer(config, console, resume=True)
-                trainer.run()
+                with trainer.ledger:
+                    trainer.run()
             if trainer.is_stopped:
                 return None
             former = done.get(preset)

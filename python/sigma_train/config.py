@@ -67,6 +67,8 @@ Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), Wanted("the 
 TopK = Annotated[
     Size | tuple[Size, ...], Wanted(f"{_wanted_of(Size)}, or a list of them, one for each layer")
 ]
+File = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), Wanted("the name of a file")]
+OptionalFile = _or_none(File)
 OptionalBytes, OptionalFolder = _or_none(Bytes), _or_none(Folder)
 OptionalPositive, OptionalThreads = _or_none(Positive), _or_none(Threads)
 Betas = Annotated[tuple[Beta, Beta], Wanted("two numbers of at least 0 and below 1")]
@@ -172,6 +174,7 @@ class TrainConfig(_Section):
     threads: OptionalThreads = None
     rank_timeout_s: Positive = 600.0  # of a rank that others wait for: then it is taken for lost
     dtype: Literal["f32", "bf16"] = "f32"  # of matrix products; weights and moments of Adam are f32 in both
+    prometheus: OptionalFile = None  # where the ledger's figures are left for a textfile collector
 
 
 class GuardConfig(_Section):
@@ -235,7 +238,7 @@ _NOT_SHAPING = {
     "guard": {"check_every", "on_nonfinite", "on_spike", "most"},  # what they did is in a checkpoint
     "train": {
         *("eval_every", "eval_batches", "log_every", "save_every", "sample_every"),
-        *("keep", "time_budget_s", "out", "threads", "rank_timeout_s"),
+        *("keep", "time_budget_s", "out", "threads", "rank_timeout_s", "prometheus"),
     },
 }
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from sigma_kernels import _C
 from sigma_kernels import nn as sk_nn
 from sigma_train import selfcheck
-from sigma_train.bound import dense_tokens_per_s
+from sigma_train.bound import dense_tokens_per_s, machine, product_flops_per_s
 from sigma_train.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -31,11 +31,13 @@ from sigma_train.checkpoint import (
 )
 from sigma_train.config import Config, ConfigError, shaping_settings
 from sigma_train.dataset import PreparedData, TokenDataset, prepare
+from sigma_train.events import FILE
 from sigma_train.files import write_text
 from sigma_train.generate import generate
 from sigma_train.guard import Diverged, Guard
+from sigma_train.ledger import Ledger
 from sigma_train.metrics import Metrics, busiest
-from sigma_train.model import LanguageModel, precision
+from sigma_train.model import LanguageModel, flops_per_token, precision
 from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
 from sigma_train.progress import RunLine
 from sigma_train.ranks import Ranks
@@ -47,7 +49,17 @@ class Trainer:
     The caller holds the folder (`folder.claimed`) from before this is made until the last file of the run is written.
     """
 
-    def __init__(self, config: Config, console: Console, resume: bool, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        config: Config,
+        console: Console,
+        resume: bool,
+        ranks: Ranks = Ranks(),  # noqa: B008
+        began: int | None = None,  # for the ledger, ns; None: now
+    ) -> None:
+        textfile = Path(config.train.prometheus) if config.train.prometheus else None
+        self.ledger = Ledger(Path(config.train.out) / FILE, ranks.is_first, textfile)
+        began = began or self.ledger.now()
         self.config, self.console, self.ranks = config, console, ranks
         self.out = Path(config.train.out)
         self.checkpoints = self.out / "checkpoints"
@@ -66,11 +78,15 @@ class Trainer:
         self.guard = Guard(config.guard)
         self.model = LanguageModel(config)
         checkpoint = self._resume(latest) if latest else None
+        flops = flops_per_token(self.model, config)  # here: of the whole model
         if ranks.size > 1:
             parallel().spread(self.model, ranks)
         self.optimizer = make_optimizer(self.model, config.optim)
         if checkpoint is not None:
             parallel().load_optimizer(self.model, self.optimizer, checkpoint.optim_state)
+        t = config.train
+        tokens = t.grad_accum * t.batch_size * t.seq_len * ranks.size
+        self.ledger.begin(began, ranks.size, self.step, machine(config), tokens, flops)
         if ranks.is_first:
             write_text(self.out / "config.toml", config.to_toml())
             self.data.tokenizer.save(self.out / "tokenizer.json")
@@ -112,11 +128,24 @@ class Trainer:
             dense = None
             if is_sparse and not is_finished:
                 (dense,) = self.ranks.summed(dense_tokens_per_s(self.config))
+            if not is_finished and self.ranks.first(self.ledger.peak) is None:
+                self.ledger.measured(self._peak())
             with self.line, self._signals_stop():
                 self._run(dense)
+            self.ledger.outcome = (
+                "signal" if self._stop else "finished" if self.step >= self.config.train.steps else "budget"
+            )
+            self.ledger.turn("report")
         finally:
             if self.metrics is not None:
                 self.metrics.close()
+
+    def _peak(self) -> float:
+        """FLOP/s of all ranks in dense products of the run's dtype, all at work at once; a collective."""
+        self.ranks.summed(0.0)  # they begin together
+        dtype = torch.bfloat16 if self.config.train.dtype == "bf16" else torch.float32
+        (peak,) = self.ranks.summed(product_flops_per_s(dtype))
+        return peak
 
     @contextlib.contextmanager
     def _signals_stop(self) -> Iterator[None]:
@@ -130,6 +159,7 @@ class Trainer:
     def _run(self, dense: float | None) -> None:
         t, started = self.config.train, time.monotonic()
         last_log, last_tokens = time.monotonic(), self.tokens_seen
+        self.ledger.turn("step")
         while self.step < t.steps:
             is_spent = t.time_budget_s is not None and time.monotonic() - started > t.time_budget_s
             stops, budgets = self.ranks.summed(self._stop, is_spent)  # what one rank knows all must do
@@ -144,6 +174,7 @@ class Trainer:
                 last_log, last_tokens = time.monotonic(), self.tokens_seen
                 continue
             self.step += 1
+            self.ledger.step(self.step, is_learned="loss" in row)
             self.line.advance(self.step)
             if self.step % t.log_every == 0 or self.step == t.steps:
                 now = time.monotonic()
@@ -151,7 +182,8 @@ class Trainer:
                     speed = row["tokens_per_s"] = (self.tokens_seen - last_tokens) / (now - last_log)
                     share = row["share_of_dense"] = speed / dense if dense else None
                     load = busiest(row["load"]) if "load" in row else None
-                    self.line.update(self.step, row["loss"], speed, share, load)
+                    row |= (figures := self.ledger.figures())
+                    self.line.update(self.step, row["loss"], speed, share, load, **figures)
                 last_log, last_tokens = now, self.tokens_seen
             self._record(**row)
             # Checks, validation, samples and checkpoints are no part of tokens a second.
@@ -160,14 +192,18 @@ class Trainer:
             if every and self.step % every == 0:
                 self._check()
             if self.step % t.eval_every == 0 or self.step == t.steps:
-                self._validate()
+                with self.ledger.pause("validation"):
+                    self._validate()
             if t.sample_every and self.step % t.sample_every == 0:
-                self._sample()
+                with self.ledger.pause("validation"):
+                    self._sample()
             if self.step % t.save_every == 0:
-                self._save()
+                with self.ledger.pause("checkpoint"):
+                    self._save()
             last_log += time.monotonic() - pause
         if self._saved != self.step:
-            self._save()
+            with self.ledger.pause("checkpoint"):
+                self._save()
         if self._stop:
             self.line.say(f"stopped at step {self.step}; saved, continue with --resume")
 
@@ -237,7 +273,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         text = f"{policy}: step {self.step + 1} is left out, {told}"
         if policy == "rollback":
-            text += f"; back from step {self.step} to {self._roll_back()}"
+            with self.ledger.pause("restart"):
+                text += f"; back from step {self.step} to {self._roll_back()}"
+            self.ledger.gone_back(self.step)
         self.line.say(text, style="yellow")
         if policy != "rollback":
             return {"guard": text}
@@ -296,7 +334,8 @@ class Trainer:
 
     def _check(self) -> None:
         if self._checked != self.step:
-            selfcheck.check(self.model, self.config, self.step, self.ranks)
+            with self.ledger.pause("check"):
+                selfcheck.check(self.model, self.config, self.step, self.ranks)
         self._checked = self.step
 
     def _save(self) -> None:

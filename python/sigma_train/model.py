@@ -146,3 +146,14 @@ class LanguageModel(nn.Module):
             experts = sum(p.numel() for p in moe.experts.parameters())
             total -= experts - experts // E * moe.router.top_k
         return total
+
+
+def flops_per_token(model: LanguageModel, config: Config) -> int:
+    """Of a training step, which computes forward once and backward twice: what its matrix products cannot do without.
+
+    6 * active parameters + 12 * layers * heads * head_dim * positions (Chowdhery et al. 2022, appendix B): attention is
+    counted over all positions of the sequence, as if it were not causal.  `model` is whole, not spread over ranks.
+    """
+    c = config.model
+    attention = 12 * c.num_layers * c.num_heads * c.head_dim * config.train.seq_len
+    return 6 * model.active_parameters() + attention

@@ -31,12 +31,22 @@ class RunLine:
         self._live.update(self._task, completed=step)
 
     def update(
-        self, step: int, loss: float, tokens_per_s: float, share: float | None, busiest: float | None
+        self,
+        step: int,
+        loss: float,
+        tokens_per_s: float,
+        share: float | None,
+        busiest: float | None,
+        utilisation: float | None = None,
+        mfu_useful: float | None = None,
+        **_: float,
     ) -> None:
-        """share: of the dense twin's tokens a second; busiest: expert load over the mean."""
+        """share: of the dense twin's tokens a second; busiest: expert load over the mean; the rest: of the ledger."""
         parts = [f"loss {loss:.4f}", f"{tokens_per_s:,.0f} tokens/s"]
         parts += [] if share is None else [f"{share:.0%} of dense"]
         parts += [] if busiest is None else [f"load {busiest:.1f} x mean"]
+        parts += [] if utilisation is None else [f"util {utilisation:.0%}"]
+        parts += [] if mfu_useful is None else [f"mfu {mfu_useful:.0%}"]
         line = "  ".join(parts)
         self._live.update(self._task, completed=step, description=line)
         if not self._console.is_terminal:

@@ -13,12 +13,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from sigma_train import ledger_view
+from sigma_train.account import Account
+from sigma_train.events import FILE, read_events
 from sigma_train.files import atomic_file, write_text
 from sigma_train.metrics import read_metrics
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2530}
 img{max-width:100%}pre{background:#f4f6f8;padding:1rem;overflow-x:auto;white-space:pre-wrap;font-size:13px}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}"""
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:collapse;margin:1rem 0;font-size:14px}
+td,th{padding:.1rem .8rem .1rem 0;text-align:left}td:nth-child(2),td:nth-child(3){text-align:right}"""
 
 
 def write_report(run: Path, sample: str) -> Path:
@@ -27,6 +31,9 @@ def write_report(run: Path, sample: str) -> Path:
     figures = {"Loss": loss_figure(rows), "Throughput": throughput_figure(rows)}
     if any("load" in row for row in rows):
         figures["Expert load"] = load_figure(rows)
+    time = Account(read_events(run / FILE)).totals() if (run / FILE).exists() else None
+    if time is not None:  # not of a run that ended before there were ledgers
+        figures["Time"] = ledger_view.figure(time)
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{html.escape(run.name)}</title><style>{STYLE}</style>"
     ]
@@ -41,6 +48,8 @@ def write_report(run: Path, sample: str) -> Path:
             file.write(content)
         data = base64.b64encode(content).decode()
         parts.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{data}">')
+    if time is not None:
+        parts.append(ledger_view.page(time))
     parts.append(f"<h2>Sample</h2><pre>{html.escape(sample)}</pre>")
     parts.append(f"<h2>Settings</h2><pre>{html.escape((run / 'config.toml').read_text())}</pre>")
     write_text(run / "report.html", "\n".join(parts))

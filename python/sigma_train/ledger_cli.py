@@ -1,0 +1,69 @@
+"""`sigma ledger`: where the time of runs went, as tables, JSON, or a file for Prometheus."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sigma_train.account import Account, Totals
+
+
+def ledger(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs; one may be in progress")],
+    as_json: Annotated[bool, typer.Option("--json", help="print every figure as JSON")] = False,
+    prometheus: Annotated[
+        Path | None, typer.Option(help="also write FILE for a textfile collector, its name ending in .prom")
+    ] = None,
+) -> None:
+    """Show where the time of runs went."""
+    import json
+
+    from sigma_train.account import Account, Totals
+    from sigma_train.errors import WrongInput
+    from sigma_train.events import FILE, read_events
+
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise WrongInput(f"ledger wants different runs, found {', '.join(map(str, runs))}")
+    accounts: dict[str, Account] = {}
+    for run in runs:
+        account = accounts[str(run)] = Account(read_events(run / FILE))
+        if not account.attempts:
+            raise WrongInput(f"{run / FILE} tells of no attempt")
+    if prometheus is not None:
+        from sigma_train.files import must_be_writable
+        from sigma_train.textfile import write_textfile
+
+        with must_be_writable("--prometheus", prometheus.parent):
+            write_textfile(prometheus, accounts)
+    total = sum((account.totals() for account in accounts.values()), Totals())
+    if as_json:
+        by_run = {name: account.figures() for name, account in accounts.items()}
+        typer.echo(json.dumps({"runs": by_run, "total": total.figures()}, indent=2))
+        return
+    _show(accounts, total)
+
+
+def _show(accounts: "dict[str, Account]", total: "Totals") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from sigma_train import ledger_view
+
+    console = Console()
+    totals = {name: account.totals() for name, account in accounts.items()}
+    if len(totals) > 1:
+        totals["all runs"] = total
+    for name, each in totals.items():
+        table = Table("cause", "rank-seconds", "share", "what it is", title=name, title_justify="left")
+        for column in table.columns[1:3]:
+            column.justify = "right"
+        for row in ledger_view.rows(each):
+            table.add_row(*row)
+        console.print(table)
+        for figure, value in ledger_view.facts(each):
+            console.print(f"  {figure:24} {value}", markup=False, highlight=False)
+        if name in accounts:
+            for line in ledger_view.story(accounts[name]):
+                console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        console.print()

@@ -1,0 +1,650 @@
+"""The ledger of a run: every moment has one cause, whatever ended the processes that wrote it down."""
+
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+from sigma_train.account import CAUSES, Account, Totals
+from sigma_train.config import load_config
+from sigma_train.errors import WrongInput
+from sigma_train.events import FILE, Back, Begin, End, Event, Peak, Spent, read_events, to_line
+from sigma_train.ledger import LAUNCHED_AT, Ledger, LedgerWarning, attempt_ended
+from sigma_train.model import LanguageModel, flops_per_token
+from support import SIGMA, assert_one_sentence, sigma
+from test_train_guard import poison, rows
+from test_train_learning import make_trainer  # noqa: F401 - a fixture
+from test_train_ranks import arguments, process_of
+
+NS = 10**9
+DAY = 86400
+
+
+def at(seconds: float) -> int:
+    return round(seconds * NS)
+
+
+def begin(began: float, written: float, **more) -> Begin:
+    """Of an attempt with a step of 100 tokens, 50 FLOPs each, on ranks that make 10,000 FLOP/s together."""
+    return Begin(
+        at=at(written), began=at(began), **({"ranks": 1, "tokens": 100, "flops": 50, "peak": 1e4} | more)
+    )
+
+
+def spent(when: float, was: str, step: int | None = None) -> Spent:
+    return Spent(at=at(when), was=was, step=step)
+
+
+def steps(when: float, numbers: range, each: float = 1.0) -> list[Event]:
+    """A second each, the first one beginning then."""
+    return [spent(when + each * (i + 1), "step", number) for i, number in enumerate(numbers)]
+
+
+def end(when: float, how: str | None = "finished", **more) -> End:
+    return End(at=at(when), how=how, **more)
+
+
+def account(*parts: Event | list[Event]) -> Account:
+    """All figures add up at every moment."""
+    result = Account()
+    for part in parts:
+        for event in part if isinstance(part, list) else [part]:
+            result.add(event)
+            check(result.totals())
+    return result
+
+
+def check(totals: Totals) -> None:
+    assert set(totals.spent) <= set(CAUSES)
+    assert all(ns >= 0 for ns in totals.spent.values())
+    assert sum(totals.spent.values()) == totals.allocated
+    assert min(totals.idle, totals.tokens, totals.recovery, totals.lost_steps, totals.elapsed) >= 0
+    assert 0 <= totals.utilisation <= 1
+
+
+def seconds(totals: Totals) -> dict[str, float]:
+    return {cause: ns / NS for cause, ns in totals.spent.items() if ns}
+
+
+def test_a_run_that_nothing_disturbed():
+    """Each cause by hand; 5 useful steps are 25,000 FLOPs, over 5 s and over 10 s of 10,000 FLOP/s."""
+    got = account(
+        begin(100, 101),
+        Peak(at=at(101.5), flops_per_s=1e4),
+        spent(102, "start"),
+        steps(102, range(1, 4)),
+        spent(105.5, "check"),
+        spent(105.75, "checkpoint"),
+        steps(105.75, range(4, 6)),
+        spent(108.75, "validation"),
+        spent(109.5, "report"),
+        end(110),
+    )
+    totals = got.totals()
+    want = {"start": 2, "useful": 5, "check": 0.5, "checkpoint": 0.25, "validation": 1, "report": 0.75}
+    assert seconds(totals) == want | {"unknown": 0.5}
+    assert (totals.utilisation, totals.mfu_allocated, totals.mfu_useful) == (0.5, 0.25, 0.5)
+    assert (totals.tokens, totals.tokens_per_s, totals.idle, totals.interruptions) == (500, 50, 0, 0)
+    assert totals.mean_recovery_s is None
+
+
+def test_killed_and_resumed_days_later_by_the_user():
+    """Nobody wrote the end down: the days are idle, and no part of the time to recovery.
+
+    Steps 3 and 4 are computed twice: the first time is lost.  From step 4's end to that of step 5 are 1 s of start and
+    three steps.
+    """
+    got = account(
+        begin(0, 1),
+        spent(1, "start"),
+        steps(1, range(1, 3)),
+        spent(3.5, "checkpoint"),
+        steps(3.5, range(3, 5)),
+        begin(2 * DAY, 2 * DAY + 1, resumed=2),
+        steps(2 * DAY + 1, range(3, 6)),
+    )
+    totals = got.totals()
+    assert seconds(totals) == {"start": 2, "useful": 5, "checkpoint": 0.5, "lost": 2}
+    assert totals.idle == at(2 * DAY - 5.5)
+    assert (totals.interruptions, totals.lost_steps, totals.mean_recovery_s) == (1, 2, 4)
+    assert totals.tokens == 500
+
+
+def test_stopped_and_resumed_is_no_interruption():
+    got = account(
+        begin(0, 1), steps(1, range(1, 3)), end(3, "budget"), begin(50, 51, resumed=2), steps(51, range(3, 4))
+    )
+    totals = got.totals()
+    assert seconds(totals) == {"start": 2, "useful": 3}
+    assert (totals.idle, totals.interruptions, totals.lost_steps) == (at(47), 0, 0)
+
+
+def test_a_rank_that_is_killed():
+    """Two ranks, so each second counts twice; the first one sees the other gone, then their parent does."""
+    got = account(
+        begin(0, 2, ranks=2, launch="a"),
+        steps(2, range(1, 4)),
+        end(5.5, "failed", why="connection closed"),
+        end(6, "failed", why="rank 1", launch="a", began=at(0), ranks=2),
+        begin(7, 9, ranks=2, launch="b", restarted=True, resumed=2),
+        steps(9, range(3, 5)),
+    )
+    totals = got.totals()
+    assert seconds(totals) == {"start": 8, "useful": 8, "lost": 2, "detection": 2, "restart": 2}
+    assert (totals.elapsed, totals.idle, totals.interruptions, totals.lost_steps) == (at(11), 0, 1, 1)
+    assert totals.mean_recovery_s == 6
+    assert [i.why for i in got.interruptions] == ["connection closed"]
+    assert (totals.tokens, totals.mfu_useful) == (400, 0.5)
+
+
+def test_a_rank_that_hangs():
+    """The others wait for rank_timeout_s; what the step that hung had begun is lost."""
+    got = account(
+        begin(0, 1, launch="a"),
+        steps(1, range(1, 2)),
+        spent(2.25, "step"),
+        end(602, "failed", launch="a", began=0, ranks=1),
+        begin(603, 604, launch="b", restarted=True),
+        steps(604, range(1, 3)),
+    )
+    totals = got.totals()
+    assert seconds(totals) == {"start": 2, "lost": 1.25, "detection": 599.75, "restart": 1, "useful": 2}
+    assert totals.mean_recovery_s == 604
+
+
+def test_back_twice():
+    """Steps 3 and 4, then 4 once more, are lost; the two that were not fit are left out; loading is a restart's."""
+    got = account(
+        begin(0, 1),
+        steps(1, range(1, 5)),
+        spent(6, "step"),
+        spent(6.5, "restart"),
+        Back(at=at(6.5), step=2),
+        steps(6.5, range(3, 5)),
+        spent(9, "left_out", 5),
+        steps(9, range(6, 7)),
+        spent(10.5, "restart"),
+        Back(at=at(10.5), step=3),
+        steps(10.5, range(4, 5)),
+    )
+    totals = got.totals()
+    # Of the steps 1 to 4 two are lost, then 4 and 6 of the second time.
+    assert seconds(totals) == {"start": 1, "useful": 4, "lost": 4, "left_out": 1.5, "restart": 1}
+    assert (totals.rollbacks, totals.lost_steps, totals.interruptions, got.reached) == (2, 4, 0, 6)
+
+
+def test_restarts_that_come_to_nothing():
+    """One attempt ends before it can write anything, one before its first step; recovery is over with the fourth."""
+    got = account(
+        begin(0, 1, launch="a"),
+        steps(1, range(1, 3)),
+        end(4, "failed", launch="a", began=0, ranks=1),
+        end(7, "failed", why="rank 0 ended first", launch="b", began=at(5), ranks=1, restarted=True),
+        begin(8, 9, launch="c", restarted=True, resumed=1),
+        end(10, "failed", launch="c", began=at(7), ranks=1, restarted=True),
+        begin(11, 12, launch="d", restarted=True, resumed=1),
+        steps(12, range(2, 4)),
+    )
+    totals = got.totals()
+    assert seconds(totals) == {"start": 1 + 2 + 2 + 1, "useful": 3, "lost": 1, "detection": 1, "restart": 3}
+    assert (totals.attempts, totals.interruptions, totals.lost_steps) == (4, 3, 1)
+    assert [i.recovery for i in got.interruptions] == [at(11)] * 3
+
+
+def test_a_first_start_that_comes_to_nothing():
+    got = account(end(3, "failed", launch="a", began=at(1), ranks=2))
+    assert seconds(got.totals()) == {"start": 4}
+    assert (got.totals().interruptions, got.totals().mfu_allocated) == (1, None)
+
+
+@pytest.mark.parametrize("count", [20, 1500])
+def test_a_step_that_takes_far_longer(count):
+    """Its excess over the median, once ten steps are known; the others differ by less than five deviations."""
+    durations = [1.0 + 0.01 * (i % 5) for i in range(count)]
+    durations[7] = 9.0
+    events, now = [], 1.0
+    for number, duration in enumerate(durations, 1):
+        now += duration
+        events.append(spent(now, "step", number))
+    got = Account([begin(0, 1), *events]).totals()
+    assert seconds(got)["stall"] == pytest.approx(9 - 1.02)
+    check(got)
+    few = Account([begin(0, 1), *events[:9]]).totals()
+    assert "stall" not in seconds(few)
+
+
+def test_a_stall_of_a_step_that_is_lost_stays_a_stall():
+    events = [spent(1 + i + (8 if i > 15 else 0), "step", i) for i in range(1, 21)]
+    totals = account(begin(0, 1), events, end(29, "failed"), begin(30, 31, resumed=10)).totals()
+    assert seconds(totals) == {"start": 2, "useful": 10, "lost": 10, "stall": 8}
+
+
+def test_runs_together_are_weighted_by_time():
+    one = account(begin(0, 1), steps(1, range(1, 2)), end(2)).totals()
+    two = account(begin(0, 1, ranks=2, peak=None), steps(1, range(1, 4)), end(4)).totals()
+    both = one + two
+    check(both)
+    assert both.utilisation == (1 + 6) / (2 + 8)
+    assert (both.tokens_per_s, both.attempts) == (400 / 6, 2)
+
+
+def test_a_clock_that_is_set_back():
+    """Defends: negative seconds."""
+    got = account(
+        begin(1000, 1001), steps(1001, range(1, 3)), end(1003, "failed"), begin(500, 501, restarted=True, resumed=1),
+        steps(501, range(2, 4)), end(504, "failed", launch="x", began=at(503), ranks=3),
+    )  # fmt: skip
+    assert got.totals().allocated == at(3)
+
+
+TIMES = st.integers(0, 100 * NS)
+EVENTS = st.one_of(
+    st.builds(
+        Begin, at=TIMES, began=TIMES, ranks=st.integers(1, 4), resumed=st.integers(0, 9), restarted=st.booleans(),
+        launch=st.sampled_from([None, "a", "b"]), tokens=st.integers(0, 9), flops=st.integers(0, 9),
+        peak=st.sampled_from([None, 1.0, 1e9]),
+    ),
+    st.builds(Spent, at=TIMES, was=st.sampled_from(["step", "left_out"]), step=st.integers(1, 12)),
+    st.builds(Spent, at=TIMES, was=st.sampled_from(["start", "step", "checkpoint", "report", "unknown"])),
+    st.builds(Back, at=TIMES, step=st.integers(0, 9)),
+    st.builds(Peak, at=TIMES, flops_per_s=st.just(1e9)),
+    st.builds(
+        End, at=TIMES, how=st.sampled_from([None, "finished", "signal", "failed"]),
+        launch=st.sampled_from([None, "a", "b"]), began=st.none() | TIMES, ranks=st.integers(1, 4),
+        restarted=st.booleans(),
+    ),
+)  # fmt: skip
+
+
+LATE = [end(0, began=0, ranks=2), spent(1, "step"), begin(0, 0)]  # a step after an end, of more ranks
+
+
+@settings(max_examples=200, deadline=None)
+@example(LATE, False)
+@given(st.lists(EVENTS, max_size=40), st.booleans())
+def test_whatever_happens_nothing_is_negative_and_all_adds_up(events, is_in_order):
+    """Defends: time counted twice or not at all, in any order of events, of clocks that agree or not."""
+    if is_in_order:
+        events = [
+            e.model_copy(update={"at": when})
+            for e, when in zip(events, sorted(e.at for e in events), strict=True)
+        ]
+    got = account(events)
+    text = b"".join(map(to_line, events))
+    assert [to_line(e) for e in events] == text.splitlines(keepends=True)
+    assert math.isfinite(got.totals().mfu_allocated or 0)
+
+
+def write(folder: Path, *parts: Event | list[Event] | bytes) -> Path:
+    """A run's folder with this ledger."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for part in parts:
+        lines += (
+            [part] if isinstance(part, bytes) else map(to_line, part if isinstance(part, list) else [part])
+        )
+    (folder / FILE).write_bytes(b"".join(lines))
+    return folder
+
+
+HALF = b'{"at":123,"event":"sp'
+
+
+def test_a_half_written_line_is_passed_over(tmp_path):
+    """At the end, and where the process after the killed one went on in a line of its own."""
+    events = [begin(0, 1), *steps(1, range(1, 3))]
+    assert len(list(read_events(write(tmp_path, events, HALF) / FILE))) == 3
+    assert len(list(read_events(write(tmp_path, events, HALF + b"\n", events) / FILE))) == 6
+    assert len(list(read_events(write(tmp_path, events, HALF + b"\n", end(5)) / FILE))) == 4
+
+
+DAMAGED = [
+    (HALF + b"\n", "step", 2),
+    (b"\x00\xff\n", "step", 2),
+    (b"{}\n", "step", 2),
+    (b"[" * 10**5 + b"\n", "step", 2),
+    (b'{"at":1e400,"event":"back","step":1}\n', "step", 2),
+    (b'{"at":-1,"event":"back","step":1}\n', "step", 2),
+    (b'{"at":true,"event":"spent","was":"step"}\n', "step", 2),
+    (b'{"at":1,"event":"spent","was":"leisure"}\n', "step", 2),
+    (b"garbage\ngarbage\n", "end", 2),
+]
+
+
+@pytest.mark.parametrize("damage, follows, line", DAMAGED, ids=lambda x: ascii(x)[:30])
+def test_a_damaged_ledger_is_named(tmp_path, damage, follows, line):
+    after = end(9) if follows == "end" else steps(1, range(1, 2))
+    run = write(tmp_path / "run", begin(0, 1), damage, after)
+    with pytest.raises(WrongInput, match=f"ledger.jsonl is damaged: line {line} is no event of a ledger$"):
+        list(read_events(run / FILE))
+
+
+def test_a_damaged_ledger_does_not_keep_a_run_from_going_on(tmp_path):
+    write(tmp_path, begin(0, 1), b"garbage\n", steps(1, range(1, 2)))
+    former = (tmp_path / FILE).read_bytes()
+    with pytest.warns(LedgerWarning, match="line 2 is no event"), ledger_in(tmp_path) as book:
+        book.outcome = "finished"
+    assert Account(read_events(tmp_path / FILE)).totals().attempts == 1
+    (aside,) = tmp_path.glob("ledger-damaged-*.jsonl")
+    assert aside.read_bytes() == former
+
+
+def ledger_in(folder: Path, **more) -> Ledger:
+    book = Ledger(folder / FILE, True)
+    book.begin(
+        **({"began": book.now(), "ranks": 2, "resumed": 0, "machine": "m", "tokens": 1, "flops": 1} | more)
+    )
+    return book
+
+
+def test_a_peak_is_measured_once_a_kind_of_machine(tmp_path):
+    with ledger_in(tmp_path) as book:
+        assert book.peak is None
+        book.measured(10.0)
+    for more, peak in ({}, 5.0), ({"machine": "n"}, None), ({"ranks": 4}, None), ({}, 5.0):
+        with ledger_in(tmp_path, **more) as book:
+            assert book.peak == peak, more
+
+
+def test_pauses_within_pauses_and_within_a_step(tmp_path):
+    """What is before a pause belongs to the step, what is in the inner one not to the outer."""
+    with ledger_in(tmp_path) as book:
+        book.turn("step")
+        time.sleep(0.01)
+        with book.pause("checkpoint"):
+            time.sleep(0.01)
+            with book.pause("check"):
+                time.sleep(0.02)
+            time.sleep(0.01)
+        time.sleep(0.01)
+        book.step(1, True)
+        live = book.totals()
+    read = Account(read_events(tmp_path / FILE)).totals()
+    assert {c: read.spent[c] for c in ("useful", "checkpoint", "check")} == {
+        c: live.spent[c] for c in ("useful", "checkpoint", "check")
+    }
+    for cause, least in ("useful", 0.02), ("checkpoint", 0.02), ("check", 0.02):
+        assert read.spent[cause] >= 2 * least * NS, "two ranks"
+    check(read)
+
+
+def test_what_goes_wrong_in_a_pause_is_what_is_told(tmp_path):
+    with pytest.raises(KeyError), ledger_in(tmp_path) as book, book.pause("validation"):
+        raise KeyError("x")
+    *_, paused, last, ended = read_events(tmp_path / FILE)
+    assert (paused.was, last.was, ended.how, ended.why) == ("validation", "start", "failed", "'x'")
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """A limit on the size of files stands for it; the line that did not fit is passed over."""
+    book = ledger_in(tmp_path)
+    (tmp_path / "run.lock").touch()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / FILE).stat().st_size + 100, hard))
+    try:
+        book.step(1, True)
+        with pytest.raises(OSError, match=r"^cannot write .*ledger.jsonl: File too large$"):
+            book.step(2, True)
+        with pytest.warns(LedgerWarning, match="the end of an attempt is not in the ledger: cannot write"):
+            attempt_ended(tmp_path, end(1, began=0, launch="x"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with ledger_in(tmp_path):
+        pass
+    assert [e.step for e in read_events(tmp_path / FILE) if isinstance(e, Spent) and e.step] == [1]
+
+
+def test_an_end_is_written_into_nobody_elses_folder(tmp_path):
+    """Defends: a folder that is none of a run, made one by a line of ours; another process's ledger."""
+    attempt_ended(tmp_path, end(1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_restart_is_told_from_a_start_by_the_user(tmp_path, monkeypatch):
+    """By when the parent of the ranks was started: before the last line, or after it."""
+    write(tmp_path, begin(0, 1), steps(1, range(1, 2)), end(3, "failed"))
+    for launched, is_restart in (2, True), (5, False):
+        monkeypatch.setenv(LAUNCHED_AT, str(at(launched)))
+        with ledger_in(tmp_path, began=at(10)):
+            pass
+        event = [e for e in read_events(tmp_path / FILE) if isinstance(e, Begin)][-1]
+        assert (event.restarted, event.began) == (is_restart, at(10) if is_restart else at(5))
+        write(tmp_path, begin(0, 1), steps(1, range(1, 2)), end(3, "failed"))
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from sigma_train.ledger import Ledger
+book = Ledger(Path(sys.argv[1]), True)
+book.begin(book.now(), 1, int(sys.argv[2]), "m", 1, 1)
+step = int(sys.argv[2])
+print("ready", flush=True)
+while True:
+    step += 1
+    book.step(step, True)
+    if step % 5 == 0:
+        with book.pause("checkpoint"):
+            pass
+"""
+
+
+def test_killed_at_any_moment(tmp_path):
+    """Defends: lines that are lost or torn by the next process, a ledger that can then not be read."""
+    resumed, random_times, kept = 0, random.Random(0), b""
+    for attempt in range(4):
+        command = [sys.executable, "-P", "-c", WRITER, str(tmp_path / FILE), str(resumed)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(random_times.uniform(0, 0.03))
+            list(read_events(tmp_path / FILE))  # while it is written
+            process.kill()
+        content = (tmp_path / FILE).read_bytes()
+        assert content.startswith(kept), "what stood there was changed"
+        if attempt % 2:  # as a kill between two pages of a file leaves it
+            content = content[: content.rfind(b"{") + 9]
+            (tmp_path / FILE).write_bytes(content)
+        kept = content
+        got = Account(read_events(tmp_path / FILE))
+        check(got.totals())
+        assert got.totals().attempts == attempt + 1
+        assert got.totals().interruptions == attempt
+        resumed = got.reached // 2
+    assert got.totals().lost_steps > 0
+
+
+def test_flops_of_a_token_by_hand():
+    """smoke: two layers of hidden size 64, two heads of 32, one for keys, eight experts, 512 words."""
+    config = load_config("smoke", None, [])
+    c = config.model
+    assert (c.hidden_size, c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim) == (64, 2, 2, 1, 32)
+    attention = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 2 * 32
+    layer = attention + 8 * 64 + 3 * 64 * c.intermediate_size + 2 * 64
+    active = 512 * 64 + 2 * layer + 64
+    assert flops_per_token(LanguageModel(config), config) == 6 * active + 12 * 2 * 64 * 64
+
+
+def test_a_run_that_goes_back(make_trainer, monkeypatch):  # noqa: F811
+    """Step 5 is not fit, so the run goes from 4 to 3 and leaves it out; 4 is computed twice."""
+    trainer = make_trainer(
+        "run", "train.steps=8", "train.save_every=3", "train.eval_every=100", "guard.on_nonfinite=rollback"
+    )
+    poison(monkeypatch, trainer, 4, math.nan)
+    with trainer.ledger:
+        trainer.run()
+    got = Account(read_events(trainer.out / FILE))
+    totals = got.totals()
+    check(totals)
+    assert (totals.rollbacks, totals.lost_steps, totals.interruptions, got.reached) == (1, 1, 0, 8)
+    assert totals.tokens == trainer.tokens_seen
+    assert all(
+        totals.spent[cause] for cause in ("useful", "lost", "left_out", "restart", "checkpoint", "start")
+    )
+    assert got.attempts[-1].how == "finished"
+
+
+def test_a_run_accounts_for_the_life_of_its_process(cache, tmp_path):
+    """Of the second of two, after one that ended on its budget: all but the interpreter's own end."""
+    run, prom = tmp_path / "run", tmp_path / "sigma.prom"
+    args = ["train", "--preset", "smoke", "--steps", "12", "--out", str(run)]
+    args += [
+        "--set",
+        "train.log_every=2",
+        "--set",
+        "guard.check_every=4",
+        "--set",
+        f"train.prometheus={prom}",
+    ]
+    first = sigma(*args, "--set", "train.time_budget_s=1e-9", env=cache)
+    assert first.returncode == 0, first.stderr
+    before = Account(read_events(run / FILE)).totals()
+    started = time.monotonic()
+    process = subprocess.Popen([*SIGMA, *args, "--resume"], env=cache, stdout=subprocess.PIPE, text=True)
+    stdout, _ = process.communicate(timeout=200)
+    life = time.monotonic() - started
+    assert process.returncode == 0
+    got = Account(read_events(run / FILE))
+    totals = got.totals()
+    check(totals)
+    allocated = (totals.allocated - before.allocated) / NS
+    assert 0.8 * life <= allocated <= life + 0.05, "the rest is Python's own end"
+    assert (totals.attempts, totals.interruptions, totals.lost_steps, got.reached) == (2, 0, 0, 12)
+    assert totals.tokens == 12 * 8 * 64
+    assert got.attempts[0].peak == got.attempts[1].peak is not None, "measured once"
+    assert all(totals.spent[c] for c in ("start", "useful", "check", "checkpoint", "validation", "report"))
+    assert "util " in stdout
+    assert "mfu " in stdout
+    assert stdout.rstrip().splitlines()[-1].endswith("0 interruptions")
+    for name in ("utilisation", "mfu_useful", "mfu_allocated"):
+        assert sorted(rows(run, name)) == [2, 4, 6, 8, 10, 12]
+    assert "effective utilisation" in (run / "report.html").read_text()
+    assert (run / "time.png").stat().st_size > 1000
+    told = samples(prom)
+    assert told["sigma_train_allocated_rank_seconds_total", str(run)] == pytest.approx(totals.allocated / NS)
+    assert told["sigma_train_reached_steps", str(run)] == 12
+
+
+def samples(path: Path) -> dict[tuple[str, ...], float]:
+    families = text_string_to_metric_families(path.read_text())
+    found = [sample for family in families for sample in family.samples]
+    return {
+        (s.name, s.labels["run"], *([s.labels["cause"]] if "cause" in s.labels else [])): s.value
+        for s in found
+    }
+
+
+def test_two_ranks_of_which_one_is_killed(cache, tmp_path):
+    """One interruption, and the steps after the newest checkpoint are lost, no more and no fewer."""
+    out = tmp_path / "run"
+    command = [*SIGMA, *arguments(2, out, "--steps", "11")]
+    process = subprocess.Popen(command, env=cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = out / "metrics.jsonl"
+    while not metrics.exists() or len(rows(out, "loss")) < 6:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process_of(1, out), signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    events = list(read_events(out / FILE))
+    got = Account(events)
+    totals = got.totals()
+    check(totals)
+    second = [i for i, e in enumerate(events) if isinstance(e, Begin)][1]
+    reached = max(e.step for e in events[:second] if isinstance(e, Spent) and e.step)
+    assert events[second].restarted
+    assert events[second].resumed == reached // 4 * 4, stdout
+    assert totals.lost_steps == reached - events[second].resumed
+    assert totals.tokens == 11 * 8 * 64
+    assert (totals.attempts, totals.interruptions, totals.recoveries, totals.idle) == (2, 1, 1, 0)
+    assert "rank 1" in got.interruptions[0].why or "peer" in got.interruptions[0].why.lower()
+    assert got.interruptions[0].step == reached
+    assert [a.ranks for a in got.attempts] == [2, 2]
+    assert totals.spent["detection"] > 0
+    assert totals.spent["restart"] > 0
+    assert bool(totals.spent["lost"]) == (totals.lost_steps > 0)
+
+
+def runs(tmp_path: Path) -> tuple[Path, Path]:
+    one = write(tmp_path / "one", begin(0, 1), steps(1, range(1, 4)), end(5))
+    again = [begin(9, 10, resumed=2), *steps(10, range(3, 5))]
+    return one, write(tmp_path / "two", begin(0, 1, ranks=2), steps(1, range(1, 4)), again, HALF)
+
+
+def test_sigma_ledger_shows_runs_and_their_total(cache, tmp_path):
+    one, two = map(str, runs(tmp_path))
+    wide = {**cache, "COLUMNS": "150"}
+    result = sigma("ledger", one, two, env=wide)
+    assert result.returncode == 0, result.stderr
+    for text in (
+        "all runs",
+        "60.0%",
+        "interrupted after step 3: its end was not written; recovered in 3.0 s",
+    ):
+        assert text in result.stdout
+    assert "last attempt, to step 4: no end is written: it runs, or was killed" in result.stdout
+    prom = tmp_path / "runs.prom"
+    result = sigma("ledger", one, two, "--json", "--prometheus", str(prom), env=cache)
+    told = json.loads(result.stdout)
+    assert told["runs"][one]["utilisation"] == 0.6
+    assert told["total"]["utilisation"] == pytest.approx((3 + 4 + 2) / (5 + 8 + 3))
+    assert told["runs"][two]["interrupted"] == [
+        {"step": 3, "why": "its end was not written", "recovery_s": 3.0}
+    ]
+    figures = samples(prom)
+    assert figures["sigma_train_utilisation_ratio", one] == 0.6
+    assert figures["sigma_train_spent_rank_seconds", two, "lost"] == 2
+    assert figures["sigma_train_interruptions_total", two] == 1
+    assert not list(tmp_path.glob("runs.prom.*"))
+
+
+def test_sigma_ledger_refuses_what_is_none(cache, tmp_path):
+    one, _ = runs(tmp_path)
+    empty = write(tmp_path / "empty")
+    damaged = write(tmp_path / "damaged", begin(0, 1), b"x\n", steps(1, range(1, 2)))
+    wrong = [
+        ((tmp_path / "none",), f"{tmp_path}/none holds no ledger of a run: ledger.jsonl is missing"),
+        ((one / FILE,), f"cannot read {one}/ledger.jsonl/ledger.jsonl: Not a directory"),
+        ((empty,), f"{empty}/ledger.jsonl tells of no attempt"),
+        ((one, damaged), f"{damaged}/ledger.jsonl is damaged: line 2 is no event of a ledger"),
+        ((one, f"{empty}/../one"), f"ledger wants different runs, found {one}, {empty}/../one"),
+        (
+            (one, "--prometheus", tmp_path / "no" / "x.prom"),
+            f"--prometheus: cannot write in {tmp_path}/no: No such file or directory; name another folder",
+        ),
+    ]  # fmt: skip
+    for args, message in wrong:
+        assert_one_sentence(sigma("ledger", *map(str, args), env=cache), 2, message)
+
+
+def test_a_textfile_that_cannot_be_written(cache, tmp_path, monkeypatch):
+    """At the start it is wrong input, before anything is written; later the run goes on."""
+    args = ["train", "--preset", "smoke", "--steps", "1", "--set", "data.max_bytes=200000"]
+    result = sigma(
+        *args, "--out", str(tmp_path / "run"), "--set", f"train.prometheus={tmp_path}/no/x.prom", env=cache
+    )
+    message = (
+        f"train.prometheus: cannot write in {tmp_path}/no: No such file or directory; name another folder"
+    )
+    assert_one_sentence(result, 2, message)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
+    (tmp_path / "prom").mkdir()
+    book = Ledger(tmp_path / FILE, True, tmp_path / "prom" / "x.prom")
+    book.begin(book.now(), 1, 0, "m", 1, 1)
+    (tmp_path / "prom" / "x.prom").unlink()
+    (tmp_path / "prom").rmdir()
+    with pytest.warns(LedgerWarning, match="x.prom: No such file or directory; the run goes on"):
+        book.figures()
+    (tmp_path / "prom").mkdir()
+    with book:
+        book.outcome = "finished"
+    assert samples(tmp_path / "prom" / "x.prom")["sigma_train_attempts_total", str(tmp_path)] == 1
