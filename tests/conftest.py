@@ -34,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", choices=["cpu", "cuda"], default="cpu", help="where the tensors of tests lie"
     )
+    parser.addoption("--kills", type=int, default=20, help="of the fault campaign (-m faults)")
+    parser.addoption("--page", help="markdown file that the fault campaign writes")
 
 
 def pytest_configure(config: pytest.Config) -> None:

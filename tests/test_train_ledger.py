@@ -517,7 +517,7 @@ def test_a_run_accounts_for_the_life_of_its_process(cache, tmp_path):
     totals = got.totals()
     check(totals)
     allocated = (totals.allocated - before.allocated) / NS
-    assert 0.8 * life <= allocated <= life + 0.05, "the rest is Python's own end"
+    assert 0.6 * life <= allocated <= life + 0.05, "the rest is Python's own end"
     assert (totals.attempts, totals.interruptions, totals.lost_steps, got.reached) == (2, 0, 0, 12)
     assert totals.tokens == 12 * 8 * 64
     assert got.attempts[0].peak == got.attempts[1].peak is not None, "measured once"

@@ -1,0 +1,54 @@
+"""What the campaign saw, and the page that it writes."""
+
+import platform
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import sigma_kernels as sk
+
+
+@dataclass
+class Outcome:
+    """Of one kind of fault; steps and seconds of each time."""
+
+    fault: str
+    times: int
+    detected: str
+    recovered: str
+    lost_steps: list[int]
+    seconds: list[float]
+    losses: str
+
+    @property
+    def line(self) -> str:
+        lost = str(max(self.lost_steps))
+        if self.times > 1:
+            lost += f" at most, {sum(self.lost_steps)} in all"
+        took = f"{statistics.median(self.seconds):.0f}" if self.seconds else "within the step"
+        return f"| {self.fault} | {self.times} | {self.detected} | {self.recovered} | {lost} | {took} | {self.losses} |"
+
+
+def write_page(path: Path, outcomes: list[Outcome], what: str) -> None:
+    head = (
+        "| fault | times | found | recovered | steps computed again | s to the step it was at, median "
+        "| losses against the undisturbed run |"
+    )
+    lines = [
+        "# Fault campaign",
+        "",
+        f"    pytest -m faults --kills 20 --page {path}",
+        "",
+        what,
+        "",
+        f"Machine: {platform.machine()}, {sk._C.isa()}, torch {torch.__version__}. The ranks share two cores, so "
+        "seconds are mostly of start-up.",
+        "",
+        head,
+        "|---|---|---|---|---|---|---|",
+        *(each.line for each in outcomes),
+        "",
+    ]
+    path.write_text("\n".join(lines))
