@@ -7,7 +7,8 @@ small tensor each: one of sums, one of maxima.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,8 +37,7 @@ class LayerStatistics:
     def __init__(self, model: LanguageModel, every: int) -> None:
         self.model, self.every = model, every
         self._is_watching = False
-        self._sums: Values = {}
-        self._largest: Values = {}
+        self._forget()
         self._counts: Tensor | None = None  # [layers, E], of all ranks since the last row
         self._steps, self._last_step = 0, 0
 
@@ -51,11 +51,11 @@ class LayerStatistics:
         if not self.is_due(step):
             yield
             return
-        self._sums, self._largest = {}, {}
+        self._forget()
         with contextlib.ExitStack() as stack:
             for number, block in enumerate(self.model.layers):
-                places = zip(OUTPUTS, (block.self_attn, block.mlp, block), strict=True)
-                for name, module in places:
+                modules = (block.get_submodule("self_attn"), block.get_submodule("mlp"), block)
+                for name, module in zip(OUTPUTS, modules, strict=True):
                     stack.callback(module.register_forward_hook(self._hook(name, number)).remove)
             self._is_watching = True
             try:
@@ -63,9 +63,9 @@ class LayerStatistics:
             finally:
                 self._is_watching = False
 
-    def _hook(self, name: str, layer: int) -> Any:
+    def _hook(self, name: str, layer: int) -> Callable[[nn.Module, object, Tensor], None]:
         @torch.no_grad()
-        def see(module: nn.Module, _: Any, output: Tensor) -> None:
+        def see(module: nn.Module, _: object, output: Tensor) -> None:
             square, largest = square_and_largest(output)
             bad = 0 if math.isfinite(square) else output.numel() - int(output.isfinite().sum())
             self._add(layer, largest, name, square=square, nonfinite=bad, count=output.numel())
@@ -79,8 +79,9 @@ class LayerStatistics:
         entropy = entropy_sum(logits, sums.score)
         square = sums.square.item()
         self._add(layer, largest, "router", square=square, entropy=entropy, tokens=sums.tokens)
-        of_all = self._sums.setdefault("router_p", self._zeros(logits.shape[1]))
-        of_all[layer] += sums.probabilities.detach()
+        if "router_p" not in self._sums:
+            self._sums["router_p"] = self._zeros(logits.shape[1])
+        self._sums["router_p"][layer] += sums.probabilities.detach()
 
     def see_gradients(self) -> None:
         """Norm and largest element of this rank's part of each layer's weight gradients, where the step is due."""
@@ -95,9 +96,13 @@ class LayerStatistics:
 
     def _add(self, layer: int, largest: float, name: str, **sums: float) -> None:
         for what, value in sums.items():
-            self._sums.setdefault(f"{name}_{what}", self._zeros())[layer] += value
-        maxima = self._largest.setdefault(name, self._zeros())
-        maxima[layer] = max(maxima[layer].item(), largest)
+            self._sums[f"{name}_{what}"][layer] += value
+        self._largest[name][layer] = max(self._largest[name][layer].item(), largest)
+
+    def _forget(self) -> None:
+        """What the last step that was looked at has left; a value a layer of whatever is named first."""
+        self._sums: Values = defaultdict(self._zeros)
+        self._largest: Values = defaultdict(self._zeros)
 
     def _zeros(self, *sizes: int) -> Tensor:
         return torch.zeros(len(self.model.layers), *sizes, dtype=torch.float64)

@@ -78,7 +78,8 @@ def _first_output(
     with _watched(model) as bad:
         loss = micro_loss()
     if ranks.size > 1:
-        model.reshard()  # the root's weights stay whole until a backward, which does not come
+        # FSDP: the root's weights stay whole until a backward, which does not come.
+        model.reshard()  # type: ignore[operator]
     if not bad and not loss.isfinite():
         bad.append((AFTER_ALL, "the loss", ""))
     return _earliest(bad[0] if bad else None, ranks)

@@ -131,8 +131,8 @@ def layers_figure(rows: list[dict[str, Any]]) -> Figure:
         axes.set(title=title, ylabel="layer")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.invert_yaxis()
-        scale = {} if "entropy" in title else {"ticks": LogLocator(subs=(1, 2, 5)), "format": "%g"}
-        figure.colorbar(image, ax=axes, **scale).minorticks_off()
+        ticks = None if "entropy" in title else LogLocator(subs=(1, 2, 5))
+        figure.colorbar(image, ax=axes, ticks=ticks, format="%g").minorticks_off()
     grid[-1, 0].set_xlabel("step")
     figure.tight_layout()
     return figure
