@@ -25,7 +25,7 @@ def arguments(ranks: int, out: Path, *more: str) -> list[str]:
         "train.save_every": 4,
         "optim.eps": 1e-2,  # so that Adam's step depends on the size of a gradient, whose factor P would else be lost
         "train.eval_every": 4,
-        "guard.stats_every": 4,
+        "guard.stats_every": 1,
     }
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     return ["train", "--preset", "smoke", *overrides, "--nproc", str(ranks), "--out", str(out), *more]
@@ -56,15 +56,13 @@ def assert_same_run(got: Path, want: Path) -> None:
 
 
 def assert_same_layers(got: Path, want: Path) -> None:
-    """Statistics of all ranks: whatever is a count exactly, the rest to rounding."""
+    """Statistics are of all ranks, to rounding."""
     of_got, of_want = rows(got, "layers"), rows(want, "layers")
     assert of_got.keys() == of_want.keys() != set()
     for step, layers in of_want.items():
         assert of_got[step].keys() == layers.keys()
-        is_whole = of_got[step]["steps"] == layers["steps"]  # or of the steps since a restart
         for name, values in layers.items():
-            if is_whole or not name.startswith(("steps", "load_", "experts_dead")):
-                assert of_got[step][name] == pytest.approx(values, rel=1e-3), (step, name)
+            assert of_got[step][name] == pytest.approx(values, rel=1e-3), (step, name)
 
 
 def test_four_ranks_then_one_are_the_same_run(cache, tmp_path, whole):
