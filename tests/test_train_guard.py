@@ -178,6 +178,8 @@ def test_a_number_that_one_rank_lacks_is_met_by_all(cache, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "rollback: step 6 is left out" in result.stdout
+    first = "the first gradient back from the loss that is not is that of expert 4 of layers.0.mlp.experts"
+    assert f"; the forward is finite, {first}.gate_up_proj (rank 1)" in result.stdout
     assert "back from step 5 to 3" in result.stdout
     one = sigma("train", *common, "--out", str(tmp_path / "one"), env=cache)
     assert one.returncode == 0, one.stderr

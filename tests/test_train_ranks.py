@@ -25,6 +25,7 @@ def arguments(ranks: int, out: Path, *more: str) -> list[str]:
         "train.save_every": 4,
         "optim.eps": 1e-2,  # so that Adam's step depends on the size of a gradient, whose factor P would else be lost
         "train.eval_every": 4,
+        "guard.stats_every": 1,
     }
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     return ["train", "--preset", "smoke", *overrides, "--nproc", str(ranks), "--out", str(out), *more]
@@ -51,6 +52,17 @@ def assert_same_run(got: Path, want: Path) -> None:
         assert of_got.keys() == of_want.keys()
         assert all(abs(of_got[step] - of_want[step]) <= bound * of_want[step] for step in of_want), name
     assert rows(got, "load") == rows(want, "load")
+    assert_same_layers(got, want)
+
+
+def assert_same_layers(got: Path, want: Path) -> None:
+    """Statistics are of all ranks, to rounding."""
+    of_got, of_want = rows(got, "layers"), rows(want, "layers")
+    assert of_got.keys() == of_want.keys() != set()
+    for step, layers in of_want.items():
+        assert of_got[step].keys() == layers.keys()
+        for name, values in layers.items():
+            assert of_got[step][name] == pytest.approx(values, rel=1e-3), (step, name)
 
 
 def test_four_ranks_then_one_are_the_same_run(cache, tmp_path, whole):
@@ -72,6 +84,7 @@ def test_four_ranks_then_one_are_the_same_run(cache, tmp_path, whole):
         assert got.keys() == want.keys()
         assert all(abs(got[step] - want[step]) <= bound * want[step] for step in want), name
     assert rows(out, "load") == rows(whole, "load")
+    assert_same_layers(out, whole)
     ends = [load_checkpoint(latest_checkpoint(run / "checkpoints")) for run in (out, whole)]
     for name, got in ends[0].model_state.items():
         want = ends[1].model_state[name]

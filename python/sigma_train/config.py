@@ -189,6 +189,7 @@ class GuardConfig(_Section):
     most: Whole = 20  # steps that are left out; the next ends the run
     lower_by: OpenShare = 0.5
     check_every: Whole = 0  # steps between checks for silent corruption; 0: never
+    stats_every: Whole = 0  # steps between statistics of each layer; 0: never
 
 
 class Config(_Section):
@@ -235,7 +236,13 @@ class Config(_Section):
 # These change what a run reports, keeps or costs, never the numbers that it computes.
 _NOT_SHAPING = {
     "data": {"cache_dir"},
-    "guard": {"check_every", "on_nonfinite", "on_spike", "most"},  # what they did is in a checkpoint
+    "guard": {
+        "check_every",
+        "on_nonfinite",
+        "on_spike",
+        "most",
+        "stats_every",
+    },  # what they did is in a checkpoint
     "train": {
         *("eval_every", "eval_batches", "log_every", "save_every", "sample_every"),
         *("keep", "time_budget_s", "out", "threads", "rank_timeout_s", "prometheus"),

@@ -35,10 +35,12 @@ from sigma_train.events import FILE
 from sigma_train.files import write_text
 from sigma_train.generate import generate
 from sigma_train.guard import Diverged, Guard
+from sigma_train.layer_statistics import LayerStatistics
 from sigma_train.ledger import Ledger
 from sigma_train.metrics import Metrics, busiest
 from sigma_train.model import LanguageModel, flops_per_token, precision
 from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
+from sigma_train.origin import origin
 from sigma_train.progress import RunLine
 from sigma_train.ranks import Ranks
 
@@ -87,6 +89,7 @@ class Trainer:
         t = config.train
         tokens = t.grad_accum * t.batch_size * t.seq_len * ranks.size
         self.ledger.begin(began, ranks.size, self.step, machine(config), tokens, flops)
+        self.layers = LayerStatistics(self.model, config.guard.stats_every)
         if ranks.is_first:
             write_text(self.out / "config.toml", config.to_toml())
             self.data.tokenizer.save(self.out / "tokenizer.json")
@@ -221,10 +224,12 @@ class Trainer:
             return {"guard": "left out"}
         rate = learning_rate(self.step, self.config) * self.guard.rate_scale
         set_learning_rate(self.optimizer, rate)
-        loss, norm, counts = self._gradients()
-        row = {"loss": loss, "grad_norm": norm, "lr": rate}
+        with self.layers.watching(self.step + 1):
+            loss, norm, counts = self._gradients()
+        row: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": rate}
         if trouble := self.guard.trouble(loss, norm):
             policy, told = trouble
+            told += f"; {self._origin(loss, norm)}"
             if policy != "keep":
                 return self._meet(policy, told)
             self.guard.accept(loss, norm)
@@ -240,32 +245,45 @@ class Trainer:
         row["tokens"] = self.tokens_seen
         if counts:
             row["load"] = [layer.tolist() for layer in counts]
-        return row
+        return row | self.layers.row(self.step + 1, counts, self.ranks)
 
     def _gradients(self) -> tuple[float, float, list[Tensor]]:
         """Loss, norm of the gradient, which is cut, and each layer's counts, all over the ranks."""
         t, loss_sum, counts = self.config.train, 0.0, []
         for micro in range(t.grad_accum):
-            inputs, targets = self.data.train.batch(
-                self.step * t.grad_accum + micro,
-                t.batch_size,
-                t.seq_len,
-                t.seed,
-                self.ranks.rank,
-                self.ranks.size,
-            )
-            with precision(self.config):
-                logits = self.model(inputs)
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            loss = self._cross_entropy(micro)
             counts.append([moe.last_routing.counts for moe in self.model.moe_layers()])
             ((loss + self._balance_loss()) / t.grad_accum).backward()
             loss_sum += loss.item()
         if self.ranks.size > 1:
             parallel().average_expert_gradients(self.model, self.ranks)
+        self.layers.see_gradients()
         norm = clip(self.model, self.config.optim.grad_clip)
         (loss_sum,) = self.ranks.summed(loss_sum)
         layers = [sk_nn.global_counts(sum(layer)) for layer in zip(*counts, strict=True)]
         return loss_sum / self.ranks.size / t.grad_accum, norm, layers
+
+    def _cross_entropy(self, micro: int) -> Tensor:
+        """Of one micro-batch of this rank."""
+        t = self.config.train
+        inputs, targets = self.data.train.batch(
+            self.step * t.grad_accum + micro,
+            t.batch_size,
+            t.seq_len,
+            t.seed,
+            self.ranks.rank,
+            self.ranks.size,
+        )
+        with precision(self.config):
+            logits = self.model(inputs)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def _origin(self, loss: float, norm: float) -> str:
+        again = [
+            lambda micro=micro: self._cross_entropy(micro) + self._balance_loss()
+            for micro in range(self.config.train.grad_accum)
+        ]
+        return origin(self.model, again, loss, norm, self.ranks)
 
     def _meet(self, policy: str, told: str) -> dict[str, Any] | None:
         """Leave the step out, as the policy says; the gradients, which are not fit, are dropped."""
@@ -359,10 +377,17 @@ def parallel() -> ModuleType:
 
 
 def clip(model: LanguageModel, most: float) -> float:
-    """The norm of all gradients, over all ranks, to which they are cut where it is above `most`."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most, foreach=True)
+    """The norm of all gradients, over all ranks, to which they are cut where it is above `most`.
+
+    Where it is no number they stay as they are: cutting would spread it over all of them.
+    """
+    parameters = list(model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     whole = getattr(norm, "full_tensor", None)  # of a DTensor
-    return (whole() if whole else norm).item()
+    found = (whole() if whole else norm).item()
+    if math.isfinite(found):
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm, foreach=True)
+    return found
 
 
 @torch.no_grad()

@@ -24,16 +24,24 @@ class Metrics:
         self._board = SummaryWriter(run / "tensorboard", purge_step=first_step + 1)
 
     def write(self, step: int, **values: Any) -> None:
-        """Numbers and lists as they are; one busiest_expert for the load of all layers on the board."""
+        """Numbers and lists as they are; on the board one busiest_expert for the load, and each layer's statistics."""
         with failed_writes_are_oserrors(self._path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if name == "load":
                 self._board.add_scalar("busiest_expert", busiest(value), step)
+            elif name == "layers":
+                self._write_layers(step, value)
             elif isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
             elif isinstance(value, str):
                 self._board.add_text(name, f"```\n{value}\n```", step)
+
+    def _write_layers(self, step: int, values: dict[str, Any]) -> None:
+        for name, layers in values.items():
+            for layer, value in enumerate(layers if isinstance(layers, list) else []):
+                if value is not None:
+                    self._board.add_scalar(f"{name}/layer_{layer}", value, step)
 
     def close(self) -> None:
         self._file.close()

@@ -11,7 +11,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from sigma_train import ledger_view
 from sigma_train.account import Account
@@ -34,6 +36,8 @@ def write_report(run: Path, sample: str) -> Path:
     time = Account(read_events(run / FILE)).totals() if (run / FILE).exists() else None
     if time is not None:  # not of a run that ended before there were ledgers
         figures["Time"] = ledger_view.figure(time)
+    if any("layers" in row for row in rows):
+        figures["Layers"] = layers_figure(rows)
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{html.escape(run.name)}</title><style>{STYLE}</style>"
     ]
@@ -99,4 +103,45 @@ def load_figure(rows: list[dict[str, Any]]) -> Figure:
         axes.set_ylabel(f"layer {layer}\nexpert")
     grid[-1, 0].set_xlabel("step")
     figure.colorbar(image, ax=grid[:, 0].tolist(), label="load, in even shares (3 and more)")
+    return figure
+
+
+def layers_figure(rows: list[dict[str, Any]]) -> Figure:
+    """One map a quantity: layers down, steps across, each column as wide as the interval it ends; red: no number."""
+    rows = [row for row in rows if "layers" in row]
+    # A run may have got another interval, and layers of a dense model no router.
+    all_names = set.intersection(*(set(row["layers"]) for row in rows))
+    of = {
+        name: np.array([row["layers"][name] for row in rows], dtype=float).T for name in all_names - {"steps"}
+    }
+    gradients = [of[name] for name in of if name.endswith("_gradient_norm")]
+    maps = {"residual stream after the layer, rms": of["residual_rms"]}
+    maps["norm of the layer's gradient"] = np.sqrt(sum(np.square(norm) for norm in gradients))
+    if "router_entropy" in of:
+        maps["largest |logit| of the router"] = of["router_logit_largest"]
+        maps["entropy of the router over log E: 0 decided, 1 undecided"] = of["router_entropy"]
+    steps = [row["step"] for row in rows]
+    edges = [steps[0] - rows[0]["layers"]["steps"], *steps]
+    layers = len(of["residual_rms"])
+    height = min(3.5, 0.9 + 0.25 * layers)
+    figure, grid = plt.subplots(len(maps), 1, figsize=(11, height * len(maps)), sharex=True, squeeze=False)
+    for (title, values), axes in zip(maps.items(), grid[:, 0], strict=True):
+        shown = values[np.isfinite(values) & (values > 0)]
+        low, high = (shown.min(), shown.max()) if shown.size else (1.0, 1.0)
+        norm = Normalize(0, 1) if "entropy" in title else LogNorm(low, high)
+        axes.set_facecolor("red")
+        image = axes.pcolormesh(
+            edges,
+            np.arange(layers + 1) - 0.5,
+            np.ma.masked_invalid(np.maximum(values, low)),  # zero has no logarithm
+            cmap="viridis",
+            norm=norm,
+        )
+        axes.set(title=title, ylabel="layer")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.invert_yaxis()
+        ticks = None if "entropy" in title else LogLocator(subs=(1, 2, 5))
+        figure.colorbar(image, ax=axes, ticks=ticks, format="%g").minorticks_off()
+    grid[-1, 0].set_xlabel("step")
+    figure.tight_layout()
     return figure
