@@ -15,8 +15,10 @@ from sigma_train.errors import Failure, Stopped, WrongInput
 from sigma_train.ranks import RESTART_COUNT
 
 
-def launch(ranks: int, restarts: int, arguments: list[str], say: Callable[[str], None]) -> None:
-    """Run `sigma train ARGUMENTS` on so many ranks, which share this machine's cores.
+def launch(
+    ranks: int, restarts: int, arguments: list[str], say: Callable[[str], None], module: str = "sigma_train"
+) -> None:
+    """Run `python -m MODULE ARGUMENTS` on so many ranks, which share this machine's cores; by default `sigma train`.
 
     A rank that dies or hangs takes the others along; all go on from the newest checkpoint, `restarts` times at most.
     That is not left to the agent, which starts whatever failed again: what was refused would be so again.
@@ -32,7 +34,7 @@ def launch(ranks: int, restarts: int, arguments: list[str], say: Callable[[str],
             run_id=uuid.uuid4().hex, max_restarts=0, signals_to_handle=",".join(handled),
         )  # fmt: skip
         try:
-            elastic_launch(config, sys.executable)("-P", "-m", "sigma_train", *arguments)
+            elastic_launch(config, sys.executable)("-P", "-m", module, *arguments)
             return
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
