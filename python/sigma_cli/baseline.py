@@ -29,7 +29,6 @@ class Machine(BaseModel):
     processor: str
     isa: str
     cores: int
-    threads: int
     torch: str
     gpus: list[str]
 
@@ -39,7 +38,6 @@ class Machine(BaseModel):
             processor=processor(),
             isa=_C.isa(),
             cores=len(os.sched_getaffinity(0)),
-            threads=torch.get_num_threads(),
             torch=torch.__version__,
             gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         )

@@ -46,9 +46,10 @@ def messages(work: Callable[[Send], None], limit_s: float) -> Iterator[Any]:
         else:
             raise Died(f"nothing came of it for {limit_s:.0f} s")
         process.join()
-        if process.exitcode < 0:
-            raise Died(f"its process died of {signal.Signals(-process.exitcode).name}")
-        if process.exitcode:
+        code = process.exitcode or 0
+        if code < 0:
+            raise Died(f"its process died of {signal.Signals(-code).name}")
+        if code:
             raise Failure("a process of the checks failed, as said above")
     finally:
         process.kill()

@@ -64,14 +64,15 @@ class Partners:
         return self.numbers[first : first + size]
 
     def ask(self, other: int, turn: int, size: int) -> float:
-        """Seconds from when the question was sent until the answer was there."""
+        """Seconds from when the question was on its way until the answer was there."""
         answer = torch.empty(size, dtype=torch.int64, device=self.device)
-        dist.send(self.numbers[:1], other, group=self.group)
-        self.wait()
+        asked = dist.isend(self.numbers[:1], other, group=self.group)  # send would wait until it is heard
         start = time.perf_counter()
         dist.recv(answer, other, group=self.group)
         self.wait()
         took = time.perf_counter() - start
+        if asked is not None:  # None: to a rank that is not in the group, which all are
+            asked.wait()
         if not torch.equal(answer, self.content(other, self.ranks.rank, turn, size)):
             self.wrong.add(f"rank {self.ranks.rank} was answered wrongly by rank {other}")
         return took

@@ -118,9 +118,10 @@ def prepared(options: Options) -> Baseline | None:
         )
     if os.environ.get("SIGMA_ISA"):
         _C.isa()  # one that this processor has not is refused here
-    known = None if options.baseline is None else load(options.baseline)
-    if known is not None:
-        answer(partial(check_machine, options.baseline, known))
+    if options.baseline is None:
+        return None
+    known = load(options.baseline)
+    answer(partial(check_machine, options.baseline, known))
     return known
 
 
@@ -166,6 +167,7 @@ def isolated(
     def work(send: Send) -> None:
         if isa is not None:
             os.environ["SIGMA_ISA"] = isa
+        take_all_cores()
         try:
             for result in kernels.check(
                 backend, size, seconds, device=device, begin=lambda *running: send(running)
@@ -192,7 +194,7 @@ def node_results(options: Options, known: Baseline | None) -> tuple[list[Result]
     """Memory and rates of this node's devices."""
     results, found = [], []
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # all of the node, however many ranks share it
+    take_all_cores()
     if "memory" in options.checks:
         for device in devices:
             fault = memory.failing_bits(options.num_bytes, device)
@@ -204,6 +206,11 @@ def node_results(options: Options, known: Baseline | None) -> tuple[list[Result]
             results += judge_rates(of_device, options, known)
             found += of_device
     return results, found
+
+
+def take_all_cores() -> None:
+    """Of the node, however many ranks torchrun has made room for."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def judge_rates(found: list[Rate], options: Options, known: Baseline | None) -> list[Result]:
@@ -226,8 +233,8 @@ def beside(rate: Rate, options: Options, known: Baseline | None) -> Result:
     if known is None or key(rate) not in known.rates:
         why = "no baseline was given" if known is None else "the baseline has no such rate"
         return Result("rates", rate.name, rate.device, NOT_RUN, f"only measured, {why}")
-    why = lack(rate, known.rates[key(rate)], options.margin)
-    return Result("rates", rate.name, rate.device, SLOW if why else OK, why or "", "", len(rate.values))
+    slow = lack(rate, known.rates[key(rate)], options.margin)
+    return Result("rates", rate.name, rate.device, SLOW if slow else OK, slow or "", "", len(rate.values))
 
 
 def judge_pairs(
