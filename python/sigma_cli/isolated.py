@@ -21,8 +21,8 @@ class Died(Exception):
 def messages(work: Callable[[Send], None], limit_s: float) -> Iterator[Any]:
     """What `work` sends, until it is done.
 
-    Raises: Died if the process is killed by a signal, or sends nothing for limit_s; WrongInput or Failure where `work`
-        raised what has an exit code of its own.
+    Raises: Died if the process dies of a signal, or sends nothing for limit_s; WrongInput or Failure where `work`
+        raised what has an exit code of its own; Failure if somebody killed it.
     """
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
@@ -47,6 +47,10 @@ def messages(work: Callable[[Send], None], limit_s: float) -> Iterator[Any]:
             raise Died(f"nothing came of it for {limit_s:.0f} s")
         process.join()
         code = process.exitcode or 0
+        if code == -signal.SIGKILL:  # nothing that a kernel does ends so
+            raise Failure(
+                "a process of the checks was killed, perhaps for want of memory; --quick takes less"
+            )
         if code < 0:
             raise Died(f"its process died of {signal.Signals(-code).name}")
         if code:
