@@ -22,12 +22,80 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-@app.command()
-def doctor() -> None:
-    """Show versions, processor, instruction set and the table of backends on this machine."""
-    from sigma_kernels.doctor import report
+class Check(StrEnum):
+    kernels = "kernels"
+    memory = "memory"
+    rates = "rates"
+    ranks = "ranks"
 
-    typer.echo(report())
+
+OF_VALIDATE = "of --validate: "
+
+
+@app.command()
+def doctor(
+    context: typer.Context,
+    validate: Annotated[
+        bool,
+        typer.Option(
+            "--validate",
+            help="is this machine fit for a job?  Exit codes: 0 fit, 10 slow, 11 wrong, 2 wrong input, "
+            "1 could not be run",
+        ),
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help=OF_VALIDATE + "smaller kernels, once each; 128 MiB; fewer rounds")
+    ] = False,
+    check: Annotated[list[Check] | None, typer.Option(help=OF_VALIDATE + "only these; repeatable")] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, max=86400, help=OF_VALIDATE + "repeat the kernels so long")
+    ] = 15.0,
+    memory: Annotated[
+        int | None,
+        typer.Option(min=1, max=1 << 30, help=OF_VALIDATE + "MiB of the pattern test, of each device; 512"),
+    ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=2, max=1024, help=OF_VALIDATE + "ranks on this machine that ask each other"),
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help=OF_VALIDATE + "file of a sound node's rates to compare with")
+    ] = None,
+    save_baseline: Annotated[
+        Path | None, typer.Option(help=OF_VALIDATE + "file to write this node's rates to")
+    ] = None,
+    margin: Annotated[
+        float,
+        typer.Option(
+            min=0, max=0.99, help=OF_VALIDATE + "share of the baseline's speed that may always be missing"
+        ),
+    ] = 0.15,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help=OF_VALIDATE + "file of all results to write")
+    ] = None,
+    pairs_file: Annotated[Path | None, typer.Option("--pairs", hidden=True)] = None,
+) -> None:
+    """Show versions, processor, instruction set and the table of backends; or --validate this machine."""
+    if not validate:
+        given = [p for p in context.params if context.get_parameter_source(p).name == "COMMANDLINE"]
+        if given:
+            from sigma_train.errors import WrongInput
+
+            name = {"json_file": "json", "pairs_file": "pairs"}.get(given[0], given[0]).replace("_", "-")
+            raise WrongInput(f"--{name} is an option of --validate, which was not given")
+
+        from sigma_kernels.doctor import report
+
+        typer.echo(report())
+        return
+    from sigma_cli.validate import Options, run, write_pairs
+
+    if pairs_file is not None:
+        write_pairs(pairs_file)
+        return
+    chosen = frozenset(c.value for c in check or Check)
+    options = Options(quick, chosen, seconds, memory, nproc, baseline, save_baseline, margin, json_file)
+    raise typer.Exit(run(options))
 
 
 @app.command()

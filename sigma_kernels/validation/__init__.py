@@ -1,0 +1,1 @@
+"""What shows that a device computes as it should: kernels against stored digests, memory, rates."""
