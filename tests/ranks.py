@@ -16,15 +16,16 @@ from sigma_kernels.distributed import ExpertParallelMoE, combine, dispatch
 TOKENS = {2: [(37, 20), (1, 0), (0, 0)], 4: [(20, 1, 33, 0), (5, 5, 5, 5)]}
 
 
-def run(rank: int, check: str, ranks: int, path: str) -> None:
+def run(rank: int, checks: tuple[str, ...], ranks: int, path: str) -> None:
     """One rank of a group on gloo."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)  # the same weights everywhere
     dist.init_process_group(
         "gloo", init_method=f"file://{path}", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
     )
     try:
-        CHECKS[check](rank, ranks)
+        for check in checks:
+            torch.manual_seed(0)  # the same weights everywhere
+            CHECKS[check](rank, ranks)
     finally:
         dist.destroy_process_group()
 
