@@ -166,6 +166,7 @@ class TrainConfig(_Section):
     log_every: Count = 10
     save_every: Count = 200
     keep: Count = 2
+    async_save: bool = Field(True, strict=True)  # written by a thread while the next steps are computed
     sample_every: Whole = 0  # 0: never
     time_budget_s: OptionalPositive = None
     out: Folder = "runs/default"
@@ -235,7 +236,7 @@ _NOT_SHAPING = {
     "guard": {"check_every", "on_nonfinite", "on_spike", "most"},  # what they did is in a checkpoint
     "train": {
         *("eval_every", "eval_batches", "log_every", "save_every", "sample_every"),
-        *("keep", "time_budget_s", "out", "threads", "rank_timeout_s"),
+        *("keep", "async_save", "time_budget_s", "out", "threads", "rank_timeout_s"),
     },
 }
 

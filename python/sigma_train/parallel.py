@@ -1,6 +1,6 @@
-"""A model over the ranks of a mesh: experts by rank, everything else sharded by FSDP2, and its whole state again."""
+"""A model over the ranks of a mesh: experts by rank, the rest sharded by FSDP2; and each rank's part of its state."""
 
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from torch.optim import Optimizer
 
 from sigma_kernels.distributed import ExpertParallelMoE
 from sigma_kernels.nn import MoE
+from sigma_train.checkpoint import MODEL, OPTIMIZER, own_tensors, prefixed, unprefixed
 from sigma_train.config import ConfigError
 from sigma_train.model import LanguageModel
 from sigma_train.ranks import Ranks
+from sigma_train.sharded import described, load
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def spread(model: LanguageModel, ranks: Ranks) -> None:
@@ -54,26 +56,34 @@ def average_expert_gradients(model: LanguageModel, ranks: Ranks) -> None:
         torch._foreach_mul_(grads, 1 / ranks.size)
 
 
-def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and the optimizer's state by parameters' names, the same whatever the number of ranks; a collective.
+def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Weights, buffers and the optimizer's tensors by name, of each this rank's part; they share memory.
 
-    Empty on all ranks but the first.  A tensor that two names share stands under the first.  Of an optimizer that has
-    made no step there is nothing to tell, and asking would have it make one.
+    A tensor that two names share stands under the first.  Of an optimizer that has made no step there is nothing to
+    tell, and asking would have it make one.
     """
-    names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
-    weights = get_model_state_dict(model, options=WHOLE)
-    return (
-        {name: x for name, x in weights.items() if name in names},
-        get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {},
-    )
+    # First: FSDP gives the model its shards back, by which the optimizer knows its state.
+    weights = _weights(model)
+    moments = _moments(get_optimizer_state_dict(model, optimizer, options=FLAT)) if optimizer.state else {}
+    return weights | moments
 
 
-def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """What `whole_state` gave, on every rank, into a model that is spread; each keeps its part."""
-    set_model_state_dict(model, state, options=replace(WHOLE, strict=False))  # a tied tensor stands once
+def load_state(model: nn.Module, optimizer: Optimizer, path: Path, ranks: Ranks) -> None:
+    """What `state_of` gave, however the model was spread then; the optimizer is a new one.  A collective."""
+    weights, has_moments = _weights(model), any(name.startswith(OPTIMIZER) for name in described(path))
+    # Asking a new optimizer has it make a step at rate 0, which changes no weight.
+    settings: Any = get_optimizer_state_dict(model, optimizer, options=FLAT) if has_moments else {}
+    moments = _moments(settings)
+    load(path, weights | moments, ranks)
+    set_model_state_dict(model, unprefixed(weights, MODEL), options=StateDictOptions(strict=False))
+    if has_moments:
+        set_optimizer_state_dict(model, optimizer, settings | unprefixed(moments, OPTIMIZER), options=FLAT)
 
 
-def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """What `whole_state` gave, on every rank; each keeps its part."""
-    if state:
-        set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return prefixed(own_tensors(model, get_model_state_dict(model)), MODEL)
+
+
+def _moments(flat: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors alone: rates and the like are settings of the run."""
+    return prefixed({name: x for name, x in flat.items() if name.startswith("state.")}, OPTIMIZER)

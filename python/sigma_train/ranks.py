@@ -41,6 +41,14 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gathered(self, value: T) -> list[T]:
+        """What each rank has, on all of them; a collective."""
+        if self.size == 1:
+            return [value]
+        box = [value] * self.size
+        dist.all_gather_object(box, value)
+        return box
+
     def summed(self, *values: float | Tensor) -> list[float]:
         """Numbers, each over all ranks; a collective."""
         total = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values])
