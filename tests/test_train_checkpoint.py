@@ -15,7 +15,7 @@ from subprocess import CompletedProcess
 
 import forked
 import pytest
-import saving_faults as faults
+import rank_faults as faults
 import torch
 from sigma_train import loop
 from sigma_train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint

@@ -67,6 +67,7 @@ Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), Wanted("the 
 TopK = Annotated[
     Size | tuple[Size, ...], Wanted(f"{_wanted_of(Size)}, or a list of them, one for each layer")
 ]
+OptionalCount = _or_none(Count)
 OptionalBytes, OptionalFolder = _or_none(Bytes), _or_none(Folder)
 OptionalPositive, OptionalThreads = _or_none(Positive), _or_none(Threads)
 Betas = Annotated[tuple[Beta, Beta], Wanted("two numbers of at least 0 and below 1")]
@@ -171,6 +172,10 @@ class TrainConfig(_Section):
     time_budget_s: OptionalPositive = None
     out: Folder = "runs/default"
     threads: OptionalThreads = None
+    expert_ranks: OptionalCount = None  # that share the experts, each such group all of them; none: all ranks
+    shard_ranks: OptionalCount = (
+        None  # that share the rest of the model, each such group all of it; none: all ranks
+    )
     rank_timeout_s: Positive = 600.0  # of a rank that others wait for: then it is taken for lost
     dtype: Literal["f32", "bf16"] = "f32"  # of matrix products; weights and moments of Adam are f32 in both
 
@@ -237,6 +242,7 @@ _NOT_SHAPING = {
     "train": {
         *("eval_every", "eval_batches", "log_every", "save_every", "sample_every"),
         *("keep", "async_save", "time_budget_s", "out", "threads", "rank_timeout_s"),
+        *("expert_ranks", "shard_ranks"),
     },
 }
 

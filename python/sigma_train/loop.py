@@ -7,6 +7,7 @@ import itertools
 import math
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +29,7 @@ from sigma_train.dataset import PreparedData, TokenDataset, prepare
 from sigma_train.files import write_text
 from sigma_train.generate import generate
 from sigma_train.guard import Diverged, Guard
+from sigma_train.mesh import mesh_of, sizes
 from sigma_train.metrics import Metrics, busiest
 from sigma_train.model import LanguageModel, precision
 from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
@@ -47,6 +49,7 @@ class Trainer:
         self.checkpoints = self.out / "checkpoints"
         self.step, self.tokens_seen, self._saved, self._checked, self._stop = 0, 0, -1, -1, False
         _C.isa()  # a SIGMA_ISA that this processor has not, before anything is written
+        sizes(config, ranks.size)
         latest = latest_checkpoint(self.checkpoints, ranks)
         if latest is not None and not resume:
             raise ConfigError(
@@ -60,8 +63,9 @@ class Trainer:
         self.model = LanguageModel(config)
         if latest:
             self._resume(latest)
-        if ranks.size > 1:
-            late("parallel").spread(self.model, ranks)
+        self.mesh = mesh_of(config, ranks.size) if ranks.size > 1 else None
+        if self.mesh is not None:
+            late("parallel").spread(self.model, self.mesh)
         self.optimizer = make_optimizer(self.model, config.optim)
         if latest:
             late("parallel").load_state(self.model, self.optimizer, latest, ranks)
@@ -226,8 +230,8 @@ class Trainer:
             counts.append([moe.last_routing.counts for moe in self.model.moe_layers()])
             ((loss + self._balance_loss()) / t.grad_accum).backward()
             loss_sum += loss.item()
-        if self.ranks.size > 1:
-            late("parallel").average_expert_gradients(self.model, self.ranks)
+        if self.mesh is not None:
+            late("parallel").average_expert_gradients(self.model, self.mesh)
         norm = clip(self.model, self.config.optim.grad_clip)
         (loss_sum,) = self.ranks.summed(loss_sum)
         layers = [sk_nn.global_counts(sum(layer)) for layer in zip(*counts, strict=True)]
@@ -322,9 +326,17 @@ def late(name: str) -> ModuleType:
 
 def clip(model: LanguageModel, most: float) -> float:
     """The norm of all gradients, over all ranks, to which they are cut where it is above `most`."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most, foreach=True)
-    whole = getattr(norm, "full_tensor", None)  # of a DTensor
-    return (whole() if whole else norm).item()
+    by_mesh = defaultdict(list)  # of experts and of the rest; None where they are no DTensors
+    for p in model.parameters():
+        if p.grad is not None:
+            by_mesh[getattr(p.grad, "device_mesh", None)].append(p.grad)
+    norms = [torch.nn.utils.get_total_norm(grads, foreach=True) for grads in by_mesh.values()]
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    factor = (most / (norm + 1e-6)).clamp(max=1.0).item()
+    for grads in by_mesh.values() if factor < 1 else []:
+        torch._foreach_mul_(grads, factor)
+    return norm.item()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -16,9 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from sigma_kernels.distributed import ExpertParallelMoE
+from sigma_kernels.distributed.moe import local
 from sigma_kernels.nn import MoE
 from sigma_train.checkpoint import MODEL, OPTIMIZER, own_tensors, prefixed, unprefixed
-from sigma_train.config import ConfigError
+from sigma_train.mesh import Mesh
 from sigma_train.model import LanguageModel
 from sigma_train.ranks import Ranks
 from sigma_train.sharded import described, load
@@ -26,34 +28,32 @@ from sigma_train.sharded import described, load
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def spread(model: LanguageModel, ranks: Ranks) -> None:
-    """Leave on each of several ranks its part of a model that all have whole and the same.
-
-    Raises: ConfigError if the experts cannot be shared out evenly.
-    """
+def spread(model: LanguageModel, mesh: Mesh) -> None:
+    """Leave on each of several ranks its part of a model that all have whole and the same."""
     for block in model.layers:
-        if not isinstance(block.mlp, MoE):
-            continue
-        E = block.mlp.router.weight.shape[0]
-        if E % ranks.size:
-            raise ConfigError(
-                f"model.num_experts must be a multiple of the {ranks.size} ranks of this run, found {E}"
-            )
-        block.mlp = ExpertParallelMoE.from_whole(block.mlp, ranks.mesh)
+        if isinstance(block.mlp, MoE):
+            block.mlp = ExpertParallelMoE.from_whole(block.mlp, mesh.experts["expert"])
     ignored = set(expert_parameters(model))
     for module in (*model.layers, model):
-        fully_shard(module, mesh=ranks.mesh, ignored_params=ignored)
+        fully_shard(module, mesh=mesh.rest, ignored_params=ignored)
 
 
 def expert_parameters(model: LanguageModel) -> list[nn.Parameter]:
     return [p for moe in model.moe_layers() for p in moe.experts.parameters()]
 
 
-def average_expert_gradients(model: LanguageModel, ranks: Ranks) -> None:
-    """Of the mean loss over ranks, as FSDP has made the others; these are of the sum."""
+def average_expert_gradients(model: LanguageModel, mesh: Mesh) -> None:
+    """Of the mean loss over ranks, as FSDP has made the others; these are of the sum over those that share experts.
+
+    All of a replica's gradients are added up rather than scattered: replicas can then be compared with each other.
+    """
     grads = [p.grad for p in expert_parameters(model) if p.grad is not None]
+    if mesh.experts["data"].size() > 1:
+        group = mesh.experts.get_group("data")
+        for work in [dist.all_reduce(local(grad), group=group, async_op=True) for grad in grads]:
+            work.wait()
     if grads:
-        torch._foreach_mul_(grads, 1 / ranks.size)
+        torch._foreach_mul_(grads, 1 / mesh.experts.size())
 
 
 def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What befalls a save in a process of test_train_checkpoint.py; in a module, as the forked process imports it."""
+"""What befalls ranks of test_train_checkpoint.py and test_train_mesh.py; in a module, as forked processes import it."""
 
 import os
 import resource
@@ -7,8 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sigma_train import generate, loop, report
+from sigma_train import generate, loop, report, selfcheck
+from sigma_train.config import Config
+from sigma_train.model import LanguageModel
+from sigma_train.ranks import Ranks
 from sigma_train.sharded import Writer
+
+from sigma_kernels.distributed.moe import local
 
 AT_STEP = 4
 
@@ -46,3 +51,20 @@ killed_before_a_part = partial(befall, "write_data", "0", killed)
 killed_before_the_record = partial(befall, "finish", "0", killed)
 rank_1_is_killed = partial(befall, "write_data", "1", killed)
 disk_of_rank_1_is_full = partial(befall, "write_data", "1", disk_is_full)
+
+
+def other_weight(name: str, rank: str) -> None:
+    """Before the check of step 3 a weight of this rank is another than it was."""
+    nothing()
+    check = selfcheck.check
+
+    def now(model: LanguageModel, config: Config, step: int, ranks: Ranks) -> None:
+        if step == 3 and os.environ["RANK"] == rank:
+            local(model.get_parameter(name).detach())[-1].mul_(1.5)
+        check(model, config, step, ranks)
+
+    selfcheck.check = now
+
+
+another_expert_of_rank_3 = partial(other_weight, "layers.0.mlp.experts.down_proj", "3")
+another_embedding_of_rank_2 = partial(other_weight, "embed_tokens.weight", "2")
