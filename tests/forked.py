@@ -6,18 +6,22 @@ to a process from outside, is tested on processes of their own.
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 IMPORTED = [
     "sigma_cli.commands",
-    "torch._dynamo",  # which an optimizer imports
-    *(f"sigma_train.{name}" for name in ("compare", "export", "folder", "loop", "parallel", "report")),
+    "torch._dynamo",  # two thirds of a short run: every optimizer imports it
+    *(
+        f"sigma_train.{name}"
+        for name in ("compare", "export", "folder", "loop", "parallel", "report", "saver")
+    ),
 ]
 AT_IMPORT = ("SIGMA_BACKEND", "TRITON_INTERPRET", "OMP_", "MALLOC_")
 
@@ -41,21 +45,61 @@ def run(
     args: Sequence[str], env: Mapping[str, str], cwd: Path | None
 ) -> subprocess.CompletedProcess[str] | None:
     """None where the program would import under other variables than the server did."""
-    wanted = {name: value for name, value in env.items() if name.startswith(AT_IMPORT)}
+    results = run_all(args, [env], cwd)
+    return results[0] if results else None
+
+
+def on_ranks(
+    size: int, args: Sequence[str], env: Mapping[str, str], fault: Callable[[], None] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """The program on so many ranks, which torchrun would have started, and each of which first calls `fault`.
+
+    A fault is a function of a module of this folder.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    environments = [{**env, **common, "RANK": str(rank)} for rank in range(size)]
+    results = run_all(args, environments, None, fault)
+    assert results is not None, "the first to start the server did so under other variables"
+    return results
+
+
+def run_all(
+    args: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    cwd: Path | None,
+    fault: Callable[[], None] | None = None,
+) -> list[subprocess.CompletedProcess[str]] | None:
+    """The program in all of these environments at once."""
+    wanted = {name: value for name, value in environments[0].items() if name.startswith(AT_IMPORT)}
     if _imported_under is None:
         _start(wanted)
     if wanted != _imported_under:
         return None
+    results = []
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = CONTEXT.Process(target=_child, args=(list(args), dict(env), cwd, files))
-        process.start()
-        process.join()
-        stdout, stderr = (path.read_text() for path in files)
-    return subprocess.CompletedProcess(["sigma", *args], process.exitcode, stdout, stderr)
+        started = []
+        for number, env in enumerate(environments):
+            files = [Path(folder, f"{number}-{name}") for name in ("stdout", "stderr")]
+            process = CONTEXT.Process(target=_child, args=(list(args), dict(env), cwd, files, fault))
+            process.start()
+            started.append((process, files))
+        for process, files in started:
+            process.join()
+            stdout, stderr = (path.read_text() for path in files)
+            results.append(subprocess.CompletedProcess(["sigma", *args], process.exitcode, stdout, stderr))
+    return results
 
 
-def _child(args: list[str], env: dict[str, str], cwd: Path | None, files: list[Path]) -> None:
+def _child(
+    args: list[str],
+    env: dict[str, str],
+    cwd: Path | None,
+    files: list[Path],
+    fault: Callable[[], None] | None,
+) -> None:
     os.environ.clear()
     os.environ.update(env)
     if cwd is not None:
@@ -64,6 +108,8 @@ def _child(args: list[str], env: dict[str, str], cwd: Path | None, files: list[P
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
     sys.argv = ["sigma", *args]
+    if fault is not None:
+        fault()
     import sigma_cli
 
     sigma_cli.main()

@@ -44,9 +44,7 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, dtype):
     assert "resumed" in again.stdout
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "cut")) == 40
-    ends = [
-        tmp_path / name / "checkpoints" / "step-00000040" / "model.safetensors" for name in ("cut", "whole")
-    ]
+    ends = [tmp_path / name / "checkpoints" / "step-00000040" / "__0_0.distcp" for name in ("cut", "whole")]
     assert ends[0].read_bytes() == ends[1].read_bytes()
     for name in ("report.html", "loss.png", "throughput.png", "expert-load.png"):
         assert (tmp_path / "cut" / name).stat().st_size > 5000
@@ -108,7 +106,7 @@ def test_checkpoint_round_trip_and_keep(tmp_path):
     assert checkpoint.optim_state["m"].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, name, damage):
     for step in (1, 2):
@@ -124,15 +122,15 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, name, damage):
         assert latest_checkpoint(tmp_path).name == "step-00000001"
 
 
-@pytest.mark.parametrize("limit", [100, 1500])
-def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, limit):
-    """A limit on the size of files stands for the disk: at 100 bytes the weights do not fit, at 1500 the rest."""
+@pytest.mark.parametrize("extra, limit", [({}, 100), ({"long": "x" * 20000}, 15000)], ids=["part", "record"])
+def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, extra, limit):
+    """A limit on the size of files stands for the disk, on which the tensors do not fit, or the record not any more."""
     save_checkpoint(tmp_path, 1, tensors(), {}, {}, keep=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(OSError, match=r"cannot write .*perhaps for want of space"):
-            save_checkpoint(tmp_path, 2, tensors(), {"m": torch.ones(5000)}, {}, keep=1)
+        with pytest.raises(OSError, match=r"^cannot write .*step-00000002: File too large$"):
+            save_checkpoint(tmp_path, 2, tensors(), {}, extra, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
@@ -144,7 +142,7 @@ def test_no_sound_checkpoint_is_no_fresh_start(cache, tmp_path):
     args = ["train", "--preset", "smoke", "--steps", "2", "--out", str(run)]
     assert sigma(*args, env=cache).returncode == 0
     (checkpoint,) = (run / "checkpoints").iterdir()
-    (checkpoint / "model.safetensors").write_bytes(b"damaged")
+    (checkpoint / "__0_0.distcp").write_bytes(b"damaged")
     for more in [], ["--resume"]:
         result = sigma(*args, *more, env=cache)
         assert result.returncode == 2

@@ -84,8 +84,8 @@ def test_checkpoints_are_f32_and_name_the_dtype(make_trainer):
     trainer.run()
     checkpoint = load_checkpoint(latest_checkpoint(trainer.checkpoints))
     assert checkpoint.extra["settings"]["train.dtype"] == "bf16"
-    moments = [x for state in checkpoint.optim_state["state"].values() for x in state.values()]
-    assert {x.dtype for x in [*checkpoint.model_state.values(), *moments]} == {torch.float32}
+    tensors = [*checkpoint.model_state.values(), *checkpoint.optim_state.values()]
+    assert {x.dtype for x in tensors} == {torch.float32}
     config, model, _ = load_run(trainer.out)
     assert config.train.dtype == "bf16"
     with Operands() as seen, torch.no_grad():

@@ -1,28 +1,42 @@
-"""Checkpoints that are either whole or absent: written beside their place, synced, then renamed into it.
+"""The folder of a checkpoint: whole or absent, written beside its place, synced, then renamed into it.
 
-DIR/step-00000200/model.safetensors   the weights
-                  optimizer.pt        the optimizer's tensors
-                  state.json          step, extra state, and the sha256 of the two files above
+DIR/step-00000200/__R_0.distcp   rank R's part of the weights and of the optimizer's tensors (`sharded.py`)
+                  .metadata      where each piece of each tensor lies
+                  state.json     step, extra state, and the sha256 of the files above
 """
 
-import dataclasses
 import hashlib
 import json
 import shutil
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sigma_train.errors import WrongInput
-from sigma_train.files import TEMPORARY, failed_writes_are_oserrors, sha256_file, sync, temporary_name
+from sigma_train.files import TEMPORARY, sha256_file, sync
+from sigma_train.ranks import Ranks
 
-VERSION = 3
-FILES = ("model.safetensors", "optimizer.pt")
+VERSION = 4
+RECORD = "state.json"
+MODEL, OPTIMIZER = "model.", "optimizer."  # how names of tensors begin
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All of it, whole, in one process.
+
+    Attributes: model_state by the model's names, optim_state as "state.NAME.exp_avg"; extra as it was given.
+    """
+
+    step: int
+    model_state: dict[str, Tensor]
+    optim_state: dict[str, Tensor]
+    extra: dict[str, Any]
 
 
 class CheckpointError(WrongInput):
@@ -33,102 +47,94 @@ class CheckpointWarning(UserWarning):
     """A damaged checkpoint was passed over."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    step: int
-    model_state: dict[str, Tensor]
-    optim_state: dict[str, Any]
-    extra: dict[str, Any]
+def place_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model_state: Mapping[str, Tensor],
-    optim_state: Mapping[str, Any],
-    extra: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Write step-NNNNNNNN below `folder`, then remove all but the newest `keep`; only once the new one is durable.
-
-    A tensor that two names share is written under the first.  `extra` must be JSON.
-    Raises: OSError if the disk is full; then the former checkpoints are as they were and nothing is left behind.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(f"{TEMPORARY}*"):  # one writer a run: these are a killed process's
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left unfinished; whoever calls holds the run's folder, so nobody writes there."""
+    for stale in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(stale, ignore_errors=True)
-    final = folder / f"step-{step:08d}"
-    temporary = temporary_name(final)
-    temporary.mkdir()
-    try:
-        with failed_writes_are_oserrors(final):
-            save_file(_unshared(model_state), temporary / FILES[0])
-            torch.save(dict(optim_state), temporary / FILES[1])
-            digests = {name: sha256_file(temporary / name) for name in FILES}
-            state = {"version": VERSION, "step": step, "sha256": digests, "extra": dict(extra)}
-            text = json.dumps(state)
-            seal = hashlib.sha256(text.encode()).hexdigest()
-            (temporary / "state.json").write_text(f"{seal}\n{text}\n")
-            for name in (*FILES, "state.json"):
-                sync(temporary / name)
-            sync(temporary)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            sync(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def seal(temporary: Path, place: Path, step: int, extra: Mapping[str, Any], digests: dict[str, str]) -> None:
+    """Write the record of files that are durable, and give their folder its name.
+
+    `extra` must be JSON.  The first line of the record is the sha256 of the second.
+    """
+    text = json.dumps({"version": VERSION, "step": step, "sha256": digests, "extra": dict(extra)})
+    (temporary / RECORD).write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n")
+    sync(temporary / RECORD)
+    sync(temporary)
+    if place.exists():
+        shutil.rmtree(place)
+    temporary.rename(place)
+    sync(place.parent)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep`."""
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
-def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    seen: set[tuple[int, torch.Size]] = set()
-    out = {}
-    for name, tensor in state.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        out[name] = tensor.detach().contiguous()
-    return out
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError if anything below `path` is not what was written."""
+def read_record(path: Path) -> dict[str, Any]:
+    """version, step, sha256 of each file, extra.  Raises: CheckpointError if it is damaged or of another format."""
     try:
-        seal, _, text = (path / "state.json").read_text().partition("\n")
-        text = text.rstrip("\n")
-        if hashlib.sha256(text.encode()).hexdigest() != seal:
-            raise CheckpointError(f"checkpoint {path} is damaged: state.json is not what was written")
-        state: dict[str, Any] = json.loads(text)
-        for name, digest in state["sha256"].items():
-            if sha256_file(path / name) != digest:
-                raise CheckpointError(f"checkpoint {path} is damaged: the sha256 of {name} differs")
+        digest, _, text = (path / RECORD).read_text().partition("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from None
-    if state["version"] != VERSION:
+    text = text.rstrip("\n")
+    if hashlib.sha256(text.encode()).hexdigest() != digest:
+        raise CheckpointError(f"checkpoint {path} is damaged: {RECORD} is not what was written")
+    record: dict[str, Any] = json.loads(text)
+    if record["version"] != VERSION:
         raise CheckpointError(
-            f"checkpoint {path} has format {state['version']}, this program reads {VERSION}"
+            f"checkpoint {path} has format {record['version']}, this program reads {VERSION}"
         )
-    return state
+    return record
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest sound checkpoint below `folder`, None if there is none at all.
+def verify(path: Path, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+    """Look whether every file is what was written, each rank at its share of them; a collective.
 
-    A damaged one is named in a warning and passed over.  Raises: CheckpointError if all are damaged.
+    Raises: CheckpointError, on all ranks the same.
+    """
+    files, told = [], None
+    try:
+        files = list(read_record(path)["sha256"].items()) if ranks.is_first else []
+    except CheckpointError as error:
+        told = str(error)
+    told = _damage(path, ranks.first(files)[ranks.rank :: ranks.size]) or told
+    for message in ranks.gathered(told):
+        if message:
+            raise CheckpointError(message)
+
+
+def _damage(path: Path, files: list[tuple[str, str]]) -> str | None:
+    for name, digest in files:
+        try:
+            if sha256_file(path / name) != digest:
+                return f"checkpoint {path} is damaged: the sha256 of {name} differs"
+        except OSError as error:
+            return f"checkpoint {path} is damaged: {error}"
+    return None
+
+
+def latest_checkpoint(folder: Path, ranks: Ranks = Ranks()) -> Path | None:  # noqa: B008
+    """The newest sound checkpoint below `folder`, None if there is none at all; a collective.
+
+    A damaged one is named in a warning, of the first rank, and passed over.
+    Raises: CheckpointError if all are damaged, on all ranks the same.
     """
     damaged = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in ranks.first(sorted(folder.glob("step-*"), reverse=True)):
         try:
-            _read_state(path)
+            verify(path, ranks)
         except CheckpointError as error:
             damaged.append(str(error))
             continue
-        for message in damaged:
+        for message in damaged if ranks.is_first else []:
             warnings.warn(f"{message}; using the one before", CheckpointWarning, stacklevel=2)
         return path
     if damaged:
@@ -138,27 +144,72 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Raises CheckpointError if it is damaged."""
-    state = _read_state(path)
-    optim_state = torch.load(path / FILES[1], weights_only=True)
-    return Checkpoint(state["step"], load_file(path / FILES[0]), optim_state, state["extra"])
+def prefixed(state: Mapping[str, T], prefix: str) -> dict[str, T]:
+    return {f"{prefix}{name}": x for name, x in state.items()}
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, source: Path) -> None:
-    """Fill `model` with the weights of `checkpoint`, which came from `source`.
+def unprefixed(state: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """Those that begin with it, without it."""
+    return {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
 
-    Raises: CheckpointError naming the first tensor that one of them lacks or has in another shape.
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model_state: Mapping[str, Tensor],
+    optim_state: Mapping[str, Tensor],
+    extra: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint from one process, as `Saver.save` does; what `load_checkpoint` gives goes in.
+
+    Of weights that share memory the first is written.
     """
-    wanted, found = _unshared(model.state_dict()), checkpoint.model_state
+    from sigma_train.saver import Saver  # DTensor takes a second to import
+
+    own = {(x.data_ptr(), x.shape): name for name, x in reversed([*model_state.items()]) if x.numel()}
+    weights = {name: x for name, x in model_state.items() if name in own.values() or not x.numel()}
+    Saver(folder, keep).save(step, prefixed(weights, MODEL) | prefixed(optim_state, OPTIMIZER), extra)
+    return place_of(folder, step)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint of any number of ranks into this process.  Raises: CheckpointError if it is damaged."""
+    from sigma_train import sharded
+
+    verify(path)
+    record, state = read_record(path), sharded.empty(path)
+    sharded.load(path, state)
+    return Checkpoint(record["step"], unprefixed(state, MODEL), unprefixed(state, OPTIMIZER), record["extra"])
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill a model that is whole.  Raises: CheckpointError if the checkpoint is of another."""
+    from sigma_train import sharded
+
+    must_fit(model, path)
+    sharded.load(path, prefixed(own_tensors(model, model.state_dict()), MODEL))
+
+
+def must_fit(model: nn.Module, path: Path) -> None:
+    """Raises: CheckpointError naming the first tensor that a whole model or the checkpoint lacks or has otherwise."""
+    from sigma_train import sharded
+
+    wanted = own_tensors(model, model.state_dict())
+    found = unprefixed(sharded.described(path), MODEL)
     misfits = [f"{name} is missing" for name in wanted if name not in found]
     misfits += [f"{name} is unexpected" for name in found if name not in wanted]
     misfits += [
-        f"{name} has shape {list(found[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in found and found[name].shape != tensor.shape
+        f"{name} has shape {list(found[name].size)} instead of {list(x.shape)}"
+        for name, x in wanted.items()
+        if name in found and found[name].size != x.shape
     ]
     if misfits:
         more = f", and {len(misfits) - 1} more do not fit" if len(misfits) > 1 else ""
-        raise CheckpointError(f"{source} does not fit the model of the settings: {misfits[0]}{more}")
-    model.load_state_dict(found, strict=False)  # not strict: a tied tensor stands under its first name only
+        raise CheckpointError(f"{path} does not fit the model of the settings: {misfits[0]}{more}")
+
+
+def own_tensors(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of a state those that are saved: one that two names share under the first."""
+    names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
+    return {name: x for name, x in state.items() if name in names}

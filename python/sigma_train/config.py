@@ -69,6 +69,7 @@ TopK = Annotated[
 ]
 File = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), Wanted("the name of a file")]
 OptionalFile = _or_none(File)
+OptionalCount = _or_none(Count)
 OptionalBytes, OptionalFolder = _or_none(Bytes), _or_none(Folder)
 OptionalPositive, OptionalThreads = _or_none(Positive), _or_none(Threads)
 Betas = Annotated[tuple[Beta, Beta], Wanted("two numbers of at least 0 and below 1")]
@@ -168,10 +169,15 @@ class TrainConfig(_Section):
     log_every: Count = 10
     save_every: Count = 200
     keep: Count = 2
+    async_save: bool = Field(True, strict=True)  # written by a thread while the next steps are computed
     sample_every: Whole = 0  # 0: never
     time_budget_s: OptionalPositive = None
     out: Folder = "runs/default"
     threads: OptionalThreads = None
+    expert_ranks: OptionalCount = None  # that share the experts, each such group all of them; none: all ranks
+    shard_ranks: OptionalCount = (
+        None  # that share the rest of the model, each such group all of it; none: all ranks
+    )
     rank_timeout_s: Positive = 600.0  # of a rank that others wait for: then it is taken for lost
     dtype: Literal["f32", "bf16"] = "f32"  # of matrix products; weights and moments of Adam are f32 in both
     prometheus: OptionalFile = None  # where the ledger's figures are left for a textfile collector
@@ -245,7 +251,8 @@ _NOT_SHAPING = {
     },  # what they did is in a checkpoint
     "train": {
         *("eval_every", "eval_batches", "log_every", "save_every", "sample_every"),
-        *("keep", "time_budget_s", "out", "threads", "rank_timeout_s", "prometheus"),
+        *("keep", "async_save", "time_budget_s", "out", "threads", "rank_timeout_s", "prometheus"),
+        *("expert_ranks", "shard_ranks"),
     },
 }
 

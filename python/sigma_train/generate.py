@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from sigma_train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_weights
+from sigma_train.checkpoint import CheckpointError, latest_checkpoint, load_weights
 from sigma_train.config import Config, load_config
 from sigma_train.errors import WrongInput
 from sigma_train.model import LanguageModel
@@ -28,7 +28,7 @@ def load_run(run: Path) -> tuple[Config, LanguageModel, Tokenizer]:
             f"{config.model.vocab_size}"
         )
     model = LanguageModel(config)
-    load_weights(model, load_checkpoint(latest), latest)
+    load_weights(model, latest)
     return config, model, tokenizer
 
 

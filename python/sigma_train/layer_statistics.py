@@ -92,6 +92,7 @@ class LayerStatistics:
                 gradient = None if parameter.grad is None else local(parameter.grad)
                 if gradient is not None and gradient.numel():  # a rank may hold no row of a small matrix
                     square, largest = square_and_largest(gradient)
+                    square /= copies(parameter.grad)
                     self._add(layer, largest, f"{group_of(name, parameter)}_gradient", square=square)
 
     def _add(self, layer: int, largest: float, name: str, **sums: float) -> None:
@@ -129,6 +130,16 @@ class LayerStatistics:
             values |= of_routers(sums, largest["router"]) | of_loads(self._counts)
         steps, self._counts, self._steps = self._steps, None, 0
         return {"layers": {"steps": steps} | {name: as_json(x) for name, x in values.items()}}
+
+
+def copies(x: Any) -> int:
+    """How many ranks hold the part of x that this one holds."""
+    if not hasattr(x, "placements"):
+        return 1
+    parts = (
+        n for n, placement in zip(x.device_mesh.shape, x.placements, strict=True) if placement.is_shard()
+    )
+    return dist.get_world_size() // math.prod(parts)
 
 
 def square_and_largest(x: Tensor) -> tuple[float, float]:

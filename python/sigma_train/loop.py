@@ -7,6 +7,7 @@ import itertools
 import math
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -22,13 +23,7 @@ from sigma_kernels import _C
 from sigma_kernels import nn as sk_nn
 from sigma_train import selfcheck
 from sigma_train.bound import dense_tokens_per_s, machine, product_flops_per_s
-from sigma_train.checkpoint import (
-    Checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
+from sigma_train.checkpoint import latest_checkpoint, must_fit, read_record
 from sigma_train.config import Config, ConfigError, shaping_settings
 from sigma_train.dataset import PreparedData, TokenDataset, prepare
 from sigma_train.events import FILE
@@ -37,6 +32,7 @@ from sigma_train.generate import generate
 from sigma_train.guard import Diverged, Guard
 from sigma_train.layer_statistics import LayerStatistics
 from sigma_train.ledger import Ledger
+from sigma_train.mesh import mesh_of, sizes
 from sigma_train.metrics import Metrics, busiest
 from sigma_train.model import LanguageModel, flops_per_token, precision
 from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
@@ -67,8 +63,8 @@ class Trainer:
         self.checkpoints = self.out / "checkpoints"
         self.step, self.tokens_seen, self._saved, self._checked, self._stop = 0, 0, -1, -1, False
         _C.isa()  # a SIGMA_ISA that this processor has not, before anything is written
-        has_any = ranks.is_first and self.checkpoints.is_dir()
-        latest = ranks.first(latest_checkpoint(self.checkpoints) if has_any else None)
+        sizes(config, ranks.size)
+        latest = latest_checkpoint(self.checkpoints, ranks)
         if latest is not None and not resume:
             raise ConfigError(
                 f"{self.out} already holds a run; continue it with --resume or name another --out"
@@ -79,14 +75,17 @@ class Trainer:
         self.data: PreparedData = prepare(config)
         self.guard = Guard(config.guard)
         self.model = LanguageModel(config)
-        checkpoint = self._resume(latest) if latest else None
+        if latest:
+            self._resume(latest)
         flops = flops_per_token(self.model, config)  # here: of the whole model
-        if ranks.size > 1:
-            parallel().spread(self.model, ranks)
+        self.mesh = mesh_of(config, ranks.size) if ranks.size > 1 else None
+        if self.mesh is not None:
+            late("parallel").spread(self.model, self.mesh)
         self.optimizer = make_optimizer(self.model, config.optim)
-        if checkpoint is not None:
-            parallel().load_optimizer(self.model, self.optimizer, checkpoint.optim_state)
+        if latest:
+            late("parallel").load_state(self.model, self.optimizer, latest, ranks)
         t = config.train
+        self.saver = late("saver").Saver(self.checkpoints, t.keep, ranks, t.async_save, t.rank_timeout_s)
         tokens = t.grad_accum * t.batch_size * t.seq_len * ranks.size
         self.ledger.begin(began, ranks.size, self.step, machine(config), tokens, flops)
         self.layers = LayerStatistics(self.model, config.guard.stats_every)
@@ -96,25 +95,26 @@ class Trainer:
         self.metrics = Metrics(self.out, self.step) if ranks.is_first else None
         self.line = RunLine(console, self.step, config.train.steps)
 
-    def _resume(self, path: Path) -> Checkpoint:
-        checkpoint = load_checkpoint(path)
+    def _resume(self, path: Path) -> None:
+        """Take step and history from a checkpoint, whose tensors come when the model is spread."""
+        record = read_record(path)
+        extra = record["extra"]
         # A setting that is younger than the checkpoint had its default.
-        then, now = shaping_settings(Config()) | checkpoint.extra["settings"], self._settings()
+        then, now = shaping_settings(Config()) | extra["settings"], self._settings()
         if changed := [key for key in now | then if now.get(key) != then.get(key)]:
             differences = ", ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed)
             raise ConfigError(
                 f"{self.out} holds a run of other settings: {differences}; "
                 "give them again or name another --out"
             )
-        if checkpoint.extra.get("corpus_digest") != self.data.stats["corpus_digest"]:
+        if extra.get("corpus_digest") != self.data.stats["corpus_digest"]:
             raise ConfigError(f"the text of data.paths is not what {self.out} began with; name another --out")
-        load_weights(self.model, checkpoint, path)
-        self.step = self._saved = checkpoint.step
-        self.tokens_seen = checkpoint.extra["tokens_seen"]
-        if "guard" in checkpoint.extra:  # of a program that had one
-            self.guard.load(checkpoint.extra["guard"])
+        must_fit(self.model, path)
+        self.step = self._saved = record["step"]
+        self.tokens_seen = extra["tokens_seen"]
+        if "guard" in extra:  # of a program that had one
+            self.guard.load(extra["guard"])
         self.console.print(f"resumed {path} at step {self.step}")
-        return checkpoint
 
     def _settings(self) -> dict[str, Any]:
         """What shapes the weights; the sequences of a step are those of all ranks, however many share them."""
@@ -140,6 +140,7 @@ class Trainer:
             )
             self.ledger.turn("report")
         finally:
+            self.saver.close()
             if self.metrics is not None:
                 self.metrics.close()
 
@@ -165,7 +166,10 @@ class Trainer:
         self.ledger.turn("step")
         while self.step < t.steps:
             is_spent = t.time_budget_s is not None and time.monotonic() - started > t.time_budget_s
-            stops, budgets = self.ranks.summed(self._stop, is_spent)  # what one rank knows all must do
+            # What one rank knows all must do.
+            stops, budgets, failures = self.ranks.summed(self._stop, is_spent, self.saver.has_failed)
+            if failures:
+                self.saver.wait()
             if stops:
                 self._stop = True
                 break
@@ -207,6 +211,8 @@ class Trainer:
         if self._saved != self.step:
             with self.ledger.pause("checkpoint"):
                 self._save()
+        with self.ledger.pause("checkpoint"):
+            self.saver.wait()
         if self._stop:
             self.line.say(f"stopped at step {self.step}; saved, continue with --resume")
 
@@ -255,8 +261,8 @@ class Trainer:
             counts.append([moe.last_routing.counts for moe in self.model.moe_layers()])
             ((loss + self._balance_loss()) / t.grad_accum).backward()
             loss_sum += loss.item()
-        if self.ranks.size > 1:
-            parallel().average_expert_gradients(self.model, self.ranks)
+        if self.mesh is not None:
+            late("parallel").average_expert_gradients(self.model, self.mesh)
         self.layers.see_gradients()
         norm = clip(self.model, self.config.optim.grad_clip)
         (loss_sum,) = self.ranks.summed(loss_sum)
@@ -305,18 +311,19 @@ class Trainer:
 
         Raises: Diverged if there is no checkpoint.
         """
-        path = self.ranks.first(latest_checkpoint(self.checkpoints) if self.ranks.is_first else None)
+        self.saver.wait()
+        path = latest_checkpoint(self.checkpoints, self.ranks)
         if path is None:
             raise Diverged(
                 f"step {self.step + 1}: there is no checkpoint to go back to yet; lower train.save_every"
             )
-        checkpoint = load_checkpoint(path)
-        parallel().load_model(self.model, checkpoint.model_state)
+        record = read_record(path)
+        extra = record["extra"]
         self.optimizer = make_optimizer(self.model, self.config.optim)
-        parallel().load_optimizer(self.model, self.optimizer, checkpoint.optim_state)
-        self.step = self._saved = checkpoint.step
-        self.tokens_seen = checkpoint.extra["tokens_seen"]
-        self.guard.rewind(checkpoint.extra.get("guard"))
+        late("parallel").load_state(self.model, self.optimizer, path, self.ranks)
+        self.step = self._saved = record["step"]
+        self.tokens_seen = extra["tokens_seen"]
+        self.guard.rewind(extra.get("guard"))
         if self.metrics is not None:
             self.metrics.close()
             self.metrics = Metrics(self.out, self.step)
@@ -365,15 +372,13 @@ class Trainer:
             "tokens_seen": self.tokens_seen,
             "guard": self.guard.state(),
         }
-        state = parallel().whole_state(self.model, self.optimizer)
-        if self.ranks.is_first:
-            save_checkpoint(self.checkpoints, self.step, *state, extra, self.config.train.keep)
+        self.saver.save(self.step, late("parallel").state_of(self.model, self.optimizer), extra)
         self._saved = self.step
 
 
-def parallel() -> ModuleType:
-    """sigma_train.parallel, whose FSDP and DTensor take a second to import: not for a run that is refused."""
-    return import_module("sigma_train.parallel")
+def late(name: str) -> ModuleType:
+    """A module of ours whose FSDP and DTensor take a second to import: not for a run that is refused."""
+    return import_module(f"sigma_train.{name}")
 
 
 def clip(model: LanguageModel, most: float) -> float:
@@ -381,13 +386,17 @@ def clip(model: LanguageModel, most: float) -> float:
 
     Where it is no number they stay as they are: cutting would spread it over all of them.
     """
-    parameters = list(model.parameters())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-    whole = getattr(norm, "full_tensor", None)  # of a DTensor
-    found = (whole() if whole else norm).item()
-    if math.isfinite(found):
-        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm, foreach=True)
-    return found
+    by_mesh = defaultdict(list)  # of experts and of the rest; None where they are no DTensors
+    for p in model.parameters():
+        if p.grad is not None:
+            by_mesh[getattr(p.grad, "device_mesh", None)].append(p.grad)
+    norms = [torch.nn.utils.get_total_norm(grads, foreach=True) for grads in by_mesh.values()]
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    norm = (norms[0] if len(norms) == 1 else torch.stack(norms).norm()).item()
+    factor = most / (norm + 1e-6)
+    for grads in by_mesh.values() if factor < 1 else []:  # no number is not below 1
+        torch._foreach_mul_(grads, factor)
+    return norm
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
-"""A model over the ranks of a mesh: experts by rank, everything else sharded by FSDP2, and its whole state again."""
+"""A model over the ranks of a mesh: experts by rank, the rest sharded by FSDP2; and each rank's part of its state."""
 
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -16,64 +17,73 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from sigma_kernels.distributed import ExpertParallelMoE
+from sigma_kernels.distributed.moe import local
 from sigma_kernels.nn import MoE
-from sigma_train.config import ConfigError
+from sigma_train.checkpoint import MODEL, OPTIMIZER, own_tensors, prefixed, unprefixed
+from sigma_train.mesh import Mesh
 from sigma_train.model import LanguageModel
 from sigma_train.ranks import Ranks
+from sigma_train.sharded import described, load
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def spread(model: LanguageModel, ranks: Ranks) -> None:
-    """Leave on each of several ranks its part of a model that all have whole and the same.
-
-    Raises: ConfigError if the experts cannot be shared out evenly.
-    """
+def spread(model: LanguageModel, mesh: Mesh) -> None:
+    """Leave on each of several ranks its part of a model that all have whole and the same."""
     for block in model.layers:
-        if not isinstance(block.mlp, MoE):
-            continue
-        E = block.mlp.router.weight.shape[0]
-        if E % ranks.size:
-            raise ConfigError(
-                f"model.num_experts must be a multiple of the {ranks.size} ranks of this run, found {E}"
-            )
-        block.mlp = ExpertParallelMoE.from_whole(block.mlp, ranks.mesh)
+        if isinstance(block.mlp, MoE):
+            block.mlp = ExpertParallelMoE.from_whole(block.mlp, mesh.experts["expert"])
     ignored = set(expert_parameters(model))
     for module in (*model.layers, model):
-        fully_shard(module, mesh=ranks.mesh, ignored_params=ignored)
+        fully_shard(module, mesh=mesh.rest, ignored_params=ignored)
 
 
 def expert_parameters(model: LanguageModel) -> list[nn.Parameter]:
     return [p for moe in model.moe_layers() for p in moe.experts.parameters()]
 
 
-def average_expert_gradients(model: LanguageModel, ranks: Ranks) -> None:
-    """Of the mean loss over ranks, as FSDP has made the others; these are of the sum."""
-    grads = [p.grad for p in expert_parameters(model) if p.grad is not None]
-    if grads:
-        torch._foreach_mul_(grads, 1 / ranks.size)
+def average_expert_gradients(model: LanguageModel, mesh: Mesh) -> None:
+    """Of the mean loss over ranks, as FSDP has made the others; these are of the sum over those that share experts.
 
-
-def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and the optimizer's state by parameters' names, the same whatever the number of ranks; a collective.
-
-    Empty on all ranks but the first.  A tensor that two names share stands under the first.  Of an optimizer that has
-    made no step there is nothing to tell, and asking would have it make one.
+    All of a replica's gradients are added up rather than scattered: replicas can then be compared with each other.
     """
-    names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
-    weights = get_model_state_dict(model, options=WHOLE)
-    return (
-        {name: x for name, x in weights.items() if name in names},
-        get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {},
-    )
+    grads = [p.grad for p in expert_parameters(model) if p.grad is not None]
+    if mesh.experts["data"].size() > 1:
+        group = mesh.experts.get_group("data")
+        for work in [dist.all_reduce(local(grad), group=group, async_op=True) for grad in grads]:
+            work.wait()
+    if grads:
+        torch._foreach_mul_(grads, 1 / mesh.experts.size())
 
 
-def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """What `whole_state` gave, on every rank, into a model that is spread; each keeps its part."""
-    set_model_state_dict(model, state, options=replace(WHOLE, strict=False))  # a tied tensor stands once
+def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Weights, buffers and the optimizer's tensors by name, of each this rank's part; they share memory.
+
+    A tensor that two names share stands under the first.  Of an optimizer that has made no step there is nothing to
+    tell, and asking would have it make one.
+    """
+    # First: FSDP gives the model its shards back, by which the optimizer knows its state.
+    weights = _weights(model)
+    moments = _moments(get_optimizer_state_dict(model, optimizer, options=FLAT)) if optimizer.state else {}
+    return weights | moments
 
 
-def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """What `whole_state` gave, on every rank; each keeps its part."""
-    if state:
-        set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+def load_state(model: nn.Module, optimizer: Optimizer, path: Path, ranks: Ranks) -> None:
+    """What `state_of` gave, however the model was spread then; the optimizer is a new one.  A collective."""
+    weights, has_moments = _weights(model), any(name.startswith(OPTIMIZER) for name in described(path))
+    # Asking a new optimizer has it make a step at rate 0, which changes no weight.
+    settings: Any = get_optimizer_state_dict(model, optimizer, options=FLAT) if has_moments else {}
+    moments = _moments(settings)
+    load(path, weights | moments, ranks)
+    set_model_state_dict(model, unprefixed(weights, MODEL), options=StateDictOptions(strict=False))
+    if has_moments:
+        set_optimizer_state_dict(model, optimizer, settings | unprefixed(moments, OPTIMIZER), options=FLAT)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return prefixed(own_tensors(model, get_model_state_dict(model)), MODEL)
+
+
+def _moments(flat: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors alone: rates and the like are settings of the run."""
+    return prefixed({name: x for name, x in flat.items() if name.startswith("state.")}, OPTIMIZER)

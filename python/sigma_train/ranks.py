@@ -12,7 +12,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sigma_train.errors import LostRank, WrongInput
 
@@ -22,11 +21,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Place among all, and the mesh over which experts and the rest of the model are spread; None where one is all."""
+    """Place among all."""
 
     rank: int = 0
     size: int = 1
-    mesh: DeviceMesh | None = None
 
     @property
     def is_first(self) -> bool:
@@ -40,6 +38,14 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """What each rank has, on all of them; a collective."""
+        if self.size == 1:
+            return [value]
+        box = [value] * self.size
+        dist.all_gather_object(box, value)
+        return box
 
     def summed(self, *values: float | Tensor) -> list[float]:
         """Numbers, each over all ranks; a collective."""
@@ -78,9 +84,7 @@ def joined(timeout_s: float) -> Iterator[Ranks]:
     except RuntimeError as error:
         raise LostRank(f"the ranks did not meet: {' '.join(str(error).split())}") from None
     try:
-        size = dist.get_world_size()
-        mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("ranks",)) if size > 1 else None
-        yield Ranks(dist.get_rank(), size, mesh)
+        yield Ranks(dist.get_rank(), dist.get_world_size())
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise

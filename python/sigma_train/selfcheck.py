@@ -2,11 +2,14 @@
 
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 import sigma_kernels as sk
 from sigma_kernels import reference
@@ -24,13 +27,13 @@ class Corrupted(Failure):
 
 
 def check(model: LanguageModel, config: Config, step: int, ranks: Ranks) -> None:
-    """Compute one expert of one layer twice, another at each check, and look at all weights; a collective.
+    """Compute one expert of one layer twice, another at each check; look at all weights, compare copies; a collective.
 
     Raises: Corrupted, on all ranks alike.
     """
     turn = step // config.guard.check_every
-    wrong = wrong_expert(model, config, turn, step, ranks.rank) or wrong_weight(model)
-    held = {name: zlib.crc32(x.numpy().tobytes()) for name, x in model.named_buffers()}
+    wrong = wrong_expert(model, config, turn, step) or wrong_weight(model)
+    held = copies(model, ranks)
     told = [(wrong, held)]
     if ranks.size > 1:
         told = [(None, {})] * ranks.size
@@ -38,16 +41,45 @@ def check(model: LanguageModel, config: Config, step: int, ranks: Ranks) -> None
     for rank, (wrong, _) in enumerate(told):
         if wrong:
             raise Corrupted(f"step {step}: rank {rank}: {wrong}; nothing of this step was saved")
-    for name in held:
-        (usual, count), *others = Counter(each[name] for _, each in told).most_common()
+    for name in sorted({name for _, each in told for name in each}):
+        by_rank = {rank: each[name] for rank, (_, each) in enumerate(told) if name in each}
+        (usual, count), *others = Counter(by_rank.values()).most_common()
         if others and count == others[0][1]:
-            raise Corrupted(f"step {step}: the ranks hold different {name}")
+            who = "the ranks hold" if len(by_rank) == ranks.size else f"ranks {listed(by_rank)} hold"
+            raise Corrupted(f"step {step}: {who} different {name}")
         if others:
-            rank = next(r for r, (_, each) in enumerate(told) if each[name] != usual)
-            raise Corrupted(f"step {step}: rank {rank} holds another {name} than the other ranks")
+            odd = next(rank for rank, digest in by_rank.items() if digest != usual)
+            raise Corrupted(f"step {step}: rank {odd} holds another {name} than the other ranks")
 
 
-def wrong_expert(model: LanguageModel, config: Config, turn: int, seed: int, rank: int = 0) -> str | None:
+def listed(ranks: Iterable[int]) -> str:
+    *most, last = map(str, ranks)
+    return f"{', '.join(most)} and {last}"
+
+
+def copies(model: LanguageModel, ranks: Ranks) -> dict[str, int]:
+    """crc32 of what other ranks hold as well, by names that are the same on these: buffers, parts that are copies."""
+    found = {name: crc32(x) for name, x in model.named_buffers()}
+    if reshard := getattr(model, "reshard", None):
+        reshard()  # after a validation FSDP leaves the model's own parameters whole
+    for name, p in model.named_parameters():
+        mesh: DeviceMesh | None = getattr(p, "device_mesh", None)
+        if mesh is None:  # one process has all
+            continue
+        own, last = local(p.detach()), mesh.ndim - 1
+        if ".experts." in name and mesh.size() < ranks.size:
+            first = first_expert(p)
+            found |= {f"{name} of expert {first + e}": crc32(expert) for e, expert in enumerate(own)}
+        elif mesh.ndim > 1:
+            found[f"{name}, part {mesh.get_local_rank(last)} of {mesh.size(last)}"] = crc32(own)
+    return found
+
+
+def crc32(x: Tensor) -> int:
+    return zlib.crc32(x.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def wrong_expert(model: LanguageModel, config: Config, turn: int, seed: int) -> str | None:
     """An expert of which forward or gradients are not those of the definition in f64, to what the dtype explains."""
     layers = model.moe_layers()
     if not layers:
@@ -72,9 +104,15 @@ def wrong_expert(model: LanguageModel, config: Config, turn: int, seed: int, ran
         size = (w.square().mean().sqrt() + w.abs()).clamp(min=1e-30)  # an expert may be dead
         off = ((g.double() - w).abs() / size).max().item()
         if not off <= bound:  # NaN neither
-            of_all = rank * projections[0].shape[0] + e
+            of_all = first_expert(next(layers[layer].experts.parameters())) + e
             return f"layer {layer}, expert {of_all}: the {name} is off by {off:.1e} of its size, more than {bound:.1e}"
     return None
+
+
+def first_expert(parameter: Any) -> int:
+    """Which of all experts is this rank's first."""
+    has_mesh = hasattr(parameter, "device_mesh")
+    return parameter.device_mesh.get_local_rank() * local(parameter).shape[0] if has_mesh else 0
 
 
 def answers(function, leaves: list[Tensor], weights: Tensor, grad: Tensor) -> list[Tensor]:

@@ -1,0 +1,70 @@
+"""What befalls ranks of test_train_checkpoint.py and test_train_mesh.py; in a module, as forked processes import it."""
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from sigma_train import generate, loop, report, selfcheck
+from sigma_train.config import Config
+from sigma_train.model import LanguageModel
+from sigma_train.ranks import Ranks
+from sigma_train.sharded import Writer
+
+from sigma_kernels.distributed.moe import local
+
+AT_STEP = 4
+
+
+def nothing() -> None:
+    """The run alone: no sample, no report, no dense twin."""
+    loop.dense_tokens_per_s = lambda config: 1.0
+    generate.generate = lambda *_, **__: "no sample"
+    report.write_report = lambda *_: "no report"
+
+
+def befall(method: str, rank: str, fault: Callable[[], None]) -> None:
+    """Have `fault` come before this method of the writer of step 4, on this rank."""
+    nothing()
+    then = getattr(Writer, method)
+
+    def now(writer: Writer, *args: Any, **named: Any) -> Any:
+        if writer.step == AT_STEP and os.environ.get("RANK", "0") == rank:
+            fault()
+        return then(writer, *args, **named)
+
+    setattr(Writer, method, now)
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disk_is_full() -> None:
+    """For a part; a line of metrics fits."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+killed_before_a_part = partial(befall, "write_data", "0", killed)
+killed_before_the_record = partial(befall, "finish", "0", killed)
+rank_1_is_killed = partial(befall, "write_data", "1", killed)
+disk_of_rank_1_is_full = partial(befall, "write_data", "1", disk_is_full)
+
+
+def other_weight(name: str, rank: str) -> None:
+    """Before the check of step 3 a weight of this rank is another than it was."""
+    nothing()
+    check = selfcheck.check
+
+    def now(model: LanguageModel, config: Config, step: int, ranks: Ranks) -> None:
+        if step == 3 and os.environ["RANK"] == rank:
+            local(model.get_parameter(name).detach())[-1].mul_(1.5)
+        check(model, config, step, ranks)
+
+    selfcheck.check = now
+
+
+another_expert_of_rank_3 = partial(other_weight, "layers.0.mlp.experts.down_proj", "3")
+another_embedding_of_rank_2 = partial(other_weight, "embed_tokens.weight", "2")
