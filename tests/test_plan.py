@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import forked
@@ -17,8 +18,9 @@ from sigma_train.accelerators import ACCELERATORS
 from sigma_train.config import Config, load_config
 from sigma_train.plan import LOADS, Plan, make_plan
 from sigma_train.plan_memory import activations, copies, held, memory
+from sigma_train.plan_routing import Routed, expected, share_of_rows, share_of_visits
 from sigma_train.plan_shapes import Layout, layout, padded, shapes, sharded
-from sigma_train.plan_time import MEASURED, crowded, flops
+from sigma_train.plan_time import MEASURED, crowd, flops
 from sigma_train.plan_wire import EXCHANGE, SHARDING, collectives
 from support import assert_one_sentence, sigma
 from test_train_learning import make_trainer  # noqa: F401 - a fixture
@@ -59,8 +61,8 @@ def test_shapes_without_memory_are_those_of_the_trainer(make_trainer):  # noqa: 
 
 
 ODD = ["model.hidden_size=36", "model.head_dim=18", "model.vocab_size=515", "model.intermediate_size=20"]
-REAL = [
-    (2, ["router.balance=global", "train.batch_size=3", "model.top_k=[2,1]"]),
+REAL = [  # ranks, settings; layers of one choice and of several, on a rank fewer experts than choices
+    (2, ["router.balance=global", "train.batch_size=3", "model.top_k=[3,1]"]),
     (
         4,
         [
@@ -68,24 +70,22 @@ REAL = [
             "train.dtype=bf16",
             "train.grad_accum=2",
             "model.tie_embeddings=false",
+            "model.top_k=[3,1]",
             "router.score=sigmoid",
         ],
     ),
 ]
 
 
-@pytest.fixture(scope="module", params=REAL, ids=lambda case: f"{case[0]} ranks")
-def real(request, cache, tmp_path_factory) -> tuple[Config, Layout, list[dict]]:
-    """One step of the trainer on so many gloo ranks, and what each of them told."""
-    ranks, more = request.param
-    settings = ["data.max_bytes=200000", *more]
+@pytest.fixture(scope="module")
+def told(cache, tmp_path_factory) -> list[list[dict]]:
+    """Of each case one step of the trainer on so many gloo ranks, and what every rank told."""
     sigma("plan", "--ranks", "2", env=cache)  # starts the server of processes
     folder = tmp_path_factory.mktemp("real")
+    cases = [(ranks, ["data.max_bytes=200000", *more]) for ranks, more in REAL]
     processes = [
-        forked.CONTEXT.Process(
-            target=plan_ranks.step, args=(rank, ranks, folder, settings, cache["SIGMA_CACHE"])
-        )
-        for rank in range(ranks)
+        forked.CONTEXT.Process(target=plan_ranks.steps, args=(rank, folder, cases, cache["SIGMA_CACHE"]))
+        for rank in range(max(ranks for ranks, _ in REAL))
     ]
     for process in processes:
         process.start()
@@ -93,26 +93,42 @@ def real(request, cache, tmp_path_factory) -> tuple[Config, Layout, list[dict]]:
         process.join(100)
     for process in processes:
         process.kill()
-    told = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
-    config = load_config("smoke", None, settings)
-    return config, layout(config, ranks, None, 8), told
+    return [
+        [json.loads((folder / str(case) / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+        for case, (ranks, _) in enumerate(REAL)
+    ]
 
 
-def rows_of(calls: list[dict], config: Config) -> list[int]:
-    """Rows that a rank's experts got: those that it sends back in each combine forward, by layer and micro-step."""
+@pytest.fixture(params=range(len(REAL)), ids=[f"{ranks} ranks" for ranks, _ in REAL])
+def real(request, told) -> tuple[Config, Layout, list[dict]]:
+    ranks, more = REAL[request.param]
+    config = load_config("smoke", None, more)
+    return config, layout(config, ranks, None, 8), told[request.param]
+
+
+def routed_of(told: list[dict], rank: int, config: Config) -> list[list[Routed]]:
+    """A rank's layers in each micro-step, from what all ranks' routers chose."""
+    layers = [
+        Routed(
+            own["top_k"],
+            sum(own["visits"]),
+            sum(one["visits"][rank] for one in of_all),
+            sum(one["choices"][rank] for one in of_all),
+        )
+        for own, *of_all in zip(told[rank]["routed"], *(found["routed"] for found in told), strict=True)
+    ]
     L = config.model.num_layers
-    rows = [sum(c["sent"]) for c in calls if c["kind"] == "all_to_all" and c["dtype"] != "int32"]
-    micros = [rows[i : i + 4 * L] for i in range(0, len(rows), 4 * L)]  # two each forward, and backward
-    return [row for micro in micros for row in micro[1 : 2 * L : 2]]
+    micros = [layers[i : i + L] for i in range(0, len(layers), L)]
+    assert len(micros) == config.train.grad_accum
+    return micros
 
 
 def test_every_byte_that_a_step_hands_over_is_foreseen(real):
     """Defends: a collective that the plan does not know, a padded shard, a factor of accumulation, a dtype."""
     config, where, told = real
-    for found in told:
-        rows = rows_of(found["calls"], config)
+    for rank, found in enumerate(told):
         want_calls, want_bytes = Counter(), Counter()
-        for c in collectives(config, shapes(config), where, rows):
+        for c in collectives(config, shapes(config), where, routed_of(told, rank, config)):
             want_calls[c.kind, c.dtype] += c.calls
             want_bytes[c.kind, c.dtype] += c.handed
         calls, handed = Counter(), Counter()
@@ -123,13 +139,70 @@ def test_every_byte_that_a_step_hands_over_is_foreseen(real):
         assert handed == want_bytes
 
 
-def test_balanced_routing_and_the_worst_bound_what_is_exchanged(real):
+def test_no_rank_gets_more_than_the_worst(real):
+    """And each kind of message has the sizes that are planned for it, not only their sum."""
     config, where, told = real
-    rows = [rows_of(found["calls"], config) for found in told]
-    plan = [c for c in collectives(config, shapes(config), where) if c.part == EXCHANGE]
-    row = config.model.hidden_size * (2 if config.train.dtype == "bf16" else 4)
-    assert sum(map(sum, rows)) * row == plan[0].handed * where.ranks, "the mean of ranks"
-    assert 0 < max(map(sum, rows)) * row <= plan[0].most + plan[0].handed
+    for rank in range(where.ranks):
+        micros = routed_of(told, rank, config)
+        of_kind = {c.what: c for c in collectives(config, shapes(config), where, micros) if c.part == EXCHANGE}
+        row = config.model.hidden_size * (2 if config.train.dtype == "bf16" else 4)
+        layers = [layer for micro in micros for layer in micro]
+        own = [call["visits"][rank] for call in told[rank]["routed"]]  # stay on the rank
+        sent, received = sum(x.sent for x in layers), sum(x.received for x in layers)
+        assert of_kind["dispatch"].handed == of_kind["combine, backward"].handed == sent * row
+        assert of_kind["combine"].handed == of_kind["dispatch, backward"].handed == received * row
+        assert 0 < (received - sum(own)) * row <= of_kind["dispatch"].most == of_kind["combine, backward"].most
+        assert 0 < (sent - sum(own)) * row <= of_kind["combine"].most == of_kind["dispatch, backward"].most
+        choices = of_kind["choices beside rows"]
+        assert choices.handed == 4 * sum(x.sent * x.top_k for x in layers if x.top_k > 1)
+        assert choices.most * row == 4 * 3 * of_kind["dispatch"].most // 2, "one of two layers, three choices"
+
+
+def test_the_worst_is_what_a_rank_can_get():
+    """All tokens of all others come to one rank; one rank's tokens go to as many as they have choices."""
+    config = load_config("smoke", None, ["model.top_k=[3,1]", "train.grad_accum=2"])
+    T, row = 8 * 64, 64 * 4
+    worst = {c.what: c.most for c in collectives(config, shapes(config), Layout(4, 4, 8))}
+    assert worst["dispatch"] == 2 * 2 * 3 * T * row
+    assert worst["combine"] == 2 * (3 + 1) * T * row
+    assert worst["weights beside rows"] == 2 * 3 * T * 3 * 4
+    assert worst["weights, backward"] == 2 * 3 * T * 3 * 4
+    assert worst["counts before dispatch"] is None
+    two = {c.what: c.most for c in collectives(config, shapes(config), Layout(2, 2, 8))}
+    assert two["combine"] == 2 * (1 + 1) * T * row, "there is but one other rank"
+
+
+@pytest.mark.parametrize("E, here, k", [(8, 2, 3), (6, 3, 3), (8, 1, 4), (6, 2, 1), (6, 2, 5), (4, 4, 2)])
+def test_expected_visits_by_enumeration(E, here, k):
+    """Of all choices of k among E without repetition, those that touch a rank; then with a busy expert on it."""
+    chosen = list(itertools.combinations(range(E), k))
+    visiting = [min(c) < here for c in chosen]
+    assert share_of_visits(E, here, k) == Fraction(sum(visiting), len(chosen))
+    assert share_of_rows(E, here, k) == Fraction(here, E)
+    load = Fraction(E, k) * 3 / 4  # three tokens of four choose expert 0, the others do not
+    with_busy = [c for c in chosen if c[0] == 0]
+    without = [c for c in chosen if c[0] != 0]
+    touch, rows = (
+        [Fraction(sum(f(c) for c in part), len(part)) for part in (with_busy, without)]
+        for f in (lambda c: c[0] < here, lambda c: sum(e < here for e in c))
+    )
+    assert share_of_visits(E, here, k, load) == touch[0] * Fraction(3, 4) + touch[1] / 4
+    assert share_of_rows(E, here, k, load) * k == rows[0] * Fraction(3, 4) + rows[1] / 4
+
+
+def test_balanced_routing_sends_what_is_expected():
+    """Against torch's own draws without repetition: the mean of tokens, within five of its standard errors."""
+    E, Q, k, T = 64, 16, 4, 20_000
+    drawn = torch.rand(T, E, generator=torch.Generator().manual_seed(0)).topk(k).indices // (E // Q)
+    visits = torch.zeros(T, Q).scatter_(1, drawn, 1.0).sum(1)
+    config = load_config("smoke", None, [f"model.num_experts={E}", f"model.top_k={k}"])
+    (layer, _) = expected(config, shapes(config), Layout(Q, Q, 8), T)
+    assert layer.sent == layer.received
+    assert layer.rows == T * k
+    assert abs(layer.sent / T - visits.mean()) < 5 * visits.std() / math.sqrt(T)
+    assert [c.handed for c in collectives(config, shapes(config), Layout(Q, Q, 8)) if c.what == "dispatch"] == [
+        2 * round(512 * layer.sent / T) * 64 * 4
+    ]
 
 
 def test_every_rank_holds_what_is_foreseen(real):
@@ -138,10 +211,8 @@ def test_every_rank_holds_what_is_foreseen(real):
     for rank, found in enumerate(told):
         own = held(sizes, where, rank)
         assert (found["weights"], found["gradients"]) == (4 * own, 4 * own)
-        rows, L = rows_of(found["calls"], config), config.model.num_layers
-        micros = [rows[i : i + L] for i in range(0, len(rows), L)]
-        assert len(micros) == config.train.grad_accum
         copied = copies(config, sizes, where)
+        micros = routed_of(told, rank, config)
         assert found["kept"] == sum(activations(config, sizes, where, m, 4) + copied for m in micros)
     first, foreseen = told[0], memory(config, sizes, where)
     assert (first["weights"], first["gradients"]) == (foreseen.weights, foreseen.gradients)
@@ -153,7 +224,10 @@ def test_every_rank_holds_what_is_foreseen(real):
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_what_autograd_keeps_on_one_rank(make_trainer, dtype, experts):  # noqa: F811
     """Defends: the activations of a dense model, and of experts that get no rows from others."""
-    trainer = make_trainer("run", f"train.dtype={dtype}", f"model.num_experts={experts}")
+    top_k = "[3,1]" if experts > 1 else "1"
+    trainer = make_trainer(
+        "run", f"train.dtype={dtype}", f"model.num_experts={experts}", f"model.top_k={top_k}"
+    )
     kept = plan_ranks.Kept(trainer.model)
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
         trainer._gradients()
@@ -304,13 +378,29 @@ def test_times_of_parts_add_up():
 def test_a_crowded_expert_fills_its_rank():
     """Defends: more rows than there are, a rank of one expert that shares its load with others."""
     config = load_config("sigma-moe-tiny", None, [])
+    sizes = shapes(config)
     for expert_ranks, load in itertools.product((1, 8, 32, 96), LOADS):
         where = Layout(96, expert_ranks, 8)
         here = 96 // expert_ranks
         busiest, others = load, (96 - load) / 95
-        assert crowded(config, where, load) * here == pytest.approx(busiest + (here - 1) * others)
-        assert crowded(config, where, load) <= expert_ranks + 1e-9
+        found = crowd(config, sizes, where, load)
+        assert found * here == pytest.approx(busiest + (here - 1) * others)
+        assert found <= expert_ranks + 1e-9
     assert planned("smoke", 1, None, "model.num_experts=1").crowds == []
+
+
+def test_what_a_busy_expert_does_to_layers_of_several_choices():
+    """A rank gets a token once: its messages grow by less than its rows, and never past all tokens."""
+    config = load_config("smoke", None, ["model.top_k=[4,1]"])
+    sizes, where, T = shapes(config), Layout(4, 4, 8), 8 * 64
+    even, twice, most = (expected(config, sizes, where, T, load) for load in (1, 2, 8))
+    several, one = zip(even, twice, most, strict=True)
+    assert [layer.rows for layer in several] == sorted(layer.rows for layer in several)
+    assert several[1].received < several[0].received * several[1].rows / several[0].rows
+    assert several[2].received == 4 * T, "all tokens of four ranks"
+    assert several[2].rows == several[1].rows, "no token chooses an expert twice: 8 times the mean is 2"
+    assert one[2].received == one[2].rows == 4 * T
+    assert all(layer.received == layer.rows for layer in one)
 
 
 def test_the_plan_as_json(cache):

@@ -1,13 +1,14 @@
 """FLOPs of a step and the time of its parts, from peaks of a datasheet and shares of them that were measured."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sigma_train.accelerators import Accelerator
 from sigma_train.config import Config
 from sigma_train.plan_memory import F32, activations, experts_here, held, tokens, width
+from sigma_train.plan_routing import share_of_rows
 from sigma_train.plan_shapes import Layout, Shapes
-from sigma_train.plan_wire import EXCHANGE, SHARDING, Collective, seconds
+from sigma_train.plan_wire import SHARDING, Collective, seconds
 
 TFLOP, GB, MICRO = 1e12, 1e9, 1e-6
 DENSE, ATTENTION, ROUTER, EXPERTS = "dense products", "attention", "router", "experts' products"
@@ -112,15 +113,18 @@ def times(
     messages: list[Collective],
     device: Accelerator,
     shares: Shares,
-    crowd: float = 1.0,
+    load: float = 1.0,
 ) -> Times:
-    """Of one step of the rank that all wait for, whose experts get `crowd` times the mean of rows."""
+    """Of one step of the rank that all wait for, whose busiest expert gets `load` times the mean in every layer.
+
+    messages: `collectives` under that load.
+    """
     of_all = flops(config, shapes, layout.ranks)
     is_bf16 = config.train.dtype == "bf16"
     peak = (device.bf16_tflops if is_bf16 else device.f32_tflops) * TFLOP * layout.ranks
     stream = device.memory_gb_s * GB * shares.memory
     accum = config.train.grad_accum
-    multiplied = of_all.experts * crowd / (peak * shares.experts)
+    multiplied = of_all.experts * crowd(config, shapes, layout, load) / (peak * shares.experts)
     streamed = 3 * accum * experts_here(shapes, layout) * width(config) / stream
     compute = {
         DENSE: of_all.dense / (peak * shares.dense),
@@ -133,15 +137,16 @@ def times(
     inside, outside = (x * GB * shares.link for x in (device.node_gb_s, device.network_gb_s))
     wire: dict[str, float] = {}
     for message in messages:
-        taken = seconds(_crowded(message, crowd), inside, outside, shares.latency_us * MICRO)
+        taken = seconds(message, inside, outside, shares.latency_us * MICRO)
         wire[message.part] = wire.get(message.part, 0.0) + taken
     return Times({part: s for part, s in compute.items() if s}, wire)
 
 
-def _crowded(message: Collective, crowd: float) -> Collective:
-    if message.part != EXCHANGE or message.dtype == "int32":
-        return message
-    return replace(message, inside=message.inside * crowd, outside=message.outside * crowd)
+def crowd(config: Config, shapes: Shapes, layout: Layout, load: float) -> float:
+    """Rows that the experts of that rank compute in all layers, over the mean of ranks."""
+    E, Q = config.model.num_experts, layout.expert_ranks
+    ks = [layer.top_k for layer in shapes.layers if layer.top_k]
+    return float(sum(Q * k * share_of_rows(E, E // Q, k, load) for k in ks) / sum(ks)) if ks else 1.0
 
 
 def _traffic(config: Config, shapes: Shapes, layout: Layout) -> int:
@@ -152,13 +157,3 @@ def _traffic(config: Config, shapes: Shapes, layout: Layout) -> int:
     """
     cast = 16 * experts_here(shapes, layout) if width(config) != F32 else 0
     return 4 * activations(config, shapes, layout) + cast
-
-
-def crowded(config: Config, layout: Layout, load: float) -> float:
-    """Rows of the rank that holds the busiest expert, over the mean, where that expert has `load` times its mean.
-
-    The other experts share the rest evenly.
-    """
-    E = config.model.num_experts
-    here = E // layout.expert_ranks
-    return (load + (here - 1) * (E - load) / (E - 1)) / here if E > 1 else 1.0
