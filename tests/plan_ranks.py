@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_plan.py do and report; in a module, as a forked process imports it."""
+"""What the ranks of tests/test_plan_ranks.py do and report; in a module, as a forked process imports it."""
 
 import json
 import os

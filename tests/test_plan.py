@@ -1,40 +1,48 @@
-"""`sigma plan`: bytes held and handed over are the trainer's own, as counted on ranks; times are of measured layers."""
+"""`sigma plan`: shapes, FLOPs and what one rank keeps are the trainer's own; times are of measured layers."""
 
+import functools
 import itertools
 import json
 import math
 import re
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 
-import forked
 import matplotlib.pyplot as plt
 import plan_ranks
 import pytest
 import torch
+from sigma_cli.commands import app
 from sigma_train import files, plan_page
 from sigma_train.accelerators import ACCELERATORS
 from sigma_train.config import Config, load_config
+from sigma_train.errors import WrongInput
 from sigma_train.plan import LOADS, Plan, make_plan
-from sigma_train.plan_memory import activations, copies, held, memory
-from sigma_train.plan_routing import Routed, expected, share_of_rows, share_of_visits
-from sigma_train.plan_shapes import Layout, layout, padded, shapes, sharded
+from sigma_train.plan_memory import activations, copies, memory
+from sigma_train.plan_routing import expected
+from sigma_train.plan_shapes import Layout, Shapes, layout, padded, shapes, sharded
 from sigma_train.plan_time import MEASURED, crowd, flops
-from sigma_train.plan_wire import EXCHANGE, SHARDING, collectives
+from sigma_train.plan_wire import SHARDING, collectives
 from support import assert_one_sentence, sigma
 from test_train_learning import make_trainer  # noqa: F401 - a fixture
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
 EARLY = [8, 8, 6, 6, 4, 4, 2, 2] + [1] * 48
 H200 = ACCELERATORS["H200"]
 
 
-def planned(preset: str, ranks: int, expert_ranks: int | None, *settings: str, device=H200) -> Plan:
+@functools.cache
+def sized(preset: str, *settings: str) -> tuple[Config, Shapes]:
     config = load_config(preset, None, list(settings))
+    return config, shapes(config)
+
+
+def planned(preset: str, ranks: int, expert_ranks: int | None, *settings: str, device=H200) -> Plan:
+    config, sizes = sized(preset, *settings)
     where = layout(config, ranks, expert_ranks, device.node_ranks)
-    return make_plan(config, shapes(config), where, device, MEASURED[config.train.dtype])
+    return make_plan(config, sizes, where, device, MEASURED[config.train.dtype])
 
 
 @pytest.mark.parametrize(
@@ -46,7 +54,7 @@ def planned(preset: str, ranks: int, expert_ranks: int | None, *settings: str, d
     ],
 )
 def test_presets_have_the_published_sizes(preset, settings, total, active):
-    found = shapes(load_config(preset, None, settings))
+    _, found = sized(preset, *settings)
     digits = 5e-3 if "tiny" in preset else 2e-2  # of what is published
     assert found.total == pytest.approx(total, rel=digits)
     assert found.active_in_layers == pytest.approx(active, rel=digits)
@@ -58,166 +66,6 @@ def test_shapes_without_memory_are_those_of_the_trainer(make_trainer):  # noqa: 
     of_model = Counter(tuple(p.shape) for p in trainer.model.parameters())
     assert Counter([*found.dense, *found.experts]) == of_model
     assert found.experts[::2] == [tuple(m.experts.gate_up_proj.shape) for m in trainer.model.moe_layers()]
-
-
-ODD = ["model.hidden_size=36", "model.head_dim=18", "model.vocab_size=515", "model.intermediate_size=20"]
-REAL = [  # ranks, settings; layers of one choice and of several, on a rank fewer experts than choices
-    (2, ["router.balance=global", "train.batch_size=3", "model.top_k=[3,1]"]),
-    (
-        4,
-        [
-            *ODD,
-            "train.dtype=bf16",
-            "train.grad_accum=2",
-            "model.tie_embeddings=false",
-            "model.top_k=[3,1]",
-            "router.score=sigmoid",
-        ],
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def told(cache, tmp_path_factory) -> list[list[dict]]:
-    """Of each case one step of the trainer on so many gloo ranks, and what every rank told."""
-    sigma("plan", "--ranks", "2", env=cache)  # starts the server of processes
-    folder = tmp_path_factory.mktemp("real")
-    cases = [(ranks, ["data.max_bytes=200000", *more]) for ranks, more in REAL]
-    processes = [
-        forked.CONTEXT.Process(target=plan_ranks.steps, args=(rank, folder, cases, cache["SIGMA_CACHE"]))
-        for rank in range(max(ranks for ranks, _ in REAL))
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(100)
-    for process in processes:
-        process.kill()
-    return [
-        [json.loads((folder / str(case) / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
-        for case, (ranks, _) in enumerate(REAL)
-    ]
-
-
-@pytest.fixture(params=range(len(REAL)), ids=[f"{ranks} ranks" for ranks, _ in REAL])
-def real(request, told) -> tuple[Config, Layout, list[dict]]:
-    ranks, more = REAL[request.param]
-    config = load_config("smoke", None, more)
-    return config, layout(config, ranks, None, 8), told[request.param]
-
-
-def routed_of(told: list[dict], rank: int, config: Config) -> list[list[Routed]]:
-    """A rank's layers in each micro-step, from what all ranks' routers chose."""
-    layers = [
-        Routed(
-            own["top_k"],
-            sum(own["visits"]),
-            sum(one["visits"][rank] for one in of_all),
-            sum(one["choices"][rank] for one in of_all),
-        )
-        for own, *of_all in zip(told[rank]["routed"], *(found["routed"] for found in told), strict=True)
-    ]
-    L = config.model.num_layers
-    micros = [layers[i : i + L] for i in range(0, len(layers), L)]
-    assert len(micros) == config.train.grad_accum
-    return micros
-
-
-def test_every_byte_that_a_step_hands_over_is_foreseen(real):
-    """Defends: a collective that the plan does not know, a padded shard, a factor of accumulation, a dtype."""
-    config, where, told = real
-    for rank, found in enumerate(told):
-        want_calls, want_bytes = Counter(), Counter()
-        for c in collectives(config, shapes(config), where, routed_of(told, rank, config)):
-            want_calls[c.kind, c.dtype] += c.calls
-            want_bytes[c.kind, c.dtype] += c.handed
-        calls, handed = Counter(), Counter()
-        for c in found["calls"]:
-            calls[c["kind"], c["dtype"]] += 1
-            handed[c["kind"], c["dtype"]] += c["bytes"]
-        assert calls == want_calls
-        assert handed == want_bytes
-
-
-def test_no_rank_gets_more_than_the_worst(real):
-    """And each kind of message has the sizes that are planned for it, not only their sum."""
-    config, where, told = real
-    for rank in range(where.ranks):
-        micros = routed_of(told, rank, config)
-        of_kind = {c.what: c for c in collectives(config, shapes(config), where, micros) if c.part == EXCHANGE}
-        row = config.model.hidden_size * (2 if config.train.dtype == "bf16" else 4)
-        layers = [layer for micro in micros for layer in micro]
-        own = [call["visits"][rank] for call in told[rank]["routed"]]  # stay on the rank
-        sent, received = sum(x.sent for x in layers), sum(x.received for x in layers)
-        assert of_kind["dispatch"].handed == of_kind["combine, backward"].handed == sent * row
-        assert of_kind["combine"].handed == of_kind["dispatch, backward"].handed == received * row
-        assert 0 < (received - sum(own)) * row <= of_kind["dispatch"].most == of_kind["combine, backward"].most
-        assert 0 < (sent - sum(own)) * row <= of_kind["combine"].most == of_kind["dispatch, backward"].most
-        choices = of_kind["choices beside rows"]
-        assert choices.handed == 4 * sum(x.sent * x.top_k for x in layers if x.top_k > 1)
-        assert choices.most * row == 4 * 3 * of_kind["dispatch"].most // 2, "one of two layers, three choices"
-
-
-def test_the_worst_is_what_a_rank_can_get():
-    """All tokens of all others come to one rank; one rank's tokens go to as many as they have choices."""
-    config = load_config("smoke", None, ["model.top_k=[3,1]", "train.grad_accum=2"])
-    T, row = 8 * 64, 64 * 4
-    worst = {c.what: c.most for c in collectives(config, shapes(config), Layout(4, 4, 8))}
-    assert worst["dispatch"] == 2 * 2 * 3 * T * row
-    assert worst["combine"] == 2 * (3 + 1) * T * row
-    assert worst["weights beside rows"] == 2 * 3 * T * 3 * 4
-    assert worst["weights, backward"] == 2 * 3 * T * 3 * 4
-    assert worst["counts before dispatch"] is None
-    two = {c.what: c.most for c in collectives(config, shapes(config), Layout(2, 2, 8))}
-    assert two["combine"] == 2 * (1 + 1) * T * row, "there is but one other rank"
-
-
-@pytest.mark.parametrize("E, here, k", [(8, 2, 3), (6, 3, 3), (8, 1, 4), (6, 2, 1), (6, 2, 5), (4, 4, 2)])
-def test_expected_visits_by_enumeration(E, here, k):
-    """Of all choices of k among E without repetition, those that touch a rank; then with a busy expert on it."""
-    chosen = list(itertools.combinations(range(E), k))
-    visiting = [min(c) < here for c in chosen]
-    assert share_of_visits(E, here, k) == Fraction(sum(visiting), len(chosen))
-    assert share_of_rows(E, here, k) == Fraction(here, E)
-    load = Fraction(E, k) * 3 / 4  # three tokens of four choose expert 0, the others do not
-    with_busy = [c for c in chosen if c[0] == 0]
-    without = [c for c in chosen if c[0] != 0]
-    touch, rows = (
-        [Fraction(sum(f(c) for c in part), len(part)) for part in (with_busy, without)]
-        for f in (lambda c: c[0] < here, lambda c: sum(e < here for e in c))
-    )
-    assert share_of_visits(E, here, k, load) == touch[0] * Fraction(3, 4) + touch[1] / 4
-    assert share_of_rows(E, here, k, load) * k == rows[0] * Fraction(3, 4) + rows[1] / 4
-
-
-def test_balanced_routing_sends_what_is_expected():
-    """Against torch's own draws without repetition: the mean of tokens, within five of its standard errors."""
-    E, Q, k, T = 64, 16, 4, 20_000
-    drawn = torch.rand(T, E, generator=torch.Generator().manual_seed(0)).topk(k).indices // (E // Q)
-    visits = torch.zeros(T, Q).scatter_(1, drawn, 1.0).sum(1)
-    config = load_config("smoke", None, [f"model.num_experts={E}", f"model.top_k={k}"])
-    (layer, _) = expected(config, shapes(config), Layout(Q, Q, 8), T)
-    assert layer.sent == layer.received
-    assert layer.rows == T * k
-    assert abs(layer.sent / T - visits.mean()) < 5 * visits.std() / math.sqrt(T)
-    assert [c.handed for c in collectives(config, shapes(config), Layout(Q, Q, 8)) if c.what == "dispatch"] == [
-        2 * round(512 * layer.sent / T) * 64 * 4
-    ]
-
-
-def test_every_rank_holds_what_is_foreseen(real):
-    config, where, told = real
-    sizes = shapes(config)
-    for rank, found in enumerate(told):
-        own = held(sizes, where, rank)
-        assert (found["weights"], found["gradients"]) == (4 * own, 4 * own)
-        copied = copies(config, sizes, where)
-        micros = routed_of(told, rank, config)
-        assert found["kept"] == sum(activations(config, sizes, where, m, 4) + copied for m in micros)
-    first, foreseen = told[0], memory(config, sizes, where)
-    assert (first["weights"], first["gradients"]) == (foreseen.weights, foreseen.gradients)
-    assert first["moments"] == foreseen.moments
-    assert max(found["weights"] for found in told) == foreseen.weights
 
 
 @pytest.mark.parametrize("experts", [8, 1])
@@ -377,8 +225,7 @@ def test_times_of_parts_add_up():
 
 def test_a_crowded_expert_fills_its_rank():
     """Defends: more rows than there are, a rank of one expert that shares its load with others."""
-    config = load_config("sigma-moe-tiny", None, [])
-    sizes = shapes(config)
+    config, sizes = sized("sigma-moe-tiny")
     for expert_ranks, load in itertools.product((1, 8, 32, 96), LOADS):
         where = Layout(96, expert_ranks, 8)
         here = 96 // expert_ranks
@@ -391,8 +238,8 @@ def test_a_crowded_expert_fills_its_rank():
 
 def test_what_a_busy_expert_does_to_layers_of_several_choices():
     """A rank gets a token once: its messages grow by less than its rows, and never past all tokens."""
-    config = load_config("smoke", None, ["model.top_k=[4,1]"])
-    sizes, where, T = shapes(config), Layout(4, 4, 8), 8 * 64
+    config, sizes = sized("smoke", "model.top_k=[4,1]")
+    where, T = Layout(4, 4, 8), 8 * 64
     even, twice, most = (expected(config, sizes, where, T, load) for load in (1, 2, 8))
     several, one = zip(even, twice, most, strict=True)
     assert [layer.rows for layer in several] == sorted(layer.rows for layer in several)
@@ -461,9 +308,17 @@ WRONG = [
 
 
 @pytest.mark.parametrize("args, message", WRONG, ids=[" ".join(args) for args, _ in WRONG])
-def test_wrong_input_is_one_sentence(cache, tmp_path, args, message):
-    assert_one_sentence(sigma("plan", *args, env=cache, cwd=tmp_path), 2, message)
+def test_wrong_input_is_one_sentence(monkeypatch, tmp_path, args, message):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["plan", *args])
+    assert isinstance(result.exception, WrongInput)
+    assert (str(result.exception), result.output) == (message, "")
     assert not list(tmp_path.iterdir())
+
+
+def test_wrong_input_ends_with_code_2(cache, tmp_path):
+    args, message = WRONG[1]
+    assert_one_sentence(sigma("plan", *args, env=cache, cwd=tmp_path), 2, message)
 
 
 def test_the_page_is_whole_and_what_its_command_writes(tmp_path, monkeypatch):

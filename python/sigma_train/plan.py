@@ -6,8 +6,7 @@ from typing import Any
 
 from sigma_train.accelerators import Accelerator
 from sigma_train.config import Config
-from sigma_train.plan_memory import Memory, memory, tokens
-from sigma_train.plan_routing import expected
+from sigma_train.plan_memory import Memory, memory
 from sigma_train.plan_shapes import Layout, Shapes
 from sigma_train.plan_time import GB, TFLOP, Flops, Shares, Times, flops, times
 from sigma_train.plan_wire import Collective, collectives
@@ -103,6 +102,5 @@ def make_plan(
 def _step_under(
     config: Config, shapes: Shapes, layout: Layout, device: Accelerator, shares: Shares, load: float
 ) -> Times:
-    routed = expected(config, shapes, layout, tokens(config), load)
-    messages = collectives(config, shapes, layout, [routed] * config.train.grad_accum)
+    messages = collectives(config, shapes, layout, load=load)
     return times(config, shapes, layout, messages, device, shares, load)

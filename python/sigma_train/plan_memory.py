@@ -105,10 +105,10 @@ def _feed_forward(config: Config, layout: Layout, layer: Routed, gate_up_width: 
         return T * (routed + slots) + projected + I32 * (E + 1) + balance
     taken = H * b + k * (b + I32)  # row, weights and slots
     order = I32 * (E // layout.expert_ranks + 2)
-    if k == 1:
-        answered = T * (I32 + b + H * b)  # slot, weight and answer
-    else:
-        answered = T * k * I32 + layer.sent * (I32 + H * b)  # slots of visits; of each its token and its answer
+    answer = I32 + H * b  # with its slot, or with its visit's token
+    answered = (
+        T * (answer + b) if k == 1 else layer.sent * answer + T * k * I32
+    )  # and weights, or slots of visits
     return T * routed + answered + layer.received * taken + projected + order + balance
 
 

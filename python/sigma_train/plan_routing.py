@@ -47,13 +47,9 @@ def expected(config: Config, shapes: Shapes, layout: Layout, tokens: int, load: 
     It sends as much as it takes, since all wait for the longer of the two.
     """
     E, Q = config.model.num_experts, layout.expert_ranks
-    found = []
-    for layer in shapes.layers:
-        k = layer.top_k
-        if k == 0:
-            found.append(Routed(0, 0, 0, 0))
-            continue
+    by_k = {0: Routed(0, 0, 0, 0)}  # no experts
+    for k in {layer.top_k for layer in shapes.layers} - {0}:
         visits = round(tokens * Q * share_of_visits(E, E // Q, k, load))
         rows = round(tokens * Q * k * share_of_rows(E, E // Q, k, load))
-        found.append(Routed(k, visits, visits, rows))
-    return found
+        by_k[k] = Routed(k, visits, visits, rows)
+    return [by_k[layer.top_k] for layer in shapes.layers]

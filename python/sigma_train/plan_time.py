@@ -1,6 +1,7 @@
 """FLOPs of a step and the time of its parts, from peaks of a datasheet and shares of them that were measured."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from sigma_train.accelerators import Accelerator
@@ -145,8 +146,9 @@ def times(
 def crowd(config: Config, shapes: Shapes, layout: Layout, load: float) -> float:
     """Rows that the experts of that rank compute in all layers, over the mean of ranks."""
     E, Q = config.model.num_experts, layout.expert_ranks
-    ks = [layer.top_k for layer in shapes.layers if layer.top_k]
-    return float(sum(Q * k * share_of_rows(E, E // Q, k, load) for k in ks) / sum(ks)) if ks else 1.0
+    layers_of = Counter(layer.top_k for layer in shapes.layers if layer.top_k)
+    rows = sum(n * Q * k * share_of_rows(E, E // Q, k, load) for k, n in layers_of.items())
+    return float(rows / sum(n * k for k, n in layers_of.items())) if layers_of else 1.0
 
 
 def _traffic(config: Config, shapes: Shapes, layout: Layout) -> int:

@@ -60,19 +60,26 @@ def collectives(
     config: Config,
     shapes: Shapes,
     layout: Layout,
-    routed: Sequence[Sequence[Routed]] | None = None,
+    routed: Sequence[Routed] | None = None,
+    load: float = 1.0,
 ) -> list[Collective]:
     """Those of one step of the trainer, none on one rank.
 
-    routed: of every micro-step what its layers send and take on this rank; under balanced routing where not given.
+    routed: what this rank's layers send and take, of all micro-steps; where not given as expected under `load`.
     """
     if layout.ranks == 1:
         return []
     found = _sharding(config, shapes, layout)
     if shapes.experts and layout.expert_ranks > 1:
         if routed is None:
-            routed = [expected(config, shapes, layout, tokens(config))] * config.train.grad_accum
-        found += _exchange(config, layout, routed)
+            found += _exchange(
+                config,
+                layout,
+                expected(config, shapes, layout, tokens(config), load),
+                config.train.grad_accum,
+            )
+        else:
+            found += _exchange(config, layout, routed, 1)
     if shapes.experts and layout.replicas > 1:
         size = experts_here(shapes, layout) * F32
         found.append(
@@ -98,7 +105,7 @@ def _sharding(config: Config, shapes: Shapes, layout: Layout) -> list[Collective
     ]
 
 
-def _exchange(config: Config, layout: Layout, routed: Sequence[Sequence[Routed]]) -> list[Collective]:
+def _exchange(config: Config, layout: Layout, routed: Sequence[Routed], repeats: int) -> list[Collective]:
     """Tokens to the ranks of their experts, answers back, and the gradients of both the other way.
 
     With k > 1 choices and weights travel beside a token, and the gradient of its weights comes back.
@@ -106,8 +113,14 @@ def _exchange(config: Config, layout: Layout, routed: Sequence[Sequence[Routed]]
     c, T, Q, group = config.model, tokens(config), layout.expert_ranks, layout.around_experts
     number, dtype = width(config), "bfloat16" if width(config) == 2 else "float32"
     row = c.hidden_size * number
-    layers = [layer for micro in routed for layer in micro if layer.top_k]
+    layers = [layer for layer in routed if layer.top_k]
     several = [layer for layer in layers if layer.top_k > 1]
+
+    def alltoall(what: str, kind: str, of: list[Routed], handed: int, most: int | None) -> Collective:
+        at_most = None if most is None else repeats * most
+        return _collective(
+            group, EXCHANGE, what, "all_to_all", kind, repeats * len(of), repeats * handed, at_most
+        )
 
     def visits(what: str, kind: str, of: list[Routed], row: int, a_choice: int, is_back: bool) -> Collective:
         handed = most = 0
@@ -117,17 +130,17 @@ def _exchange(config: Config, layout: Layout, routed: Sequence[Sequence[Routed]]
             at_worst = min(layer.top_k, Q - 1) if is_back else Q - 1
             handed += (layer.received if is_back else layer.sent) * size
             most += T * at_worst * size
-        return _collective(group, EXCHANGE, what, "all_to_all", kind, len(of), handed, most)
+        return alltoall(what, kind, of, handed, most)
 
-    sizes = (len(layers) - len(several)) * c.num_experts + len(several) * 2 * Q  # [E], or visits and choices a rank
+    sizes = (len(layers) - len(several)) * c.num_experts + len(
+        several
+    ) * 2 * Q  # [E], or visits and choices a rank
     found = [
         visits("dispatch", dtype, layers, row, 0, False),
         visits("combine", dtype, layers, row, 0, True),
         visits("combine, backward", dtype, layers, row, 0, False),
         visits("dispatch, backward", dtype, layers, row, 0, True),
-        _collective(
-            group, EXCHANGE, "counts before dispatch", "all_to_all", "int32", len(layers), sizes * I32
-        ),
+        alltoall("counts before dispatch", "int32", layers, sizes * I32, None),
     ]
     if several:
         found += [
