@@ -86,14 +86,18 @@ class Times:
     @property
     def expected(self) -> float:
         """FSDP's gathers and scatters hide behind computing; rows are waited for, as the trainer does."""
+        return self.in_order - self._hidden
+
+    @property
+    def _hidden(self) -> float:
         behind = sum(self.compute.values()) - self.compute[OPTIMIZER]
-        return self.in_order - min(self.wire.get(SHARDING, 0.0), behind)
+        return min(self.wire.get(SHARDING, 0.0), behind)
 
     @property
     def exposed(self) -> dict[str, float]:
         """All parts, of sharding only what is not hidden; their sum is `expected`."""
-        rest = max(0.0, self.expected - self.in_order + self.wire.get(SHARDING, 0.0))
-        return self.compute | self.wire | ({SHARDING: rest} if SHARDING in self.wire else {})
+        rest = {SHARDING: self.wire[SHARDING] - self._hidden} if SHARDING in self.wire else {}
+        return self.compute | self.wire | rest
 
     @property
     def overlapped(self) -> float:

@@ -132,9 +132,7 @@ def _exchange(config: Config, layout: Layout, routed: Sequence[Routed], repeats:
             most += T * at_worst * size
         return alltoall(what, kind, of, handed, most)
 
-    sizes = (len(layers) - len(several)) * c.num_experts + len(
-        several
-    ) * 2 * Q  # [E], or visits and choices a rank
+    sizes = sum(2 * Q if layer.top_k > 1 else c.num_experts for layer in layers)  # visits and choices, or [E]
     found = [
         visits("dispatch", dtype, layers, row, 0, False),
         visits("combine", dtype, layers, row, 0, True),
