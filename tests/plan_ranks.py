@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_plan.py do and report; in a module, as a forked process imports it."""
+"""What the ranks of tests/test_plan_ranks.py do and report; in a module, as a forked process imports it."""
 
 import json
 import os
@@ -81,8 +81,27 @@ def held(tensors: list[Any]) -> int:
     return sum(part(x).nbytes for x in tensors)
 
 
+def steps(rank: int, folder: Path, cases: list[tuple[int, list[str]]], cache: str) -> None:
+    """A step of every case that has so many ranks, one after the other in the same process."""
+    for number, (ranks, settings) in enumerate(cases):
+        if rank < ranks:
+            step(rank, ranks, folder / str(number), settings, cache)
+
+
+def to_ranks(routing: Any, ranks: int) -> dict[str, Any]:
+    """Of a layer k, and tokens and choices to each rank, counted one by one."""
+    per_rank = routing.num_experts // ranks
+    tokens = [[expert // per_rank for expert in token] for token in routing.indices.tolist()]
+    return {
+        "top_k": routing.top_k,
+        "visits": [sum(rank in token for token in tokens) for rank in range(ranks)],
+        "choices": [sum(token.count(rank) for token in tokens) for rank in range(ranks)],
+    }
+
+
 def step(rank: int, ranks: int, folder: Path, settings: list[str], cache: str) -> None:
-    """One step of the trainer on one of several ranks; what it handed to collectives, and what it holds after."""
+    """One step of the trainer on one of several ranks: what it routed, handed to collectives, and holds after."""
+    folder.mkdir(exist_ok=True)
     place = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "LOCAL_RANK": rank}
     os.environ.update({name: str(value) for name, value in place.items()}, SIGMA_CACHE=cache)
     torch.set_num_threads(1)
@@ -101,6 +120,9 @@ def step(rank: int, ranks: int, folder: Path, settings: list[str], cache: str) -
     parameters = list(trainer.model.parameters())
     norms: list[int] = []
     trainer.optimizer.register_step_pre_hook(lambda *_: norms.append(held([p.grad for p in parameters])))
+    routed: list[dict[str, Any]] = []
+    for moe in trainer.model.moe_layers():
+        moe.register_forward_hook(lambda moe, *_: routed.append(to_ranks(moe.last_routing, ranks)))
     kept = Kept(trainer.model)
     with Counted() as counted, torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
         trainer.ranks.summed(False, False)  # as `Trainer._run` does before each step
@@ -108,7 +130,7 @@ def step(rank: int, ranks: int, folder: Path, settings: list[str], cache: str) -
     moments = [x for state in trainer.optimizer.state.values() for x in state.values()]
     found = {
         "calls": counted.calls, "weights": held(parameters), "gradients": norms[0], "moments": held(moments),
-        "kept": kept.bytes,
+        "kept": kept.bytes, "routed": routed,
     }  # fmt: skip
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
     if trainer.metrics is not None:

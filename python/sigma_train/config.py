@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -50,19 +50,34 @@ def _or_none(kind: Any) -> Any:
 
 SEED_MAX = (1 << 63) - 1  # TOML's largest integer
 
-Count = _integer(1, 10**9)
-Whole = _integer(0, 10**9)
-Size = _integer(1, 1 << 20)  # of a dimension
-EvenSize = _integer(2, 1 << 20, "an even integer", multiple_of=2)
-Vocabulary = _integer(257, 1 << 24, remark=" (every byte and the end of text)")
-Threads = _integer(1, 1024)  # OpenMP dies of more than the system grants
-Seed = _integer(0, SEED_MAX)
-Bytes = _integer(1, 10**18)
-Positive = _number("a number above 0", gt=0)
-NonNegative = _number("a number of at least 0", ge=0)
-Share = _number("a number from 0 to 1", ge=0, le=1)
-OpenShare = _number("a number above 0 and below 1", gt=0, lt=1)
-Beta = _number("a number of at least 0 and below 1", ge=0, lt=1)
+if TYPE_CHECKING:  # a call is no type to a type checker
+    Count = int
+    Whole = int
+    Size = int
+    EvenSize = int
+    Vocabulary = int
+    Threads = int
+    Seed = int
+    Bytes = int
+    Positive = float
+    NonNegative = float
+    Share = float
+    OpenShare = float
+    Beta = float
+else:
+    Count = _integer(1, 10**9)
+    Whole = _integer(0, 10**9)
+    Size = _integer(1, 1 << 20)  # of a dimension
+    EvenSize = _integer(2, 1 << 20, "an even integer", multiple_of=2)
+    Vocabulary = _integer(257, 1 << 24, remark=" (every byte and the end of text)")
+    Threads = _integer(1, 1024)  # OpenMP dies of more than the system grants
+    Seed = _integer(0, SEED_MAX)
+    Bytes = _integer(1, 10**18)
+    Positive = _number("a number above 0", gt=0)
+    NonNegative = _number("a number of at least 0", ge=0)
+    Share = _number("a number from 0 to 1", ge=0, le=1)
+    OpenShare = _number("a number above 0 and below 1", gt=0, lt=1)
+    Beta = _number("a number of at least 0 and below 1", ge=0, lt=1)
 Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), Wanted("the name of a folder")]
 TopK = Annotated[
     Size | tuple[Size, ...], Wanted(f"{_wanted_of(Size)}, or a list of them, one for each layer")

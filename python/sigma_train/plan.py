@@ -8,7 +8,7 @@ from sigma_train.accelerators import Accelerator
 from sigma_train.config import Config
 from sigma_train.plan_memory import Memory, memory
 from sigma_train.plan_shapes import Layout, Shapes
-from sigma_train.plan_time import GB, TFLOP, Flops, Shares, Times, crowded, flops, times
+from sigma_train.plan_time import GB, TFLOP, Flops, Shares, Times, flops, times
 from sigma_train.plan_wire import Collective, collectives
 
 USABLE = 0.9  # of a device's memory; the rest is for libraries and what an allocator cannot use
@@ -86,15 +86,21 @@ def make_plan(
     loads: Sequence[float] = LOADS,
 ) -> Plan:
     messages = collectives(config, shapes, layout)
-    given = config, shapes, layout, messages, device, shares
     c = config.model
     most = c.num_experts / min(c.layer_top_k)  # a token has but one row for an expert
     crowds = [
-        (float(load), times(*given, crowded(config, layout, load)).expected)
+        (float(load), _step_under(config, shapes, layout, device, shares, load).expected)
         for load in loads
         if load <= most and c.num_experts > 1
     ]
     return Plan(
         config, shapes, layout, device, shares, memory(config, shapes, layout), messages,
-        flops(config, shapes, layout.ranks), times(*given), crowds,
+        flops(config, shapes, layout.ranks), times(config, shapes, layout, messages, device, shares), crowds,
     )  # fmt: skip
+
+
+def _step_under(
+    config: Config, shapes: Shapes, layout: Layout, device: Accelerator, shares: Shares, load: float
+) -> Times:
+    messages = collectives(config, shapes, layout, load=load)
+    return times(config, shapes, layout, messages, device, shares, load)

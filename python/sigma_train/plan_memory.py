@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from sigma_train.config import Config
+from sigma_train.plan_routing import Routed, expected
 from sigma_train.plan_shapes import Layout, Shapes, padded, sharded
 
 F32, I32, I64 = 4, 4, 8
@@ -51,8 +52,7 @@ def held(shapes: Shapes, layout: Layout, rank: int = 0) -> int:
 def memory(config: Config, shapes: Shapes, layout: Layout) -> Memory:
     """On the first rank, which has the most, under balanced routing."""
     own = held(shapes, layout)
-    T, b, H = tokens(config), width(config), config.model.hidden_size
-    top_k = max((layer.top_k for layer in shapes.layers), default=0)
+    T, b = tokens(config), width(config)
     return Memory(
         weights=own * F32,
         gradients=own * F32,
@@ -61,7 +61,7 @@ def memory(config: Config, shapes: Shapes, layout: Layout) -> Memory:
         copies=copies(config, shapes, layout),
         logits=T * config.model.vocab_size * (3 * F32 + (2 if b == 2 else 0)),
         gathered=gathered(shapes, layout),
-        exchange=4 * T * top_k * H * b if layout.expert_ranks > 1 else 0,
+        exchange=in_flight(config, shapes, layout),
     )
 
 
@@ -69,12 +69,12 @@ def activations(
     config: Config,
     shapes: Shapes,
     layout: Layout,
-    received: Sequence[int] | None = None,
+    routed: Sequence[Routed] | None = None,
     gate_up_width: int | None = None,
 ) -> int:
     """What autograd keeps of one micro-step, without copies of weights.
 
-    received: rows that a rank's experts get in each layer, under balanced routing as many as its tokens send.
+    routed: what this rank's layers send, take and compute; under balanced routing where not given.
     gate_up_width: bytes of a number before SwiGLU; a CPU keeps f32, a GPU the operands' dtype.
     Norms are counted as torch computes them on a CPU; a GPU's, in one kernel, keep half of that.
     """
@@ -85,26 +85,46 @@ def activations(
     attention = b * (2 * A + 2 * K) + F32 * c.num_heads  # query, key, value, output; log-sum-exp
     projected = 3 * H * b if b == 2 else H * F32  # autocast rounds anew for each of the three
     total = T * len(shapes.layers) * (2 * norm + qk_norm + attention + projected)
-    for number, layer in enumerate(shapes.layers):
-        rows = T * layer.top_k if received is None else received[number]
-        total += _feed_forward(config, layout, layer.top_k, rows, gate_up_width or b)
+    for layer in expected(config, shapes, layout, T) if routed is None else routed:
+        total += _feed_forward(config, layout, layer, gate_up_width or b)
     head = norm + H * b + c.vocab_size * F32 + 2 * I64  # of the loss: log-probabilities; tokens and targets
     return total + T * head + F32  # and the number of targets
 
 
-def _feed_forward(config: Config, layout: Layout, top_k: int, rows: int, gate_up_width: int) -> int:
-    c, T, b = config.model, tokens(config), width(config)
+def _feed_forward(config: Config, layout: Layout, layer: Routed, gate_up_width: int) -> int:
+    c, T, b, k = config.model, tokens(config), width(config), layer.top_k
     H, I, E = c.hidden_size, c.intermediate_size, c.num_experts
-    if top_k == 0:
+    if k == 0:
         wide = I * max(c.layer_top_k)
         return T * (H * b + b * 4 * wide)  # gate and up, silu(gate), their product
-    routed = F32 * (H + E) + top_k * (2 * I32 + b)  # tokens and logits; index and slot; weight
+    routed = F32 * (H + E) + k * I32  # tokens, logits and indices
     balance = E * F32 if config.router.balance in ("loss", "global") else 0
-    order = I32 * (E // layout.expert_ranks + 1)
+    projected = layer.rows * 2 * I * gate_up_width  # before SwiGLU
     if layout.expert_ranks == 1:
-        return T * (routed + (H * b if b == 2 else 0)) + rows * 2 * I * gate_up_width + order + balance
-    computed = H * b + b + I32 + 2 * I * gate_up_width  # row, its weight of 1, its slot, before SwiGLU
-    return T * (routed + top_k * H * b) + rows * computed + order + balance
+        slots = k * (I32 + b) + (H * b if b == 2 else 0)  # of each token slots, weights, and itself in bf16
+        return T * (routed + slots) + projected + I32 * (E + 1) + balance
+    taken = H * b + k * (b + I32)  # row, weights and slots
+    order = I32 * (E // layout.expert_ranks + 2)
+    answer = I32 + H * b  # with its slot, or with its visit's token
+    answered = (
+        T * (answer + b) if k == 1 else layer.sent * answer + T * k * I32
+    )  # and weights, or slots of visits
+    return T * routed + answered + layer.received * taken + projected + order + balance
+
+
+def in_flight(config: Config, shapes: Shapes, layout: Layout) -> int:
+    """Of the layer with the most: rows packed, received, answered and brought back, and what travels beside them."""
+    if layout.expert_ranks == 1:
+        return 0
+    b, row = width(config), config.model.hidden_size * width(config)
+    return max(
+        (
+            2 * (layer.sent + layer.received) * row
+            + (layer.top_k > 1) * (layer.sent + layer.received) * layer.top_k * (I32 + b)
+            for layer in expected(config, shapes, layout, tokens(config))
+        ),
+        default=0,
+    )
 
 
 def copies(config: Config, shapes: Shapes, layout: Layout) -> int:

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -123,17 +124,17 @@ class Layout:
         """How many sets of experts there are."""
         return self.ranks // self.expert_ranks
 
-    @property
+    @cached_property
     def everyone(self) -> Group:
         return _group([range(self.ranks)], self.node_ranks)
 
-    @property
+    @cached_property
     def around_experts(self) -> Group:
         """Those that share a set of experts."""
         starts = range(0, self.ranks, self.expert_ranks)
         return _group([range(s, s + self.expert_ranks) for s in starts], self.node_ranks)
 
-    @property
+    @cached_property
     def around_replicas(self) -> Group:
         """Those that hold the same experts."""
         return _group(

@@ -1,13 +1,15 @@
 """FLOPs of a step and the time of its parts, from peaks of a datasheet and shares of them that were measured."""
 
 import math
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
 
 from sigma_train.accelerators import Accelerator
 from sigma_train.config import Config
 from sigma_train.plan_memory import F32, activations, experts_here, held, tokens, width
+from sigma_train.plan_routing import share_of_rows
 from sigma_train.plan_shapes import Layout, Shapes
-from sigma_train.plan_wire import EXCHANGE, SHARDING, Collective, seconds
+from sigma_train.plan_wire import SHARDING, Collective, seconds
 
 TFLOP, GB, MICRO = 1e12, 1e9, 1e-6
 DENSE, ATTENTION, ROUTER, EXPERTS = "dense products", "attention", "router", "experts' products"
@@ -84,14 +86,18 @@ class Times:
     @property
     def expected(self) -> float:
         """FSDP's gathers and scatters hide behind computing; rows are waited for, as the trainer does."""
+        return self.in_order - self._hidden
+
+    @property
+    def _hidden(self) -> float:
         behind = sum(self.compute.values()) - self.compute[OPTIMIZER]
-        return self.in_order - min(self.wire.get(SHARDING, 0.0), behind)
+        return min(self.wire.get(SHARDING, 0.0), behind)
 
     @property
     def exposed(self) -> dict[str, float]:
         """All parts, of sharding only what is not hidden; their sum is `expected`."""
-        rest = max(0.0, self.expected - self.in_order + self.wire.get(SHARDING, 0.0))
-        return self.compute | self.wire | ({SHARDING: rest} if SHARDING in self.wire else {})
+        rest = {SHARDING: self.wire[SHARDING] - self._hidden} if SHARDING in self.wire else {}
+        return self.compute | self.wire | rest
 
     @property
     def overlapped(self) -> float:
@@ -112,15 +118,18 @@ def times(
     messages: list[Collective],
     device: Accelerator,
     shares: Shares,
-    crowd: float = 1.0,
+    load: float = 1.0,
 ) -> Times:
-    """Of one step of the rank that all wait for, whose experts get `crowd` times the mean of rows."""
+    """Of one step of the rank that all wait for, whose busiest expert gets `load` times the mean in every layer.
+
+    messages: `collectives` under that load.
+    """
     of_all = flops(config, shapes, layout.ranks)
     is_bf16 = config.train.dtype == "bf16"
     peak = (device.bf16_tflops if is_bf16 else device.f32_tflops) * TFLOP * layout.ranks
     stream = device.memory_gb_s * GB * shares.memory
     accum = config.train.grad_accum
-    multiplied = of_all.experts * crowd / (peak * shares.experts)
+    multiplied = of_all.experts * crowd(config, shapes, layout, load) / (peak * shares.experts)
     streamed = 3 * accum * experts_here(shapes, layout) * width(config) / stream
     compute = {
         DENSE: of_all.dense / (peak * shares.dense),
@@ -133,15 +142,17 @@ def times(
     inside, outside = (x * GB * shares.link for x in (device.node_gb_s, device.network_gb_s))
     wire: dict[str, float] = {}
     for message in messages:
-        taken = seconds(_crowded(message, crowd), inside, outside, shares.latency_us * MICRO)
+        taken = seconds(message, inside, outside, shares.latency_us * MICRO)
         wire[message.part] = wire.get(message.part, 0.0) + taken
     return Times({part: s for part, s in compute.items() if s}, wire)
 
 
-def _crowded(message: Collective, crowd: float) -> Collective:
-    if message.part != EXCHANGE or message.dtype == "int32":
-        return message
-    return replace(message, inside=message.inside * crowd, outside=message.outside * crowd)
+def crowd(config: Config, shapes: Shapes, layout: Layout, load: float) -> float:
+    """Rows that the experts of that rank compute in all layers, over the mean of ranks."""
+    E, Q = config.model.num_experts, layout.expert_ranks
+    layers_of = Counter(layer.top_k for layer in shapes.layers if layer.top_k)
+    rows = sum(n * Q * k * share_of_rows(E, E // Q, k, load) for k, n in layers_of.items())
+    return float(rows / sum(n * k for k, n in layers_of.items())) if layers_of else 1.0
 
 
 def _traffic(config: Config, shapes: Shapes, layout: Layout) -> int:
@@ -152,13 +163,3 @@ def _traffic(config: Config, shapes: Shapes, layout: Layout) -> int:
     """
     cast = 16 * experts_here(shapes, layout) if width(config) != F32 else 0
     return 4 * activations(config, shapes, layout) + cast
-
-
-def crowded(config: Config, layout: Layout, load: float) -> float:
-    """Rows of the rank that holds the busiest expert, over the mean, where that expert has `load` times its mean.
-
-    The other experts share the rest evenly.
-    """
-    E = config.model.num_experts
-    here = E // layout.expert_ranks
-    return (load + (here - 1) * (E - load) / (E - 1)) / here if E > 1 else 1.0

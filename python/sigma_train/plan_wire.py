@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sigma_train.config import Config
 from sigma_train.plan_memory import F32, I32, experts_here, tokens, width
+from sigma_train.plan_routing import Routed, expected
 from sigma_train.plan_shapes import Group, Layout, Shapes, padded
 
 SHARDING, EXCHANGE = "FSDP", "rows to experts and back"
@@ -56,18 +57,29 @@ def _collective(
 
 
 def collectives(
-    config: Config, shapes: Shapes, layout: Layout, received: Sequence[int] | None = None
+    config: Config,
+    shapes: Shapes,
+    layout: Layout,
+    routed: Sequence[Routed] | None = None,
+    load: float = 1.0,
 ) -> list[Collective]:
     """Those of one step of the trainer, none on one rank.
 
-    received: rows that this rank's experts get in each layer, over all micro-steps; under balanced routing as many as
-        its tokens send.
+    routed: what this rank's layers send and take, of all micro-steps; where not given as expected under `load`.
     """
     if layout.ranks == 1:
         return []
     found = _sharding(config, shapes, layout)
     if shapes.experts and layout.expert_ranks > 1:
-        found += _exchange(config, shapes, layout, received)
+        if routed is None:
+            found += _exchange(
+                config,
+                layout,
+                expected(config, shapes, layout, tokens(config), load),
+                config.train.grad_accum,
+            )
+        else:
+            found += _exchange(config, layout, routed, 1)
     if shapes.experts and layout.replicas > 1:
         size = experts_here(shapes, layout) * F32
         found.append(
@@ -93,35 +105,48 @@ def _sharding(config: Config, shapes: Shapes, layout: Layout) -> list[Collective
     ]
 
 
-def _exchange(
-    config: Config, shapes: Shapes, layout: Layout, received: Sequence[int] | None
-) -> list[Collective]:
-    """Rows to their experts and back, their gradients the other way, and before each dispatch the counts."""
-    c, T, Q, accum = config.model, tokens(config), layout.expert_ranks, config.train.grad_accum
-    sent = accum * T * sum(layer.top_k for layer in shapes.layers)
-    back = sent if received is None else sum(received)
-    row, dtype = c.hidden_size * width(config), "bfloat16" if width(config) == 2 else "float32"
-    here = c.num_experts // Q
-    most = accum * row * (Q - 1) * T * sum(min(layer.top_k, here) for layer in shapes.layers)
-    calls = accum * sum(layer.top_k > 0 for layer in shapes.layers)
-    group = layout.around_experts
-    each = (("dispatch", sent, most), ("combine", back, None), ("combine, backward", sent, most),
-            ("dispatch, backward", back, None))  # fmt: skip
-    return [
-        *(
-            _collective(group, EXCHANGE, what, "all_to_all", dtype, calls, rows * row, at_worst)
-            for what, rows, at_worst in each
-        ),
-        _collective(
-            group,
-            EXCHANGE,
-            "counts before dispatch",
-            "all_to_all",
-            "int32",
-            calls,
-            calls * c.num_experts * I32,
-        ),
+def _exchange(config: Config, layout: Layout, routed: Sequence[Routed], repeats: int) -> list[Collective]:
+    """Tokens to the ranks of their experts, answers back, and the gradients of both the other way.
+
+    With k > 1 choices and weights travel beside a token, and the gradient of its weights comes back.
+    """
+    c, T, Q, group = config.model, tokens(config), layout.expert_ranks, layout.around_experts
+    number, dtype = width(config), "bfloat16" if width(config) == 2 else "float32"
+    row = c.hidden_size * number
+    layers = [layer for layer in routed if layer.top_k]
+    several = [layer for layer in layers if layer.top_k > 1]
+
+    def alltoall(what: str, kind: str, of: list[Routed], handed: int, most: int | None) -> Collective:
+        at_most = None if most is None else repeats * most
+        return _collective(
+            group, EXCHANGE, what, "all_to_all", kind, repeats * len(of), repeats * handed, at_most
+        )
+
+    def visits(what: str, kind: str, of: list[Routed], row: int, a_choice: int, is_back: bool) -> Collective:
+        handed = most = 0
+        for layer in of:
+            size = row + layer.top_k * a_choice
+            # At worst all tokens of all others come to this rank, or each of its own goes to as many as it can.
+            at_worst = min(layer.top_k, Q - 1) if is_back else Q - 1
+            handed += (layer.received if is_back else layer.sent) * size
+            most += T * at_worst * size
+        return alltoall(what, kind, of, handed, most)
+
+    sizes = sum(2 * Q if layer.top_k > 1 else c.num_experts for layer in layers)  # visits and choices, or [E]
+    found = [
+        visits("dispatch", dtype, layers, row, 0, False),
+        visits("combine", dtype, layers, row, 0, True),
+        visits("combine, backward", dtype, layers, row, 0, False),
+        visits("dispatch, backward", dtype, layers, row, 0, True),
+        alltoall("counts before dispatch", "int32", layers, sizes * I32, None),
     ]
+    if several:
+        found += [
+            visits("choices beside rows", "int32", several, 0, I32, False),
+            visits("weights beside rows", dtype, several, 0, number, False),
+            visits("weights, backward", dtype, several, 0, number, True),
+        ]
+    return found
 
 
 def _small(config: Config, shapes: Shapes, layout: Layout) -> list[Collective]:
