@@ -110,13 +110,11 @@ def step(rank: int, ranks: int, folder: Path, settings: list[str], cache: str) -
     from sigma_train.config import load_config
     from sigma_train.loop import Trainer
     from sigma_train.ranks import Ranks
-    from torch.distributed.device_mesh import init_device_mesh
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("ranks",))
     (folder / "run").mkdir(exist_ok=True)
     config = load_config("smoke", None, settings, {"train": {"out": str(folder / "run"), "threads": 1}})
-    trainer = Trainer(config, Console(quiet=True), False, Ranks(rank, ranks, mesh))
+    trainer = Trainer(config, Console(quiet=True), False, Ranks(rank, ranks))
     parameters = list(trainer.model.parameters())
     norms: list[int] = []
     trainer.optimizer.register_step_pre_hook(lambda *_: norms.append(held([p.grad for p in parameters])))
@@ -125,7 +123,7 @@ def step(rank: int, ranks: int, folder: Path, settings: list[str], cache: str) -
         moe.register_forward_hook(lambda moe, *_: routed.append(to_ranks(moe.last_routing, ranks)))
     kept = Kept(trainer.model)
     with Counted() as counted, torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
-        trainer.ranks.summed(False, False)  # as `Trainer._run` does before each step
+        trainer.ranks.summed(False, False, False)  # as `Trainer._run` does before each step
         trainer._train_step()
     moments = [x for state in trainer.optimizer.state.values() for x in state.values()]
     found = {

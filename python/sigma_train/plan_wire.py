@@ -155,8 +155,8 @@ def _small(config: Config, shapes: Shapes, layout: Layout) -> list[Collective]:
     sparse = sum(layer.top_k > 0 for layer in shapes.layers)
     number = len(shapes.dense) + len(shapes.experts)
     each = [
-        ("norm of the gradient", "float32", 1, number * F32),
-        ("loss, signals", "float64", 2, 3 * 8),
+        ("norm of the gradient", "float32", 1 + bool(shapes.experts), number * F32),
+        ("loss, signals", "float64", 2, 4 * 8),
     ]
     if sparse:
         each.append(("counts of the step", "int32", sparse, sparse * E * I32))
