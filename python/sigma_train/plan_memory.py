@@ -105,10 +105,8 @@ def _feed_forward(config: Config, layout: Layout, layer: Routed, gate_up_width: 
         return T * (routed + slots) + projected + I32 * (E + 1) + balance
     taken = H * b + k * (b + I32)  # row, weights and slots
     order = I32 * (E // layout.expert_ranks + 2)
-    answer = I32 + H * b  # with its slot, or with its visit's token
-    answered = (
-        T * (answer + b) if k == 1 else layer.sent * answer + T * k * I32
-    )  # and weights, or slots of visits
+    # Where one expert answers, what it said, its slot and its weight; else visits' tokens and slots alone.
+    answered = T * (I32 + H * b + b) if k == 1 else layer.sent * I32 + T * k * I32
     return T * routed + answered + layer.received * taken + projected + order + balance
 
 

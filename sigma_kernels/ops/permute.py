@@ -176,7 +176,7 @@ def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _setup_unpermute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     y, row_map, weights, ctx.top_k, _ = inputs
-    ctx.save_for_backward(y, row_map, weights)
+    ctx.save_for_backward(None if weights is None else y, row_map, weights)  # y is for the weights' gradient
 
 
 def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
