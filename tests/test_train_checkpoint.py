@@ -201,6 +201,15 @@ def test_what_changes_after_a_save_began_is_not_in_it_and_the_next_waits(tmp_pat
         assert w.unique().tolist() == [step]
 
 
+def test_what_a_killed_process_left_is_removed_at_the_start(tmp_path):
+    """Defends: its staying until the first save, in a run that is looked at and not gone on with."""
+    (tmp_path / ".tmp-step-00000003-1-abc").mkdir()
+    save_checkpoint(tmp_path, 1, {"w": torch.ones(2)}, {}, {}, keep=1)
+    (tmp_path / ".tmp-step-00000003-1-abc").mkdir()
+    Saver(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_the_copy_is_made_where_it_was(tmp_path):
     """Defends: fresh pages for every save."""
     saver, seen = Saver(tmp_path, 2, in_background=True), []

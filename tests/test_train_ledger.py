@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import random
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +22,6 @@ from sigma_train.model import LanguageModel, flops_per_token
 from support import SIGMA, assert_one_sentence, sigma
 from test_train_guard import poison, rows
 from test_train_learning import make_trainer  # noqa: F401 - a fixture
-from test_train_ranks import arguments, process_of
 
 NS = 10**9
 DAY = 86400
@@ -541,37 +538,6 @@ def samples(path: Path) -> dict[tuple[str, ...], float]:
         (s.name, s.labels["run"], *([s.labels["cause"]] if "cause" in s.labels else [])): s.value
         for s in found
     }
-
-
-def test_two_ranks_of_which_one_is_killed(cache, tmp_path):
-    """One interruption, and the steps after the newest checkpoint are lost, no more and no fewer."""
-    out = tmp_path / "run"
-    command = [*SIGMA, *arguments(2, out, "--steps", "11")]
-    process = subprocess.Popen(command, env=cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = out / "metrics.jsonl"
-    while not metrics.exists() or len(rows(out, "loss")) < 6:
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(process_of(1, out), signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=200)
-    assert process.returncode == 0, stderr
-    events = list(read_events(out / FILE))
-    got = Account(events)
-    totals = got.totals()
-    check(totals)
-    second = [i for i, e in enumerate(events) if isinstance(e, Begin)][1]
-    reached = max(e.step for e in events[:second] if isinstance(e, Spent) and e.step)
-    assert events[second].restarted
-    assert events[second].resumed == reached // 4 * 4, stdout
-    assert totals.lost_steps == reached - events[second].resumed
-    assert totals.tokens == 11 * 8 * 64
-    assert (totals.attempts, totals.interruptions, totals.recoveries, totals.idle) == (2, 1, 1, 0)
-    assert "rank 1" in got.interruptions[0].why or "peer" in got.interruptions[0].why.lower()
-    assert got.interruptions[0].step == reached
-    assert [a.ranks for a in got.attempts] == [2, 2]
-    assert totals.spent["detection"] > 0
-    assert totals.spent["restart"] > 0
-    assert bool(totals.spent["lost"]) == (totals.lost_steps > 0)
 
 
 def runs(tmp_path: Path) -> tuple[Path, Path]:

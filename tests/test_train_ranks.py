@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sigma_train.account import Account
 from sigma_train.checkpoint import latest_checkpoint, load_checkpoint
+from sigma_train.events import FILE, Begin, Spent, read_events
 from sigma_train.metrics import read_metrics
 from support import SIGMA, assert_one_sentence, sigma
 
@@ -109,7 +112,7 @@ def test_a_run_that_loses_ranks_goes_on_by_itself(cache, tmp_path, whole):
     """One is killed, then one hangs until the others have waited too long: nothing is lost but steps since a save."""
     out = tmp_path / "run"
     command = [*SIGMA, *arguments(2, out, "--steps", "12", "--set", "train.rank_timeout_s=5")]
-    env = {**cache, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
+    env = {**cache, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2", "COLUMNS": "400"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = out / "metrics.jsonl"
     for number, step in ((signal.SIGKILL, 5), (signal.SIGSTOP, 7)):
@@ -127,6 +130,24 @@ def test_a_run_that_loses_ranks_goes_on_by_itself(cache, tmp_path, whole):
     assert "all ranks start again from the newest checkpoint, 1 of 3 times" in stderr
     assert "all ranks start again from the newest checkpoint, 2 of 3 times" in stderr
     assert_same_run(out, whole)
+    assert_ledger_tells(out, stdout)
+
+
+def assert_ledger_tells(out: Path, stdout: str) -> None:
+    """Two interruptions, and of steps computed twice those after the newest checkpoint, no more and no fewer."""
+    events = list(read_events(out / FILE))
+    totals = Account(events).totals()
+    begins = [i for i, e in enumerate(events) if isinstance(e, Begin)]
+    reached = [max(e.step for e in events[:i] if isinstance(e, Spent) and e.step) for i in begins[1:]]
+    resumed = [events[i].resumed for i in begins[1:]]
+    assert resumed == [int(step) for step in re.findall(r"resumed \S+ at step (\d+)", stdout)]
+    assert totals.lost_steps == sum(reached) - sum(resumed)
+    assert totals.tokens == 12 * 8 * 64
+    assert (totals.attempts, totals.interruptions, totals.recoveries, totals.idle) == (3, 2, 2, 0)
+    assert all(events[i].restarted for i in begins[1:])
+    assert totals.spent["detection"] > 0
+    assert totals.spent["restart"] > 0
+    assert sum(totals.spent.values()) == totals.allocated
 
 
 @pytest.fixture

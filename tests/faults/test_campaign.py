@@ -24,7 +24,7 @@ from support import SIGMA
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
-STEPS, SAVE_EVERY, RANKS = 150, 3, 2
+STEPS, SAVE_EVERY, RANKS = 240, 3, 2
 SETTINGS = {
     "train.batch_size": 16,
     "train.save_every": SAVE_EVERY,
@@ -102,6 +102,7 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "SIGMA_CACHE": str(folder),
         "OMP_NUM_THREADS": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2",
+        "COLUMNS": "400",  # no path is broken
         "PYTHONPATH": str(Path(__file__).with_name("hurt")),
     }
 
