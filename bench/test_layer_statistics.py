@@ -15,7 +15,9 @@ PRESET = "tiny-96"
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_train_step_with_layer_statistics(race, tmp_path, dtype):
+def test_train_step_with_layer_statistics(race, device, tmp_path, dtype):
+    if device.type != "cpu":
+        pytest.skip("the trainer runs on a CPU")
     (tmp_path / "run").mkdir()
     settings = [f"train.out={tmp_path / 'run'}", f"train.dtype={dtype}", "data.max_bytes=3000000"]
     settings += [f"train.threads={torch.get_num_threads()}", "guard.spike=1e9"]

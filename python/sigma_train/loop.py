@@ -393,8 +393,8 @@ def clip(model: LanguageModel, most: float) -> float:
     norms = [torch.nn.utils.get_total_norm(grads, foreach=True) for grads in by_mesh.values()]
     norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     norm = (norms[0] if len(norms) == 1 else torch.stack(norms).norm()).item()
-    factor = most / (norm + 1e-6)
-    for grads in by_mesh.values() if factor < 1 else []:  # no number is not below 1
+    factor = most / (norm + 1e-6) if math.isfinite(norm) else 1.0
+    for grads in by_mesh.values() if factor < 1 else []:
         torch._foreach_mul_(grads, factor)
     return norm
 
