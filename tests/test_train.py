@@ -122,15 +122,19 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, name, damage):
         assert latest_checkpoint(tmp_path).name == "step-00000001"
 
 
-@pytest.mark.parametrize("extra, limit", [({}, 100), ({"long": "x" * 20000}, 15000)], ids=["part", "record"])
-def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, extra, limit):
+@pytest.mark.parametrize(
+    "moments, extra, limit",
+    [(5, {}, 100), (50_000, {}, 100_000), (5, {"long": "x" * 20000}, 15000)],
+    ids=["part", "within a tensor", "record"],
+)
+def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, moments, extra, limit):
     """A limit on the size of files stands for the disk, on which the tensors do not fit, or the record not any more."""
     save_checkpoint(tmp_path, 1, tensors(), {}, {}, keep=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(OSError, match=r"^cannot write .*step-00000002: File too large$"):
-            save_checkpoint(tmp_path, 2, tensors(), {}, extra, keep=1)
+            save_checkpoint(tmp_path, 2, tensors(), {"m": torch.ones(moments)}, extra, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]

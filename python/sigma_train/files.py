@@ -54,6 +54,11 @@ def failed_writes_are_oserrors(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__  # torch.save fails once more as it closes what it could not write
+        if cause is not None:
+            raise OSError(f"cannot write {path}: {cause.strerror or cause}") from None
         raise OSError(f"cannot write {path}, perhaps for want of space: {error}") from None
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from None
