@@ -16,10 +16,10 @@ def test_all_meshes_are_the_same_run(cache, tmp_path, whole):  # noqa: F811
     """
     out = tmp_path / "run"
     a_step = ["train.time_budget_s=0.001", CHECKED]
-    meshes = [("2", "2"), ("1", "4"), ("4", "1"), ("none", "2"), ("2", "none")]
+    meshes = [("2", "2"), ("1", "none"), ("none", "1")]
     for step, (experts, shards) in enumerate(meshes):
         settings = [f"train.expert_ranks={experts}", f"train.shard_ranks={shards}"]
-        results = run(4, out, cache, *settings, *(a_step if step < 4 else [CHECKED]))
+        results = run(4, out, cache, *settings, *(a_step if step < 2 else [CHECKED]))
         assert codes(results) == [0] * 4, results
         assert step == 0 or resumed_at(results) == step
     for name, bound in (("loss", 1e-5), ("grad_norm", 1e-3), ("val_bits_per_byte", 1e-5)):

@@ -54,7 +54,7 @@ class Writer(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         """On each rank."""
-        with failed_writes_are_oserrors(self.place):
+        with failed_writes_are_oserrors(self.place), without_crc32():
             results = super().write_data(plan, planner).value()
             files = sorted(self.temporary.glob(f"{plan.storage_data.prefix}*"))
             digests = [
@@ -75,6 +75,17 @@ class Writer(FileSystemWriter):
             digests[METADATA] = sha256_file(self.temporary / METADATA)
             seal(self.temporary, self.place, self.step, self.extra, digests)
         prune(self.folder, self.keep)
+
+
+@contextlib.contextmanager
+def without_crc32() -> Iterator[None]:
+    """Have torch.save leave it out, 0.5 s of 1.6 for 0.9 GB: the sha256 says more, and torch.load does not ask."""
+    former = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(former)
 
 
 class Metadatas(pickle.Unpickler):
