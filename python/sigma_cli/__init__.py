@@ -24,6 +24,9 @@ def main() -> None:
         if rank == "0" or code != 2:  # what one rank refuses all do: the first one says it
             print(f"error: {'' if rank == '0' else f'rank {rank}: '}{sentence}", file=sys.stderr)
         sys.exit(code)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # what Python still does is no work to be stopped
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _on_signal(number: int, _: Any) -> None:

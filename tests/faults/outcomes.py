@@ -1,7 +1,6 @@
 """What the campaign saw, and the page that it writes."""
 
 import platform
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +11,13 @@ import sigma_kernels as sk
 
 @dataclass
 class Outcome:
-    """Of one kind of fault; steps and seconds of each time."""
+    """Of one kind of fault; steps of each time."""
 
     fault: str
     times: int
     detected: str
     recovered: str
     lost_steps: list[int]
-    seconds: list[float]
     losses: str
 
     @property
@@ -27,15 +25,13 @@ class Outcome:
         lost = str(max(self.lost_steps))
         if self.times > 1:
             lost += f" at most, {sum(self.lost_steps)} in all"
-        took = f"{statistics.median(self.seconds):.0f}" if self.seconds else "within the step"
-        return f"| {self.fault} | {self.times} | {self.detected} | {self.recovered} | {lost} | {took} | {self.losses} |"
+        return (
+            f"| {self.fault} | {self.times} | {self.detected} | {self.recovered} | {lost} | {self.losses} |"
+        )
 
 
 def write_page(path: Path, outcomes: list[Outcome], what: str) -> None:
-    head = (
-        "| fault | times | found | recovered | steps computed again | s to the step it was at, median "
-        "| losses against the undisturbed run |"
-    )
+    head = "| fault | times | found | recovered | steps computed again | losses against the undisturbed run |"
     lines = [
         "# Fault campaign",
         "",
@@ -43,11 +39,11 @@ def write_page(path: Path, outcomes: list[Outcome], what: str) -> None:
         "",
         what,
         "",
-        f"Machine: {platform.machine()}, {sk._C.isa()}, torch {torch.__version__}. The ranks share two cores, so "
-        "seconds are mostly of start-up.",
+        f"Machine: {platform.machine()}, {sk._C.isa()}, torch {torch.__version__}. "
+        "How long recovery takes: `sigma ledger RUN`.",
         "",
         head,
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|",
         *(each.line for each in outcomes),
         "",
     ]
