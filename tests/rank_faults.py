@@ -1,5 +1,6 @@
 """What befalls ranks of test_train_checkpoint.py and test_train_mesh.py; in a module, as forked processes import it."""
 
+import math
 import os
 import resource
 import signal
@@ -68,3 +69,18 @@ def other_weight(name: str, rank: str) -> None:
 
 another_expert_of_rank_3 = partial(other_weight, "layers.0.mlp.experts.down_proj", "3")
 another_embedding_of_rank_2 = partial(other_weight, "embed_tokens.weight", "2")
+
+
+def infinite_expert_of_rank_3() -> None:
+    """In the third step, of the last expert that it has in the second layer."""
+    nothing()
+    gradients = loop.Trainer._gradients
+
+    def now(trainer: loop.Trainer) -> Any:
+        if trainer.step == 2 and os.environ["RANK"] == "3":
+            local(trainer.model.get_parameter("layers.1.mlp.experts.gate_up_proj").detach())[-1].fill_(
+                math.inf
+            )
+        return gradients(trainer)
+
+    loop.Trainer._gradients = now

@@ -233,6 +233,15 @@ def refused(rank: int, ranks: int) -> None:
             ValueError, lambda: dispatch(torch.randn(5, 8), routing)
         )
         assert "not int32" in caught(RuntimeError, lambda: dispatch(torch.ones(4, 8).int(), routing))
+        several = sk.route(torch.randn(4, 2 * ranks), 2)
+        for fields, told in (
+            ({"weights": several.weights[:2]}, "dispatch: routing.weights must be [4, 2], found [2, 2]"),
+            ({"indices": several.indices + 99}, f"dispatch: expert indices must lie in 0..{2 * ranks - 1} "),
+        ):
+            message = caught(
+                ValueError, lambda fields=fields: dispatch(torch.randn(4, 8), several._replace(**fields))
+            )
+            assert told in message, message
     sent = dispatch(torch.randn(4, 8), routing)
     message = caught(ValueError, lambda: combine(torch.randn(sent.rows.shape[0] + 1, 8), sent))
     assert f"y must be [{sent.rows.shape[0]}, H]" in message, message

@@ -1,5 +1,7 @@
 """Choices that no expert answers (dropped ones, or those of another rank): they add nothing and have no gradient."""
 
+import math
+
 import pytest
 import torch
 from support import assert_close, tolerance, value_and_grads
@@ -147,6 +149,36 @@ def test_limit_rows_refuses():
         sk.limit_rows(routing, 0)
     with pytest.raises(ValueError, match="limit_rows: drop must be 'lightest' or 'last', found 'first'"):
         sk.limit_rows(routing, 1, "first")
+    wrong = [
+        ({}, 2.5, TypeError, "capacity must be an integer, found 2.5"),
+        (
+            {"weights": routing.weights[:3]},
+            1,
+            ValueError,
+            r"routing.weights must be \[4, 1\], found \[3, 1\]",
+        ),
+        (
+            {"weights": routing.weights.to("meta")},
+            1,
+            ValueError,
+            "routing.weights must lie where routing.indices does",
+        ),
+        (
+            {"row_map": routing.row_map + 100},
+            1,
+            ValueError,
+            "routing.row_map must name each slot of 0..3 once",
+        ),
+        (
+            {"indices": routing.indices + 100},
+            1,
+            ValueError,
+            r"expert indices must lie in 0..2 \(E=3\), found 10\d at",
+        ),
+    ]
+    for fields, capacity, kind, message in wrong:
+        with pytest.raises(kind, match=f"^limit_rows: {message}"):
+            sk.limit_rows(routing._replace(**fields), capacity)
 
 
 def test_a_layer_of_limited_capacity():
@@ -162,5 +194,10 @@ def test_a_layer_of_limited_capacity():
     assert torch.equal(y[~is_dropped], whole[~is_dropped])
     y.sum().backward()
     assert not x.grad[is_dropped].any()
-    with pytest.raises(ValueError, match="MoE: capacity_factor must be above 0, found 0"):
-        sk.nn.MoE(16, 8, 4, capacity_factor=0)
+    for factor in (0, -1.0, math.inf, math.nan, "2"):
+        with pytest.raises(
+            ValueError, match=rf"^MoE: capacity_factor must be a number above 0, found {factor!r}"
+        ):
+            sk.nn.MoE(16, 8, 4, capacity_factor=factor)
+    with pytest.raises(ValueError, match=r"^MoE: drop must be 'lightest' or 'last', found 'first'"):
+        sk.nn.MoE(16, 8, 4, drop="first")

@@ -253,30 +253,28 @@ def test_a_weight_that_is_no_number_is_named(make_trainer, monkeypatch):  # noqa
         trainer.run()
 
 
-def test_a_rank_that_holds_other_numbers_is_named(make_trainer, monkeypatch):  # noqa: F811
+def test_a_rank_that_holds_other_numbers_is_named(make_trainer):  # noqa: F811
     trainer = make_trainer("run", "router.balance=bias", "guard.check_every=1")
 
-    def gather(told, own):
-        told[:] = [own, (own[0], {**own[1], "layers.1.mlp.router.expert_bias": 7}), own]
+    def gathered(own):
+        return [own, (own[0], {**own[1], "layers.1.mlp.router.expert_bias": 7}), own]
 
-    monkeypatch.setattr(selfcheck.dist, "all_gather_object", gather)
     with pytest.raises(
         Corrupted, match=r"^step 3: rank 1 holds another layers.1.mlp.router.expert_bias than the"
     ):
-        selfcheck.check(trainer.model, trainer.config, 3, SimpleNamespace(size=3, rank=0))
+        selfcheck.check(trainer.model, trainer.config, 3, SimpleNamespace(size=3, rank=0, gathered=gathered))
 
 
-def test_the_ranks_that_disagree_are_not_named_where_none_is_in_the_majority(make_trainer, monkeypatch):  # noqa: F811
+def test_the_ranks_that_disagree_are_not_named_where_none_is_in_the_majority(make_trainer):  # noqa: F811
     trainer = make_trainer("run", "router.balance=bias", "guard.check_every=1")
 
-    def gather(told, own):
-        told[:] = [(own[0], {**own[1], "layers.1.mlp.router.expert_bias": 7}), own]
+    def gathered(own):
+        return [(own[0], {**own[1], "layers.1.mlp.router.expert_bias": 7}), own]
 
-    monkeypatch.setattr(selfcheck.dist, "all_gather_object", gather)
     with pytest.raises(
         Corrupted, match=r"^step 3: the ranks hold different layers.1.mlp.router.expert_bias$"
     ):
-        selfcheck.check(trainer.model, trainer.config, 3, SimpleNamespace(size=2, rank=0))
+        selfcheck.check(trainer.model, trainer.config, 3, SimpleNamespace(size=2, rank=0, gathered=gathered))
 
 
 def test_a_step_replayed_is_judged_as_it_was_the_first_time(make_trainer, monkeypatch):  # noqa: F811

@@ -58,6 +58,14 @@ def test_a_copy_that_came_apart_is_named(cache, tmp_path, settings, fault, told)
     assert results[0].stderr == f"error: step 3: {told}\n"
 
 
+def test_an_expert_is_named_by_its_place_among_all_whatever_the_mesh(cache, tmp_path):
+    """Defends: numbers that count ranks which hold copies."""
+    results = run(4, tmp_path / "run", cache, "train.expert_ranks=2", fault=faults.infinite_expert_of_rank_3)
+    assert codes(results) == [1] * 4
+    told = "and so is the weight expert 7 of layers.1.mlp.experts.gate_up_proj (rank 3)"
+    assert told in results[0].stderr
+
+
 WRONG = [
     (1, "train.expert_ranks=2", "train.expert_ranks must divide the 1 rank of this run, found 2"),
     (1, "train.shard_ranks=3", "train.shard_ranks must divide the 1 rank of this run, found 3"),

@@ -107,14 +107,11 @@ def measure(ranks: Ranks) -> Pairs:
     """On every rank what all found; a collective."""
     partners, found = Partners(ranks), Pairs()
     for number in range(BATCHES + 1):
-        told: list[tuple[list[float], list[float]]] = [([], [])] * ranks.size
-        dist.all_gather_object(told, partners.batch())
+        told = ranks.gathered(partners.batch())
         if number:  # the first has connections to make
             found.latency.append([row for row, _ in told])
             found.transfer.append([row for _, row in told])
-    told_wrong: list[set[str]] = [set()] * ranks.size
-    dist.all_gather_object(told_wrong, partners.wrong)
-    found.wrong = sorted(set().union(*told_wrong))
+    found.wrong = sorted(set().union(*ranks.gathered(partners.wrong)))
     return found
 
 

@@ -12,7 +12,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from sigma_train.errors import Failure, WrongInput
 from sigma_train.files import write_text
@@ -268,8 +267,7 @@ def gathered(ranks: Ranks, results: list[Result]) -> list[Result]:
     """Those of all nodes, on all ranks; a collective."""
     if ranks.size == 1:
         return results
-    told: list[list[Result]] = [[] for _ in range(ranks.size)]
-    dist.all_gather_object(told, results)
+    told = ranks.gathered(results)
     nodes = [r for r, of_rank in enumerate(told) if any(x.check != "ranks" for x in of_rank)]
     if len(nodes) <= 1:
         return [x for of_rank in told for x in of_rank]

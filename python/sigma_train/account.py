@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 
 from sigma_train.events import CLEAN, Back, Begin, End, Event, How, Peak, Spent
+from sigma_train.guard import TO_DEVIATION
 
 CAUSES = {
     "useful": "steps that the weights hold",
@@ -32,7 +33,6 @@ BLOCK = 1000  # steps that are judged by their own median
 LEAST_STEPS = 10  # fewer have no usual length
 STALL = 5.0  # robust deviations above the median
 LEAST_DEVIATION = 0.05  # of the median
-TO_DEVIATION = 1.4826  # of a normal distribution, from its median absolute deviation
 S = 1e-9  # a nanosecond
 
 

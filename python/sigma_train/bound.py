@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-import statistics
 import time
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from sigma_train.optim import make_optimizer
 def dense_tokens_per_s(config: Config, steps: int = 3) -> float:
     """Tokens a second of the dense twin: one MLP of intermediate_size * top_k in place of experts and router.
 
-    The median of a few training steps on random tokens, after one that is not counted; the state of torch's random
-    numbers is left as it was.
+    The fastest of a few training steps on random tokens, after one that is not counted: what else runs here makes a
+    bound lower, never higher.  The state of torch's random numbers is left as it was.
     """
     t = config.train
     twin = config.model_copy(update={"model": config.model.model_copy(update={"num_experts": 1})})
@@ -39,14 +38,14 @@ def dense_tokens_per_s(config: Config, steps: int = 3) -> float:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seconds.append(time.perf_counter() - start)
-    return t.grad_accum * t.batch_size * t.seq_len / statistics.median(seconds[1:])
+    return t.grad_accum * t.batch_size * t.seq_len / min(seconds[1:])
 
 
-def product_flops_per_s(dtype: torch.dtype, seconds: float = 0.1) -> float:
+def product_flops_per_s(dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of a dense product of the dtype on this rank: the peak that a step is measured against.
 
-    Square matrices, twice as large each time until a product takes 5 ms or they have 2,048 rows; then the median of
-    those that fit into so many seconds, three at least.
+    Square matrices, twice as large each time until the fastest of three products takes 5 ms or they have 2,048 rows;
+    then the fastest of those that fit into so many seconds.
     """
     n, took = 64, 0.0
     while took < 0.005 and n < 2048:
@@ -54,9 +53,9 @@ def product_flops_per_s(dtype: torch.dtype, seconds: float = 0.1) -> float:
         a, b = torch.ones(2, n, n, dtype=dtype)
         out = torch.empty(n, n, dtype=dtype)
         torch.mm(a, b, out=out)  # the first touches memory
-        took = _seconds(a, b, out)
-    rounds = max(3, int(seconds / took))
-    return 2 * n**3 / statistics.median(_seconds(a, b, out) for _ in range(rounds))
+        took = min(_seconds(a, b, out) for _ in range(3))
+    rounds = int(seconds / took)
+    return 2 * n**3 / min(took, *(_seconds(a, b, out) for _ in range(rounds)))
 
 
 def _seconds(a: Tensor, b: Tensor, out: Tensor) -> float:

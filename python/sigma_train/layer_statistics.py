@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sigma_kernels.distributed.moe import local
 from sigma_kernels.nn import MoE
 from sigma_kernels.routing import RouterSums
+from sigma_train.mesh import copies
 from sigma_train.model import LanguageModel
 from sigma_train.ranks import Ranks
 
@@ -130,16 +131,6 @@ class LayerStatistics:
             values |= of_routers(sums, largest["router"]) | of_loads(self._counts)
         steps, self._counts, self._steps = self._steps, None, 0
         return {"layers": {"steps": steps} | {name: as_json(x) for name, x in values.items()}}
-
-
-def copies(x: Any) -> int:
-    """How many ranks hold the part of x that this one holds."""
-    if not hasattr(x, "placements"):
-        return 1
-    parts = (
-        n for n, placement in zip(x.device_mesh.shape, x.placements, strict=True) if placement.is_shard()
-    )
-    return dist.get_world_size() // math.prod(parts)
 
 
 def square_and_largest(x: Tensor) -> tuple[float, float]:

@@ -3,11 +3,8 @@
 import contextlib
 import ctypes
 import ctypes.util
-import itertools
-import math
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +22,8 @@ from sigma_train import selfcheck
 from sigma_train.bound import dense_tokens_per_s, machine, product_flops_per_s
 from sigma_train.checkpoint import latest_checkpoint, must_fit, read_record
 from sigma_train.config import Config, ConfigError, shaping_settings
-from sigma_train.dataset import PreparedData, TokenDataset, prepare
+from sigma_train.dataset import PreparedData, prepare
+from sigma_train.evaluate import evaluate
 from sigma_train.events import FILE
 from sigma_train.files import write_text
 from sigma_train.generate import generate
@@ -35,7 +33,7 @@ from sigma_train.ledger import Ledger
 from sigma_train.mesh import mesh_of, sizes
 from sigma_train.metrics import Metrics, busiest
 from sigma_train.model import LanguageModel, flops_per_token, precision
-from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
+from sigma_train.optim import clip, learning_rate, make_optimizer, set_learning_rate
 from sigma_train.origin import origin
 from sigma_train.progress import RunLine
 from sigma_train.ranks import Ranks
@@ -379,42 +377,6 @@ class Trainer:
 def late(name: str) -> ModuleType:
     """A module of ours whose FSDP and DTensor take a second to import: not for a run that is refused."""
     return import_module(f"sigma_train.{name}")
-
-
-def clip(model: LanguageModel, most: float) -> float:
-    """The norm of all gradients, over all ranks, to which they are cut where it is above `most`.
-
-    Where it is no number they stay as they are: cutting would spread it over all of them.
-    """
-    by_mesh = defaultdict(list)  # of experts and of the rest; None where they are no DTensors
-    for p in model.parameters():
-        if p.grad is not None:
-            by_mesh[getattr(p.grad, "device_mesh", None)].append(p.grad)
-    norms = [torch.nn.utils.get_total_norm(grads, foreach=True) for grads in by_mesh.values()]
-    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-    norm = (norms[0] if len(norms) == 1 else torch.stack(norms).norm()).item()
-    factor = most / (norm + 1e-6) if math.isfinite(norm) else 1.0
-    for grads in by_mesh.values() if factor < 1 else []:
-        torch._foreach_mul_(grads, factor)
-    return norm
-
-
-@torch.no_grad()
-def evaluate(model: LanguageModel, data: TokenDataset, config: Config, ranks: Ranks = Ranks()) -> float:  # noqa: B008
-    """Bits per byte on the first eval_batches batches of each rank of the validation split."""
-    t = config.train
-    batches = data.eval_batches(t.batch_size, t.seq_len, t.eval_batches * ranks.size)
-    nats, num_bytes = 0.0, 0
-    while group := list(itertools.islice(batches, ranks.size)):
-        # Who has none left computes another's again, as the others wait for its part of the experts.
-        inputs, targets = group[min(ranks.rank, len(group) - 1)]
-        with precision(config):
-            logits = model(inputs)
-        if ranks.rank < len(group):
-            nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-            num_bytes += data.count_bytes(targets)
-    nats, num_bytes = ranks.summed(nats, num_bytes)
-    return nats / math.log(2) / num_bytes
 
 
 def keep_freed_memory() -> None:

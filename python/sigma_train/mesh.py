@@ -1,7 +1,10 @@
 """Where the ranks of a run stand: which share the experts, which share the rest, and which hold the same."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sigma_train.config import Config, ConfigError
@@ -47,3 +50,17 @@ def mesh_of(config: Config, ranks: int) -> Mesh:
         init_device_mesh("cpu", (ranks // experts, experts), mesh_dim_names=("data", "expert")),
         init_device_mesh("cpu", rest[0], mesh_dim_names=rest[1]),
     )
+
+
+def first_expert(parameter: Any) -> int:
+    """Of a layer's experts, or their gradient: which of all is the first that this rank has."""
+    mesh = getattr(parameter, "device_mesh", None)
+    return mesh.get_local_rank() * (parameter.shape[0] // mesh.size()) if mesh is not None else 0
+
+
+def copies(x: Any) -> int:
+    """How many ranks hold the part of x that this one holds."""
+    if not hasattr(x, "placements"):
+        return 1
+    shards = (n for n, part in zip(x.device_mesh.shape, x.placements, strict=True) if part.is_shard())
+    return dist.get_world_size() // math.prod(shards)

@@ -1,6 +1,7 @@
-"""AdamW and the learning rate."""
+"""AdamW, the learning rate, and the gradient's norm."""
 
 import math
+from collections import defaultdict
 
 import torch
 
@@ -45,3 +46,21 @@ def learning_rate(step: int, config: Config) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
+
+
+def clip(model: LanguageModel, most: float) -> float:
+    """The norm of all gradients, over all ranks, to which they are cut where it is above `most`.
+
+    Where it is no number they stay as they are: cutting would spread it over all of them.
+    """
+    by_mesh = defaultdict(list)  # of experts and of the rest; None where they are no DTensors
+    for p in model.parameters():
+        if p.grad is not None:
+            by_mesh[getattr(p.grad, "device_mesh", None)].append(p.grad)
+    norms = [torch.nn.utils.get_total_norm(grads, foreach=True) for grads in by_mesh.values()]
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    norm = (norms[0] if len(norms) == 1 else torch.stack(norms).norm()).item()
+    factor = most / (norm + 1e-6) if math.isfinite(norm) else 1.0
+    for grads in by_mesh.values() if factor < 1 else []:
+        torch._foreach_mul_(grads, factor)
+    return norm

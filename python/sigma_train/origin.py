@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sigma_kernels.distributed.moe import local
 from sigma_kernels.nn import MoE
 from sigma_train.layer_statistics import square_and_largest
+from sigma_train.mesh import copies, first_expert
 from sigma_train.model import LanguageModel
 from sigma_train.ranks import Ranks
 
@@ -40,14 +40,13 @@ def origin(
             (_, what, owner), rank = found
             told = f"the first that is not finite is {what} (rank {rank}, micro-batch {micro + 1})"
             named = model.get_submodule(owner).named_parameters(owner)
-            weights = [(name, local(p.detach())) for name, p in named]
-            if wrong := _earliest(_first_nonfinite(weights, ranks.rank), ranks):
+            if wrong := _earliest(_first_nonfinite((name, p.detach()) for name, p in named), ranks):
                 (_, name), rank = wrong
                 told += f", and so is the weight {name} (rank {rank})"
             return told
     if not math.isfinite(loss):
         return "computed again the loss is finite, so that what was wrong has passed"
-    if wrong := _earliest(_first_nonfinite(gradients, ranks.rank), ranks):
+    if wrong := _earliest(_first_nonfinite(gradients), ranks):
         (_, name), rank = wrong
         first = f"the first gradient back from the loss that is not is that of {name} (rank {rank})"
         return f"the forward is finite, {first}"
@@ -56,19 +55,25 @@ def origin(
 
 def largest_share(gradients: Named, ranks: Ranks) -> str:
     """The parameter with most of the gradient's squared norm; a collective."""
-    squares = ranks.summed(*(square_and_largest(x)[0] if x.numel() else 0.0 for _, x in gradients))
+    squares = ranks.summed(*(square_of_part(x) for _, x in gradients))
     most, (name, _) = max(zip(squares, gradients, strict=True), key=lambda pair: pair[0])
     return f"{most / (math.fsum(squares) or 1.0):.0%} of its square are the gradient of {name}"
 
 
+def square_of_part(x: Tensor) -> float:
+    """What this rank adds to the sum of x^2 over all."""
+    own = local(x)
+    return square_and_largest(own)[0] / copies(x) if own.numel() else 0.0
+
+
 def gradients_backward(model: LanguageModel) -> Named:
-    """This rank's part of each gradient, in the order in which a backward comes to them."""
+    """Each gradient, a DTensor on several ranks, in the order in which a backward comes to them."""
     # The norms of queries and keys are registered after o_proj, and computed before it.
     places = [
         (i + 2.5 * (".o_proj." in name), name, p) for i, (name, p) in enumerate(model.named_parameters())
     ]
     backward = sorted(places, key=lambda place: place[0], reverse=True)
-    return [(name, local(p.grad)) for _, name, p in backward if p.grad is not None]
+    return [(name, p.grad) for _, name, p in backward if p.grad is not None]
 
 
 def _first_output(
@@ -124,22 +129,19 @@ def _is_finite(x: Tensor) -> bool:
     return bool(x.isfinite().all())
 
 
-def _first_nonfinite(tensors: Iterable[tuple[str, Tensor]], rank: int) -> tuple[int, str] | None:
-    """Place and name; of an expert's weights its number among all."""
+def _first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> tuple[int, str] | None:
+    """Place and name of the first of which this rank's part is not finite; of an expert its number among all."""
     for place, (name, x) in enumerate(tensors):
-        is_bad = ~x.isfinite()
+        is_bad = ~local(x).isfinite()
         if is_bad.any():
             if ".experts." in f".{name}":
                 expert = int(is_bad.flatten(1).any(1).nonzero()[0])
-                name = f"expert {rank * x.shape[0] + expert} of {name}"
+                name = f"expert {first_expert(x) + expert} of {name}"
             return place, name
     return None
 
 
 def _earliest(mine: T | None, ranks: Ranks) -> tuple[T, int] | None:
     """Of what the ranks have, the least, and whose it is; a collective."""
-    told = [mine] * ranks.size
-    if ranks.size > 1:
-        dist.all_gather_object(told, mine)
-    found = [(each, rank) for rank, each in enumerate(told) if each is not None]
+    found = [(each, rank) for rank, each in enumerate(ranks.gathered(mine)) if each is not None]
     return min(found, default=None)

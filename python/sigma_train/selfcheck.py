@@ -4,18 +4,18 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import sigma_kernels as sk
 from sigma_kernels import reference
 from sigma_kernels.distributed.moe import local
+from sigma_kernels.validation.cases import tolerance
 from sigma_train.config import Config
 from sigma_train.errors import Failure
+from sigma_train.mesh import first_expert
 from sigma_train.model import LanguageModel
 from sigma_train.ranks import Ranks
 
@@ -33,11 +33,8 @@ def check(model: LanguageModel, config: Config, step: int, ranks: Ranks) -> None
     """
     turn = step // config.guard.check_every
     wrong = wrong_expert(model, config, turn, step) or wrong_weight(model)
-    held = copies(model, ranks)
-    told = [(wrong, held)]
-    if ranks.size > 1:
-        told = [(None, {})] * ranks.size
-        dist.all_gather_object(told, (wrong, held))
+    held = digests_of_copies(model, ranks)
+    told = ranks.gathered((wrong, held))
     for rank, (wrong, _) in enumerate(told):
         if wrong:
             raise Corrupted(f"step {step}: rank {rank}: {wrong}; nothing of this step was saved")
@@ -57,7 +54,7 @@ def listed(ranks: Iterable[int]) -> str:
     return f"{', '.join(most)} and {last}"
 
 
-def copies(model: LanguageModel, ranks: Ranks) -> dict[str, int]:
+def digests_of_copies(model: LanguageModel, ranks: Ranks) -> dict[str, int]:
     """crc32 of what other ranks hold as well, by names that are the same on these: buffers, parts that are copies."""
     found = {name: crc32(x) for name, x in model.named_buffers()}
     if reshard := getattr(model, "reshard", None):
@@ -96,9 +93,7 @@ def wrong_expert(model: LanguageModel, config: Config, turn: int, seed: int) -> 
     alone = [x, *(p[e : e + 1] for p in projections)]
     got = [among_all, *answers(sk.moe_experts, alone, weights, grad)]
     want = answers(reference.moe_experts, [t.double() for t in alone], weights.double(), grad.double())
-    # Narrow types round their result alone.
-    terms = max(projections[1].shape[1:]) if dtype == torch.float32 else 1
-    bound = 8 * torch.finfo(dtype).eps * terms**0.5
+    bound = tolerance(dtype, max(projections[1].shape[1:]))
     names = ("output", "output", "gradient of x", "gradient of gate_up", "gradient of down")
     for name, g, w in zip(names, got, [want[0], *want], strict=True):
         size = (w.square().mean().sqrt() + w.abs()).clamp(min=1e-30)  # an expert may be dead
@@ -107,12 +102,6 @@ def wrong_expert(model: LanguageModel, config: Config, turn: int, seed: int) -> 
             of_all = first_expert(next(layers[layer].experts.parameters())) + e
             return f"layer {layer}, expert {of_all}: the {name} is off by {off:.1e} of its size, more than {bound:.1e}"
     return None
-
-
-def first_expert(parameter: Any) -> int:
-    """Which of all experts is this rank's first."""
-    has_mesh = hasattr(parameter, "device_mesh")
-    return parameter.device_mesh.get_local_rank() * local(parameter).shape[0] if has_mesh else 0
 
 
 def answers(function, leaves: list[Tensor], weights: Tensor, grad: Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ from sigma_kernels.distributed.exchange import Exchange, all_to_all, begin_excha
 from sigma_kernels.distributed.payload import Payload, check_payload
 from sigma_kernels.ops.library import check_float, check_shape
 from sigma_kernels.ops.permute import permute, sum_by_token, unpermute
-from sigma_kernels.ops.route import group_where_present
+from sigma_kernels.ops.route import check_choices, group_where_present
 from sigma_kernels.routing import Routing
 
 
@@ -64,15 +64,15 @@ def dispatch(
 
 
 class Dispatching(NamedTuple):
-    """A `dispatch` on its way."""
+    """A `dispatch` on its way: of what comes, choices among the `experts` of this rank (that number where absent),
+    their weights, and how many are not absent.
+    """
 
     coming: Exchange
-    indices: (
-        Tensor | Exchange
-    )  # of what comes among the experts of this rank; num_experts of these where absent
+    indices: Tensor | Exchange
     weights: Tensor | Exchange
     experts: int
-    choices: int  # that are not absent
+    choices: int
     send: list[int]
     receive: list[int]
     visits: Routing
@@ -81,15 +81,8 @@ class Dispatching(NamedTuple):
     def wait(self) -> Dispatch:
         indices, weights = (x.wait() if isinstance(x, Exchange) else x for x in self[1:3])
         here = group_where_present(indices, self.experts, weights, self.choices)
-        return Dispatch(
-            self.coming.wait(),
-            here,
-            self.send,
-            self.receive,
-            self.visits,
-            self.group,
-            self.coming.payload_back,
-        )
+        way_back = self.send, self.receive, self.visits, self.group, self.coming.payload_back
+        return Dispatch(self.coming.wait(), here, *way_back)
 
 
 def begin_dispatch(
@@ -119,6 +112,7 @@ def _one_choice(
 def _visited(
     x: Tensor, routing: Routing, experts: int, group: dist.ProcessGroup, payload: Payload
 ) -> Dispatching:
+    check_choices("dispatch", routing)
     ranks, (T, k) = group.size(), routing.indices.shape
     rank = routing.indices // experts  # `ranks` where a choice is absent, as its index is E
     is_repeated = (rank[:, :, None] == rank[:, None, :]).tril(-1).any(2)

@@ -57,9 +57,9 @@ class ExpertParallelMoE(MoE):
         self.group = group.get_group() if isinstance(group, DeviceMesh) else process_group(group)
         super().__init__(*sizes, **options)
         here = self.experts.down_proj.shape[0]
-        if chunks < 1 or here % chunks:
+        if not isinstance(chunks, int) or chunks < 1 or here % chunks:
             raise ValueError(
-                f"ExpertParallelMoE: chunks must divide the {here} experts of a rank, found {chunks}"
+                f"ExpertParallelMoE: chunks must divide the {here} experts of a rank, found {chunks!r}"
             )
         check_payload("ExpertParallelMoE", payload)
         self.chunks, self.payload = chunks, payload

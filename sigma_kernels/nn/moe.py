@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sigma_kernels.nn.experts import Experts
 from sigma_kernels.nn.router import TopKRouter
-from sigma_kernels.ops.capacity import Drop, limit_rows
+from sigma_kernels.ops.capacity import Drop, check_drop, limit_rows
 from sigma_kernels.ops.route import Score
 from sigma_kernels.routing import RouterSums, Routing
 
@@ -26,7 +26,7 @@ class MoE(nn.Module):
         capacity_factor: an expert takes at most ceil(capacity_factor * T*k/E) of the rows of a call, and `last_dropped`
             [E] says how many it was not given; none: all are computed.
         drop: which are left out, "lightest" or "last"; see `sk.limit_rows`.
-    Raises: ValueError for a capacity_factor that is not above 0.
+    Raises: ValueError for a capacity_factor that is no number above 0, or a `drop` that is neither.
     """
 
     last_routing: Routing | None = None
@@ -51,8 +51,11 @@ class MoE(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise ValueError(f"MoE: capacity_factor must be above 0, found {capacity_factor}")
+        if capacity_factor is not None and not (
+            isinstance(capacity_factor, int | float) and 0 < capacity_factor < math.inf
+        ):
+            raise ValueError(f"MoE: capacity_factor must be a number above 0, found {capacity_factor!r}")
+        check_drop("MoE", drop)
         self.output_scale, self.capacity_factor, self.drop = output_scale, capacity_factor, drop
         self.router = TopKRouter(
             hidden_size, num_experts, top_k, score=score, normalize=normalize, use_bias=use_bias,

@@ -5,11 +5,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sigma_kernels.ops.library import check_shape, check_size
-from sigma_kernels.ops.route import group_where_present
+from sigma_kernels.ops.library import check_routing, check_size
+from sigma_kernels.ops.library import slots as named_slots
+from sigma_kernels.ops.route import check_choices, group_where_present
 from sigma_kernels.routing import Routing
 
 Drop = Literal["lightest", "last"]
+
+
+def check_drop(op: str, drop: str) -> None:
+    if drop not in ("lightest", "last"):
+        raise ValueError(f"{op}: drop must be 'lightest' or 'last', found {drop!r}")
 
 
 def limit_rows(routing: Routing, capacity: int, drop: Drop = "lightest") -> tuple[Routing, Tensor]:
@@ -21,18 +27,20 @@ def limit_rows(routing: Routing, capacity: int, drop: Drop = "lightest") -> tupl
 
     Returns: the Routing, which has R' = sum_e min(counts[e], capacity) rows and index E where a choice is left out; and
         how many of each expert were, [E] int32.
-    Raises: ValueError for a capacity below 1, a `drop` that is neither, or weights that are not [T, k].
+    Raises: TypeError for a capacity that is no integer, ValueError for one below 1, a `drop` that is neither, weights
+        that are not [T, k] or, on a CPU, an index out of range or a row map that names a slot twice.
     Cost: R' is waited for, as the number of rows decides shapes; "lightest" sorts the weights.
     """
     op = "limit_rows"
+    if not isinstance(capacity, int):
+        raise TypeError(f"{op}: capacity must be an integer, found {capacity!r}")
     check_size(op, "capacity", capacity)
-    if drop not in ("lightest", "last"):
-        raise ValueError(f"{op}: drop must be 'lightest' or 'last', found {drop!r}")
-    T, k = routing.indices.shape
-    check_shape(op, "routing.weights", routing.weights, (T, k))
+    check_drop(op, drop)
+    check_choices(op, routing)
+    T, k = check_routing(op, routing, "routing.weights", routing.weights)
     E, counts, offsets = routing.num_experts, routing.counts, routing.offsets
     dropped = (counts - capacity).clamp(min=0)
-    slots = routing.row_map.long()
+    slots = named_slots(op, routing.row_map, T * k).long()
     if drop == "lightest":
         # Rows by weight, then by expert: both sorts are stable.
         weight = routing.weights.detach().reshape(-1)[slots]

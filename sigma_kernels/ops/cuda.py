@@ -11,7 +11,15 @@ from torch import Tensor
 
 from sigma_kernels import _C
 from sigma_kernels.backends import Backend
-from sigma_kernels.ops.library import NO_SUMS, SUFFIX, address, matrices, rows
+from sigma_kernels.ops.library import (
+    NO_SUMS,
+    SUFFIX,
+    address,
+    matrices,
+    rows,
+    rows_of_slots,
+    weights_of_slots,
+)
 from sigma_kernels.routing import empty_order, empty_routing
 
 TENSOR_CORE = (torch.bfloat16, torch.float16)
@@ -111,10 +119,9 @@ def unpermute(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int, to
 
 def inverse(row_map: Tensor, slots: int) -> Tensor:
     """The row of each slot, -1 where it has none."""
-    R = row_map.shape[0]
-    row_of_slot = row_map.new_full((slots,), -1) if slots > R else torch.empty_like(row_map)
-    launch("invert", row_map, row_map.data_ptr(), R, row_of_slot.data_ptr())
-    return row_of_slot
+    out = rows_of_slots(row_map, slots)
+    launch("invert", row_map, row_map.data_ptr(), row_map.shape[0], out.data_ptr())
+    return out
 
 
 def combine(y: Tensor, row_of_slot: Tensor | None, weights: Tensor | None, top_k: int) -> Tensor:
@@ -135,8 +142,7 @@ def unpermute_backward(
     grad_out: Tensor, y: Tensor, row_map: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     grad_out, y, factors = rows(grad_out), rows(y), weights.float().contiguous()
-    is_whole = factors.numel() == row_map.shape[0]
-    grad_y, grad_weights = y.new_empty(y.shape), (torch.empty_like if is_whole else torch.zeros_like)(factors)
+    grad_y, grad_weights = y.new_empty(y.shape), weights_of_slots(factors, row_map)
     launch(
         "combine_backward" + SUFFIX[y.dtype], y, *y.shape, weights.shape[1], grad_out.data_ptr(),
         grad_out.stride(0), y.data_ptr(), y.stride(0), row_map.data_ptr(), factors.data_ptr(), grad_y.data_ptr(),

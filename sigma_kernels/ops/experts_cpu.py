@@ -30,7 +30,7 @@ def _native(
     down_scale: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> Any:
-    """`rows`: the row of each slot, None where all have one."""
+    """The arguments as addresses: whoever asks keeps what they are of.  `rows`: as `_rows_if_absent` has them."""
     (T, H), (E, _, I) = x.shape, down_proj.shape
     return gemm_kernel("Experts", x, down_proj)(
         T, H, I, E, weights.shape[1], x.data_ptr(), x.stride(0), address(offsets), address(row_map),
@@ -38,6 +38,11 @@ def _native(
         down_proj.data_ptr(), down_proj.stride(0), down_proj.stride(1), address(gate_up), torch.get_num_threads(),
         address(gate_up_scale), address(down_scale), address(rows),
     )  # fmt: skip
+
+
+def _rows_if_absent(row_map: Tensor, count: int) -> Tensor | None:
+    """The row of each slot, None where all have one."""
+    return row_of_slot(row_map, count) if row_map.shape[0] < count else None
 
 
 def forward(
@@ -55,7 +60,7 @@ def forward(
     (T, H), R, I, f32 = x.shape, row_map.shape[0], down_proj.shape[2], torch.float32
     out, gate_up, hidden = empty(x, T, H), empty(x, R if saves else 0, 2 * I, dtype=f32), empty(x, R, I)
     by_slot = empty(x, R, H, dtype=f32) if weights.shape[1] > 1 else out
-    found = row_of_slot(row_map, weights.numel())
+    found = _rows_if_absent(row_map, weights.numel())
     native = _native(
         x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up if saves else None, rows=found
     )
@@ -113,7 +118,7 @@ def backward(
     )
     grad_gate_up, hidden = empty(x, R, 2 * I), empty(x, R, I)
     by_slot = empty(x, R, H, dtype=torch.float32) if weights.shape[1] > 1 else grad_x
-    found = row_of_slot(row_map, weights.numel())
+    found = _rows_if_absent(row_map, weights.numel())
     native = _native(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up, rows=found)
     gemm_kernel("experts_backward", x, down_proj)(
         native, grad_out.data_ptr(), grad_out.stride(0), grad_gate_up.data_ptr(), hidden.data_ptr(),

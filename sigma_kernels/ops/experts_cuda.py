@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sigma_kernels.ops import cuda
-from sigma_kernels.ops.library import SUFFIX, saturated
+from sigma_kernels.ops.library import SUFFIX, saturated, weights_of_slots
 
 
 def forward(
@@ -58,8 +58,7 @@ def backward(
     k, by_slot = weights.shape[1], (row_map, weights.shape[1])
     grad_hidden = cuda.product(grad_out, down_proj, offsets, False, gather=by_slot)
     factors = weights.float().contiguous()
-    is_whole = factors.numel() == row_map.shape[0]
-    grad_weights = (torch.empty_like if is_whole else torch.zeros_like)(factors)
+    grad_weights = weights_of_slots(factors, row_map)
     grad_gate_up, weighted = torch.empty_like(gate_up), torch.empty_like(grad_hidden)
     _activate(
         "swiglu_backward",

@@ -323,14 +323,21 @@ def slots(op: str, row_map: Tensor, count: int) -> Tensor:
     return row_map
 
 
-def row_of_slot(row_map: Tensor, count: int) -> Tensor | None:
-    """[count] int32 on a CPU, -1 for a slot that has no row; None where each has one."""
-    R = row_map.shape[0]
-    if count == R:
-        return None
-    out = torch.full((count,), -1, dtype=torch.int32)
-    _C.invert(row_map.data_ptr(), R, out.data_ptr())
+def row_of_slot(row_map: Tensor, count: int) -> Tensor:
+    """[count] int32 on a CPU, -1 for a slot that has no row."""
+    out = rows_of_slots(row_map, count)
+    _C.invert(row_map.data_ptr(), row_map.shape[0], out.data_ptr())
     return out
+
+
+def rows_of_slots(row_map: Tensor, count: int) -> Tensor:
+    """Memory for the row of each slot, -1 where row_map will name none."""
+    return torch.empty_like(row_map) if row_map.shape[0] == count else row_map.new_full((count,), -1)
+
+
+def weights_of_slots(weights: Tensor, row_map: Tensor) -> Tensor:
+    """Memory for the gradient of weights [T, k], zero where row_map names no row."""
+    return torch.empty_like(weights) if weights.numel() == row_map.shape[0] else torch.zeros_like(weights)
 
 
 def _brief(values: list[int]) -> str:

@@ -19,8 +19,10 @@ from sigma_kernels.ops.library import (
     empty,
     native,
     rounded,
+    row_of_slot,
     rows,
     slots,
+    weights_of_slots,
     widened,
 )
 from sigma_kernels.ops.triton_rows import triton_row
@@ -83,12 +85,11 @@ def _permute_cpu(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
 def _unpermute_cpu(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int, tokens: int) -> Tensor:
     y = rows(y)
     weights = None if weights is None else widened(weights.contiguous())
-    R, H = y.shape
-    row_of_slot = torch.full((tokens * top_k,), -1, dtype=torch.int32)
-    _C.invert(row_map.data_ptr(), R, row_of_slot.data_ptr())
+    H = y.shape[1]
+    found = row_of_slot(row_map, tokens * top_k)
     out = empty(y, tokens, H)
     native("combine", y.dtype)(
-        tokens, H, top_k, y.data_ptr(), y.stride(0), row_of_slot.data_ptr(),
+        tokens, H, top_k, y.data_ptr(), y.stride(0), found.data_ptr(),
         0 if weights is None else weights.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -99,17 +100,12 @@ def _unpermute_backward_cpu(
 ) -> tuple[Tensor, Tensor]:
     dtype = weights.dtype
     grad_out, y, weights = rows(grad_out), rows(y), widened(weights.contiguous())
-    grad_y, grad_weights = empty(y, *y.shape), of_slots(weights, row_map)
+    grad_y, grad_weights = empty(y, *y.shape), weights_of_slots(weights, row_map)
     native("combine_backward", y.dtype)(
         *y.shape, weights.shape[1], grad_out.data_ptr(), grad_out.stride(0), y.data_ptr(), y.stride(0),
         row_map.data_ptr(), weights.data_ptr(), grad_y.data_ptr(), grad_weights.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return grad_y, rounded(grad_weights, dtype)
-
-
-def of_slots(weights: Tensor, row_map: Tensor) -> Tensor:
-    """Memory for the gradient of weights [T, k]: zero where a slot has no row."""
-    return torch.empty_like(weights) if weights.numel() == row_map.shape[0] else torch.zeros_like(weights)
 
 
 def _unpermute_backward_reference(
@@ -118,7 +114,7 @@ def _unpermute_backward_reference(
     top_k = weights.shape[1]
     slot = row_map.long()
     rows_of_grad = grad_out[slot // top_k]
-    grad_weights = of_slots(weights, row_map)
+    grad_weights = weights_of_slots(weights, row_map)
     grad_weights.view(-1)[slot] = (rows_of_grad * y).sum(-1)
     return rows_of_grad * weights.reshape(-1)[slot, None], grad_weights
 

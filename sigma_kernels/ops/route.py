@@ -107,6 +107,20 @@ def group_by_expert(indices: Tensor, num_experts: int, weights: Tensor | None = 
     return Routing(narrow, weights, *torch.ops.sigma.group_by_expert(narrow, num_experts))
 
 
+def check_choices(op: str, routing: Routing) -> None:
+    """Weights are [T, k] where the indices lie and, on a CPU, these are in 0..E; E stands where a choice is absent.
+
+    For what reads a routing by torch's own operations, before it does.
+    """
+    indices, E = routing.indices, routing.num_experts
+    check_index(op, "routing.indices", indices)
+    check_shape(op, "routing.indices", indices, ("T", "k"))
+    check_shape(op, "routing.weights", routing.weights, tuple(indices.shape))
+    check_device(op, "routing.weights", routing.weights, "routing.indices", indices)
+    if indices.is_cpu and len(wrong := ((indices < 0) | (indices > E)).flatten().nonzero()):
+        raise ValueError(f"{op}: {out_of_range(indices, E, int(wrong[0]))}")
+
+
 def group_where_present(indices: Tensor, num_experts: int, weights: Tensor, rows: int) -> Routing:
     """The Routing of choices that are not all there: `num_experts` stands where there is none, and `rows` are."""
     counts, offsets, row_map = torch.ops.sigma.group_by_expert(indices, num_experts + 1)

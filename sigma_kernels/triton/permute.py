@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigma_kernels.ops.library import rows
+from sigma_kernels.ops.library import rows, rows_of_slots, weights_of_slots
 from sigma_kernels.triton.tiles import FUSION, cdiv, lines, power_of_2
 
 
@@ -90,21 +90,17 @@ def permute(x: Tensor, row_map: Tensor, top_k: int) -> Tensor:
 def unpermute(y: Tensor, row_map: Tensor, weights: Tensor | None, top_k: int, tokens: int) -> Tensor:
     """[tokens, H] of y [R, H], weighted where weights are given."""
     R = row_map.shape[0]
-    row_of_slot = no_rows(row_map, tokens * top_k) if tokens * top_k > R else torch.empty_like(row_map)
+    row_of_slot = rows_of_slots(row_map, tokens * top_k)
     if R:
         invert_kernel[(cdiv(R, 1024),)](row_map, row_of_slot, R, BLOCK=1024, **FUSION)
     return combine(rows(y), row_of_slot, weights, top_k, y.dtype)
-
-
-def no_rows(row_map: Tensor, slots: int) -> Tensor:
-    return row_map.new_full((slots,), -1)
 
 
 def slots_with_rows(row_map: Tensor, slots: int) -> Tensor | None:
     """Each slot's number, -1 where it has no row: `combine` of what lies by slot.  None where all have one."""
     if row_map.shape[0] == slots:
         return None
-    return no_rows(row_map, slots).index_copy_(0, row_map.long(), row_map)
+    return rows_of_slots(row_map, slots).index_copy_(0, row_map.long(), row_map)
 
 
 def combine(
@@ -128,7 +124,7 @@ def unpermute_backward(
     """grad_y [R, H] and grad_weights [T, k]."""
     (R, H), top_k = y.shape, weights.shape[1]
     grad_out, y, weights = rows(grad_out), rows(y), weights.contiguous()
-    grad_y, grad_weights = y.new_empty(R, H), weights_like(weights, row_map)
+    grad_y, grad_weights = y.new_empty(R, H), weights_of_slots(weights, row_map)
     if R:
         height, width = block(H, y.device)
         combine_backward_kernel[(cdiv(R, height),)](
@@ -136,11 +132,6 @@ def unpermute_backward(
             BLOCK_R=height, BLOCK_H=width, **FUSION,
         )  # fmt: skip
     return grad_y, grad_weights
-
-
-def weights_like(weights: Tensor, row_map: Tensor) -> Tensor:
-    """Memory for the gradient of weights [T, k]: zero where a slot has no row."""
-    return torch.empty_like(weights) if weights.numel() == row_map.shape[0] else torch.zeros_like(weights)
 
 
 def block(H: int, device: torch.device) -> tuple[int, int]:

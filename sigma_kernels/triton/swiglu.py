@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sigma_kernels.triton.permute import weights_like
+from sigma_kernels.ops.library import weights_of_slots
 from sigma_kernels.triton.product import multiply, scaled_by, weight_operand
 from sigma_kernels.triton.schedule import find_tile, tile_ends
 from sigma_kernels.triton.tiles import FUSION, cdiv, fitted, lines, power_of_2, precision, row_tile
@@ -118,7 +118,7 @@ def swiglu_backward(
 ) -> Tensor:
     """Fill grad_gate_up [R, 2I], and hidden [R, I] if given; the gradient of weights [T, k] is the result."""
     R, I = grad.shape
-    grad_weights = weights_like(weights, row_map)
+    grad_weights = weights_of_slots(weights, row_map)
     if R:
         width = fitted(1024, I)
         block = lines(width, grad.device)

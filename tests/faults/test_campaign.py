@@ -94,6 +94,15 @@ def losses(out: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row}
 
 
+def gone_on(run: Run, env: dict[str, str], reached: int, **settings: object) -> str:
+    """What is said by a run that goes on from one which has ended, to its last step."""
+    again = Run(run.out, env, "--resume", **settings)
+    again.wait_for("recovery", lambda: again.steps() > reached)
+    code, said = again.end()
+    assert code == 0, said
+    return said
+
+
 @pytest.fixture(scope="module")
 def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("cache")
@@ -206,10 +215,7 @@ def test_a_full_disk(run, env, undisturbed, outcome):
     assert "cannot write" in said
     sound = int(latest_checkpoint(run.out / "checkpoints").name[5:])
     assert not any((run.out / "checkpoints").glob(".tmp-*"))
-    again = Run(run.out, env, "--resume")
-    again.wait_for("recovery", lambda: again.steps() > reached)
-    code, said = again.end()
-    assert code == 0, said
+    gone_on(run, env, reached)
     assert losses(run.out) == losses(undisturbed)
     outcome(
         Outcome(
@@ -232,17 +238,14 @@ def test_a_flipped_bit_in_a_checkpoint(run, env, undisturbed, outcome):
     content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     path.write_bytes(content)
     reached = run.steps()
-    again = Run(run.out, env, "--resume")
-    again.wait_for("recovery", lambda: again.steps() > reached)
-    code, said = again.end()
-    assert code == 0, said
+    said = gone_on(run, env, reached)
     assert f"{newest.name} is damaged" in said.replace("\n", " ")
     assert losses(run.out) == losses(undisturbed)
-    resumed = list(map(int, RESUMED.findall(said)))[-1]
+    (again,) = map(int, RESUMED.findall(said))
     outcome(
         Outcome(
             "a flipped bit in the newest checkpoint", 1, "its digest differs: a warning names it",
-            "the one before is used", [reached - resumed], "the same, bit for bit",
+            "the one before is used", [reached - again], "the same, bit for bit",
         )
     )  # fmt: skip
 
@@ -278,10 +281,7 @@ def test_a_flipped_sign_in_an_experts_output(env, tmp_path, undisturbed, outcome
     (told,) = set(re.findall(r"step (\d+): rank 1: layer (\d), expert (\d+): the output is off", said))
     reached, sound = run.steps(), int(latest_checkpoint(run.out / "checkpoints").name[5:])
     assert sound < 20 <= int(told[0])
-    again = Run(run.out, env, "--resume", guard__check_every=3)
-    again.wait_for("recovery", lambda: again.steps() > reached)
-    code, said = again.end()
-    assert code == 0, said
+    gone_on(run, env, reached, guard__check_every=3)
     assert losses(run.out) == losses(undisturbed)
     outcome(
         Outcome(
