@@ -72,7 +72,8 @@ double least_of_block(double rows, double columns) {
 
 constexpr int64_t kRows = 21, kColumns = 64, kDepth = 256;  // rows of shape A; a step takes microseconds
 
-// A block of dot, and what a forward task makes of it for 21 rows; then the same of axpy, and one of outer.
+// A block of dot, and what a forward task makes of it for 21 rows; then the same of panels for both
+// gradients.
 template <class X, class W>
 void count_gemms(const std::string& types) {
   const Kernels& isa = kernels();
@@ -81,7 +82,7 @@ void count_gemms(const std::string& types) {
   std::vector<W> w(kDepth * kDepth);
   std::vector<float> y(kRows * kDepth);
   std::vector<Packed<X>> packed(kDepth * isa.panel);
-  const int64_t rows = isa.axpy_rows, panel_vectors = isa.panel / isa.lanes;
+  const int64_t rows = isa.panel_rows, panel_vectors = isa.panel / isa.lanes;
   const X* a[kRows];
   float* c[kRows];
   for (int64_t i = 0; i < kRows; ++i) a[i] = x.data() + i * kDepth, c[i] = y.data() + i * kDepth;
@@ -123,15 +124,17 @@ void count_gemms(const std::string& types) {
                            Rows<float>{.base = y.data(), .ld = kColumns});
          });
     const int64_t steps = ceil_div(kRows, kStep<X>);
+    W* out[kMaxBlockRows];
+    for (int64_t m = 0; m < rows; ++m) out[m] = w.data() + m * kDepth;
     line("weight gradient " + types + ", 21 rows", rows * panel_vectors * steps,
          least_of_block(rows, panel_vectors), [&] {
-           static_cast<const OuterKernels<X, W>&>(isa).outer[rows]({.a = packed.data(),
-                                                                    .b = packed.data(),
-                                                                    .c = w.data(),
-                                                                    .ldc = kDepth,
-                                                                    .R = steps,
-                                                                    .columns = isa.panel,
-                                                                    .mode = Store::kWrite});
+           static_cast<const PanelKernels<X, W>&>(isa).panel_product[rows]({.a = packed.data(),
+                                                                            .b = packed.data(),
+                                                                            .c = out,
+                                                                            .column = 0,
+                                                                            .steps = steps,
+                                                                            .columns = isa.panel,
+                                                                            .mode = Store::kWrite});
          });
   }
 }

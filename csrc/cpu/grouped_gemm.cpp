@@ -20,11 +20,9 @@ namespace {
 
 constexpr int kWindow =
     8;  // rows of W fetched ahead together: 1.2x over one at a time (E=96, T=2048, AVX-512)
-constexpr int64_t kWidth = 1024;  // columns of a task of grouped_gemm_nn
-constexpr int64_t kDepth =
-    32;  // rows of W per panel: 2.3x over 128 (same shape); the prefetcher follows 32 pages
-constexpr int64_t kAhead =
-    64;  // columns of a panel's rows fetched ahead together: four lines of f32, whatever the panel's width
+constexpr int64_t kWidth = 1024;      // columns of a task of grouped_gemm_nn
+constexpr int64_t kGroup = 64;        // columns packed at once, four lines of f32
+constexpr int64_t kPanelSize = 2048;  // elements of one panel, 8 KiB: it stays in the first cache
 
 // At most kRowChunk rows in nearly equal blocks of at most `limit`.  Found once: a division costs as much as
 // ten multiply-adds.
@@ -37,6 +35,25 @@ struct RowBlocks {
   int64_t count, most;
   int64_t first[kRowChunk + 1];
 };
+
+// Rows of x from column k on, blocks of them one after another, each [steps, panel_rows].  Rows of a model
+// are whole pages apart: where they lie they would share a set of the first cache.
+template <class X>
+void pack_rows(const Kernels& isa, const X* const* x, const RowBlocks& blocks, int64_t k, int64_t depth,
+               Packed<X>* out) {
+  const int64_t steps = ceil_div(depth, kStep<X>);
+  for (int64_t i = 0; i < blocks.count; ++i, out += steps * isa.panel_rows)
+    for (int64_t m = 0; m < blocks.rows(i); ++m) {
+      const X* const row = x[blocks.first[i] + m] + k;
+      for (int64_t s = 0; s < steps; ++s) {
+        if constexpr (kStep<X> == 1)
+          out[s * isa.panel_rows + m] = row[s];
+        else
+          out[s * isa.panel_rows + m] = {row[2 * s].bits |
+                                         (2 * s + 1 < depth ? uint32_t{row[2 * s + 1].bits} << 16 : 0)};
+      }
+    }
+}
 
 }  // namespace
 
@@ -129,8 +146,8 @@ void grouped_gemm_nt(const GroupedGemm<X, W, Y>& g) {
 template <class X, class W, class Y>
 void gemm_nn_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t e, int64_t r0, int64_t r1,
                      int64_t n0, int64_t n1, Rows<float> y) {
-  constexpr int64_t kPanelRows = kDepth * kStep<X>;
-  alignas(64) Packed<X> copy[kDepth * 64];
+  constexpr int64_t kMostSteps = 128;
+  alignas(64) Packed<X> panels[kMostSteps * kGroup], rows_packed[kMostSteps * (kRowChunk + kMaxBlockRows)];
   const W* w = g.w + e * g.w_expert;
   const X* a[kRowChunk];
   float* c[kRowChunk];
@@ -140,46 +157,41 @@ void gemm_nn_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
     c[i] = y(r0 + i);
     if (g.K == 0) std::fill(c[i], c[i] + n1 - n0, 0.0f);
   }
-  const RowBlocks blocks(rows, isa.axpy_rows);
-  const int64_t panels = kAhead / isa.panel, calls = panels * blocks.count;
-  for (int64_t k = 0; k < g.K; k += kPanelRows) {
-    const int64_t depth = std::min(kPanelRows, g.K - k);
-    for (int64_t group = n0; group < n1; group += kAhead) {
-      // While the panels of one group are computed, each call asks for its share of the next group's lines.
-      const bool turns = group + kAhead >= n1;
-      const W* const ahead = w + (turns ? k + depth : k) * g.w_row + (turns ? n0 : group + kAhead);
-      const int64_t wanted = turns ? (k + depth < g.K ? n1 - n0 : 0) : n1 - group - kAhead;
-      const int64_t lines = ceil_div(std::min(kAhead, wanted), kLine<W>);
+  const RowBlocks blocks(rows, isa.panel_rows);
+  const int64_t calls = kGroup / isa.panel * blocks.count;
+  const int64_t most_depth = std::min(kMostSteps, kPanelSize / isa.panel) * kStep<X>;
+  for (int64_t k = 0; k < g.K; k += most_depth) {
+    const int64_t depth = std::min(most_depth, g.K - k), steps = ceil_div(depth, kStep<X>);
+    pack_rows(isa, a, blocks, k, depth, rows_packed);
+    for (int64_t group = n0; group < n1; group += kGroup) {
+      const int64_t columns = std::min(kGroup, n1 - group);
+      static_cast<const PackKernels<X, W>&>(isa).pack(
+          {.b = w + k * g.w_row + group, .ldb = g.w_row, .K = depth, .columns = columns, .panels = panels});
+      // While this group is computed, each call asks for its share of the next one's lines.
+      const bool turns = group + kGroup >= n1;
+      const int64_t next_k = turns ? k + depth : k, next_n = turns ? n0 : group + kGroup;
+      const int64_t lines = ceil_div(std::min(kGroup, n1 - next_n), kLine<W>);
+      const int64_t wanted = lines * std::min(most_depth, g.K - next_k);
       int64_t call = 0;
-      for (int64_t n = group; n < std::min(n1, group + kAhead); n += isa.panel) {
-        const int64_t cols = std::min<int64_t>(isa.panel, n1 - n);
+      for (int64_t n = 0; n < columns; n += isa.panel)
         for (int64_t i = 0; i < blocks.count; ++i, ++call) {
-          // The first block of rows reads the weights and keeps them packed for the others.
-          const int64_t line = piece(lines, calls, call);
-          const auto block = [&]<class P>(const P* source, int64_t ld, Packed<X>* keep) {
-            return AxpyBlock<X, P, W>{
-                .a = a + blocks.first[i],
-                .depth = k,
-                .b = source,
-                .ldb = ld,
-                .copy = keep,
-                .c = c + blocks.first[i],
-                .column = n - n0,
-                .K = depth,
-                .columns = cols,
-                .mode = k > 0 ? Store::kAdd : Store::kWrite,
-                .prefetch = ahead + line * kLine<W>,
-                .prefetch_ld = g.w_row,
-                .prefetch_lines = static_cast<int>(piece(lines, calls, call + 1) - line)};
-          };
-          if (i == 0)
-            static_cast<const AxpyKernels<X, W>&>(isa).axpy[blocks.rows(i)](
-                block(w + k * g.w_row + n, g.w_row, blocks.count > 1 ? copy : nullptr));
-          else
-            static_cast<const AxpyKernels<X, W>&>(isa).axpy_packed[blocks.rows(i)](
-                block(static_cast<const Packed<X>*>(copy), isa.panel, nullptr));
+          const int64_t first = piece(wanted, calls, call), count = piece(wanted, calls, call + 1) - first;
+          static_cast<const PanelKernels<X, float>&>(isa).panel_product[blocks.rows(i)](
+              {.a = rows_packed + i * steps * isa.panel_rows,
+               .b = panels + n * steps,
+               .c = c + blocks.first[i],
+               .column = group - n0 + n,
+               .steps = steps,
+               .columns = std::min<int64_t>(isa.panel, columns - n),
+               .mode = k > 0 ? Store::kAdd : Store::kWrite,
+               .ahead = {
+                   .rows = reinterpret_cast<const char*>(w + (next_k + first / lines) * g.w_row + next_n),
+                   .ld = g.w_row * static_cast<int64_t>(sizeof(W)),
+                   .first = static_cast<int>(first % lines),
+                   .lines = static_cast<int>(lines),
+                   .count = static_cast<int>(count),
+                   .a_step = static_cast<int>(ceil_div(count * kAheadStep, steps))}});
         }
-      }
     }
   }
 }

@@ -56,16 +56,18 @@ template <class X>
 struct Panels {
   Panels(const Kernels& isa, int64_t rows, int64_t A, int64_t B)
       : steps(ceil_div(std::min(rows, kOuterRows), kStep<X>)),
-        of_a(steps * ceil_div(A, isa.axpy_rows) * isa.axpy_rows),
+        of_a(steps * ceil_div(A, isa.panel_rows) * isa.panel_rows),
         of_b(steps * ceil_div(B, isa.panel) * isa.panel) {}
   int64_t steps, of_a, of_b;
 };
 
-// Rows m0..m1 of one expert's gradient, written to or added to c [m1 - m0, ldc].
+// Rows m0..m1 of one expert's gradient, written to or added to c, rows of it that lie in order.
 template <class X, class W, class C>
-void outer_rows(const Kernels& isa, const GroupedOuter<X, W>& g, int64_t e, int64_t m0, int64_t m1, C* c,
-                int64_t ldc, bool adds, bool streams, Packed<X>* copies) {
+void outer_rows(const Kernels& isa, const GroupedOuter<X, W>& g, int64_t e, int64_t m0, int64_t m1,
+                Rows<C> out, bool adds, bool streams, Packed<X>* copies) {
   const int64_t r0 = g.offsets[e], r1 = g.offsets[e + 1];
+  C* c[kTall * kMaxBlockRows];
+  for (int64_t m = m0; m < m1; ++m) c[m - m0] = out(m - m0);
   int64_t chunk = r0;
   do {  // once even without rows: the gradient of an idle expert is zero, not unwritten
     const int64_t rows = std::min(kOuterRows, r1 - chunk), steps = ceil_div(rows, kStep<X>);
@@ -73,18 +75,18 @@ void outer_rows(const Kernels& isa, const GroupedOuter<X, W>& g, int64_t e, int6
                        : streams && r1 - r0 <= kOuterRows ? Store::kStream
                                                           : Store::kWrite;
     Packed<X>* const a = copies + Panels<X>(isa, rows, m1 - m0, g.B).of_b;
-    pack(isa, g.a, chunk, rows, m0, m1, isa.axpy_rows, a);
+    pack(isa, g.a, chunk, rows, m0, m1, isa.panel_rows, a);
     pack(isa, g.b, chunk, rows, 0, g.B, isa.panel, copies);
-    for (int64_t m = m0; m < m1; m += isa.axpy_rows)
+    for (int64_t m = 0; m < m1 - m0; m += isa.panel_rows)
       for (int64_t n = 0; n < g.B; n += isa.panel)
-        static_cast<const OuterKernels<X, C>&>(isa).outer[std::min<int64_t>(isa.axpy_rows, m1 - m)](
-            {.a = a + (m - m0) * steps,
-             .b = copies + n * steps,
-             .c = c + (m - m0) * ldc + n,
-             .ldc = ldc,
-             .R = steps,
-             .columns = std::min<int64_t>(isa.panel, g.B - n),
-             .mode = mode});
+        static_cast<const PanelKernels<X, C>&>(isa).panel_product[std::min<int64_t>(
+            isa.panel_rows, m1 - m0 - m)]({.a = a + m * steps,
+                                           .b = copies + n * steps,
+                                           .c = c + m,
+                                           .column = n,
+                                           .steps = steps,
+                                           .columns = std::min<int64_t>(isa.panel, g.B - n),
+                                           .mode = mode});
     chunk += kOuterRows;
   } while (chunk < r1);
 }
@@ -96,7 +98,7 @@ void outer_rows_rounded_once(const Kernels& isa, const GroupedOuter<X, W>& g, in
   W* const out = g.out + e * g.out_expert;
   for (int64_t m = m0; g.adds && m < m1; ++m)
     static_cast<const RowKernels<W>&>(isa).widen(out + m * g.out_row, sum + (m - m0) * g.B, g.B);
-  outer_rows(isa, g, e, m0, m1, sum, g.B, g.adds, false, copies);
+  outer_rows(isa, g, e, m0, m1, Rows<float>{.base = sum, .ld = g.B}, g.adds, false, copies);
   for (int64_t m = m0; m < m1; ++m)
     static_cast<const RowKernels<W>&>(isa).narrow(sum + (m - m0) * g.B, out + m * g.out_row, g.B);
 }
@@ -106,9 +108,9 @@ void outer_rows_rounded_once(const Kernels& isa, const GroupedOuter<X, W>& g, in
 template <class X, class W>
 void grouped_outer(const GroupedOuter<X, W>& g) {
   const Kernels& isa = kernels();
-  int64_t height = kTall * isa.axpy_rows;
-  while (height > kShort * isa.axpy_rows && g.E * ceil_div(g.A, height) < 8 * g.threads)
-    height -= kShort * isa.axpy_rows;
+  int64_t height = kTall * isa.panel_rows;
+  while (height > kShort * isa.panel_rows && g.E * ceil_div(g.A, height) < 8 * g.threads)
+    height -= kShort * isa.panel_rows;
   const int64_t blocks = ceil_div(g.A, height);
   const int64_t misaligned = reinterpret_cast<uintptr_t>(g.out) % 64 + g.out_row % kLine<W> +
                              g.out_expert % kLine<W> + g.B % kLine<W>;
@@ -135,8 +137,9 @@ void grouped_outer(const GroupedOuter<X, W>& g) {
             continue;
           }
         }
-        outer_rows(isa, g, e, m0, m1, g.out + e * g.out_expert + m0 * g.out_row, g.out_row, g.adds, streams,
-                   copies);
+        outer_rows(isa, g, e, m0, m1,
+                   Rows<W>{.base = g.out + e * g.out_expert + m0 * g.out_row, .ld = g.out_row}, g.adds,
+                   streams, copies);
       }
     std::atomic_thread_fence(std::memory_order_seq_cst);  // streaming stores are weakly ordered
   }

@@ -1,8 +1,7 @@
 // Micro-kernels of the grouped GEMM: registers and nothing else.
 //
-//   dot_block    c[m][n]  = sum_k a[m][k] * b[n][k]     forward, weights [E, N, K]: both contiguous along k
-//   axpy_block   c[m][n]  = sum_k a[m][k] * b[k][n]     input gradient: b contiguous along n
-//   outer_block  c[m][n] += sum_r a[r][m] * b[r][n]     weight gradient
+//   dot_block    c[m][n] = sum_k a[m][k] * b[n][k]     forward, weights [E, N, K]: both contiguous along k
+//   panel_block  c[m][n] = sum_s a[s][m] * b[s][n]     input and weight gradient, of packed panels
 //
 // Each in two arithmetics (kernels.h): float operands, and bf16 operands two at a time along the contraction.
 //
@@ -18,11 +17,11 @@ namespace sigma::SK_NS {
 #if SK_LANES == 16
 constexpr int kDotRows = 6;  // 24 sums + 4 of b + 1 of a = 29 of 32 registers
 constexpr int dot_cols(int rows) { return rows <= 3 ? 8 : 4; }  // few rows: more streams of weights at once
-constexpr int kAxpyRows = 6, kPanelVecs = 4;                    // 24 sums + 4 of b + 1 broadcast
+constexpr int kPanelRows = 6, kPanelVecs = 4;                   // 24 sums + 4 of b + 1 broadcast
 #else
 constexpr int kDotRows = 3;  // 12 sums + 3 of a + 1 of b = 16, all that AVX2 has
 constexpr int dot_cols(int rows) { return rows == 1 ? 8 : 4; }
-constexpr int kAxpyRows = 6, kPanelVecs = 2;  // 12 sums + 2 of b + 1 broadcast
+constexpr int kPanelRows = 6, kPanelVecs = 2;  // 12 sums + 2 of b + 1 broadcast
 #endif
 constexpr int kPanel = kPanelVecs * kLanes;
 template <class W>
@@ -52,15 +51,15 @@ SK_INLINE void put_row(W* c, const Vec* sum, int64_t columns, Store mode) {
   }
 }
 
-// NV vectors of a row of a packed panel, or of float or Bf16 widened.
-template <int NV, class T, class P>
-SK_INLINE void load_row(T* x, const P* b, int64_t columns, bool is_full) {
+// NV vectors of a row, widened; zeros beyond its columns.
+template <int NV, class W>
+SK_INLINE void load_row(Vec* x, const W* b, int64_t columns, bool is_full) {
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
     const int64_t left = columns - v * kLanes;
     x[v] = is_full || left >= kLanes ? load(b + v * kLanes)
            : left > 0                ? load_partial(b + v * kLanes, left)
-                                     : T{};
+                                     : Vec{};
   }
 }
 
@@ -105,14 +104,6 @@ SK_INLINE auto load_step_partial(const T* p, int64_t n) {
     return load_pairs_partial(p, n);
   else
     return load_partial(p, n);
-}
-
-// One step of the contraction from a row of A, in every lane; `n` of its elements are left.
-SK_INLINE Vec broadcast_step(const float* a, int64_t) { return broadcast(*a); }
-SK_INLINE PairVec broadcast_step(const Bf16* a, int64_t n) {
-  Pair p{a->bits};
-  if (n >= 2) memcpy(&p, a, sizeof(p));
-  return broadcast(p);
 }
 
 template <int MR, int NR, class A, class W>
@@ -168,67 +159,35 @@ void dot_block(const DotBlock<A, W>& d) {
   }
 }
 
-template <int MR, bool kIsFull, bool kHasCopy, class A, class P, class W>
-SK_INLINE void axpy_body(const AxpyBlock<A, P, W>& d) {
+template <class A, class W>
+void pack_block(const PackBlock<A, W>& d) {
   using V = typename VecOf<A>::type;
-  constexpr bool kPairsUp = kStep<A> == 2 && sizeof(P) == sizeof(A);  // rows of the panel become pairs here
-  Vec sum[MR][kPanelVecs] = {};
-  const A* a[MR];
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) a[m] = d.a[m] + d.depth;
-  const P* b = d.b;
-  Packed<A>* copy = d.copy;
-  const W* prefetch = d.prefetch;
-  const auto step = [&](int64_t k, int64_t left) SK_STEP {
-    V w[kPanelVecs];
-    if constexpr (kPairsUp)
-      load_pair_row<kPanelVecs>(w, b, left >= 2 ? b + d.ldb : nullptr, d.columns, kIsFull);
-    else
-      load_row<kPanelVecs>(w, b, d.columns, kIsFull);
-    if constexpr (kHasCopy) {
+  const int64_t steps = (d.K + kStep<A> - 1) / kStep<A>;
+  const W* b = d.b;
+  Packed<A>* row = d.panels;
+  for (int64_t k = 0; k < d.K; k += kStep<A>, b += kStep<A> * d.ldb, row += kPanel) {
+    Packed<A>* out = row;
+    const auto put_panel = [&](int64_t n, bool is_full) SK_STEP {
+      V w[kPanelVecs];
+      if constexpr (kStep<A> == 2)
+        load_pair_row<kPanelVecs>(w, b + n, k + 1 < d.K ? b + d.ldb + n : nullptr, d.columns - n, is_full);
+      else
+        load_row<kPanelVecs>(w, b + n, d.columns - n, is_full);
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVecs; ++v) store(copy + v * kLanes, w[v]);
-      copy += kPanel;
-    }
-    b += kPairsUp ? 2 * d.ldb : d.ldb;
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      const V x = broadcast_step(a[m] + k, left);
-#pragma GCC unroll 4
-      for (int v = 0; v < kPanelVecs; ++v) sum[m][v] = multiply_add(x, w[v], sum[m][v]);
-    }
-  };
-  int64_t k = 0;
-  for (; k + kStep<A> <= d.K; k += kStep<A>) {
-#pragma GCC unroll 2
-    for (int row = 0; row < kStep<A>; ++row) {
-      for (int l = 0; l < d.prefetch_lines; ++l) __builtin_prefetch(prefetch + kLine<W> * l, 0, 2);
-      prefetch += d.prefetch_ld;
-    }
-    step(k, kStep<A>);
-  }
-  if (k < d.K) step(k, 1);
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) put_row<kPanelVecs>(d.c[m] + d.column, sum[m], d.columns, d.mode);
-}
-
-template <int MR, class A, class P, class W>
-void axpy_block(const AxpyBlock<A, P, W>& d) {
-  const bool is_full = d.columns == kPanel;
-  if constexpr (sizeof(P) == sizeof(Packed<A>) && sizeof(P) != sizeof(W)) {  // packed already
-    return is_full ? axpy_body<MR, true, false>(d) : axpy_body<MR, false, false>(d);
-  } else {
-    if (d.copy) return is_full ? axpy_body<MR, true, true>(d) : axpy_body<MR, false, true>(d);
-    return is_full ? axpy_body<MR, true, false>(d) : axpy_body<MR, false, false>(d);
+      for (int v = 0; v < kPanelVecs; ++v) store(out + v * kLanes, w[v]);
+    };
+    int64_t n = 0;
+    for (; n + kPanel <= d.columns; n += kPanel, out += steps * kPanel) put_panel(n, true);
+    if (n < d.columns) put_panel(n, false);
   }
 }
 
-template <int MR, class A, class W>
-void outer_block(const OuterBlock<A, W>& d) {
+template <int MR, class A, class C>
+void panel_block(const PanelBlock<A, C>& d) {
   using V = typename VecOf<A>::type;
   Vec sum[MR][kPanelVecs] = {};
   const Packed<A>*a = d.a, *b = d.b;
-  for (int64_t r = 0; r < d.R; ++r, a += kAxpyRows, b += kPanel) {
+  const auto step = [&]() SK_STEP {
     V w[kPanelVecs];
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVecs; ++v) w[v] = load(b + v * kLanes);
@@ -238,9 +197,26 @@ void outer_block(const OuterBlock<A, W>& d) {
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVecs; ++v) sum[m][v] = multiply_add(x, w[v], sum[m][v]);
     }
+    a += kPanelRows;
+    b += kPanel;
+  };
+  const char* ahead = d.ahead.rows;
+  int line = d.ahead.first, left = d.ahead.count;
+  int64_t s = 0;
+  for (; left > 0 && s + kAheadStep <= d.steps; s += kAheadStep) {
+    for (int i = 0; i < d.ahead.a_step && left > 0; ++i, --left) {
+      __builtin_prefetch(ahead + 64 * line, 0, 2);
+      if (++line == d.ahead.lines) {
+        line = 0;
+        ahead += d.ahead.ld;
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kAheadStep; ++i) step();
   }
+  for (; s < d.steps; ++s) step();
 #pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) put_row<kPanelVecs>(d.c + m * d.ldc, sum[m], d.columns, d.mode);
+  for (int m = 0; m < MR; ++m) put_row<kPanelVecs>(d.c[m] + d.column, sum[m], d.columns, d.mode);
 }
 
 }  // namespace sigma::SK_NS

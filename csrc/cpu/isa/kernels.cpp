@@ -21,22 +21,16 @@ void fill(DotKernels<A, W>& t) {
   fill_columns<MR, dot_cols(MR), A, W>(t);
   if constexpr (MR > 1) fill<A, W, MR - 1>(t);
 }
-template <class A, class W, int MR = kAxpyRows>
-void fill(AxpyKernels<A, W>& t) {
-  t.axpy[MR] = axpy_block<MR, A, W, W>;
-  t.axpy_packed[MR] = axpy_block<MR, A, Packed<A>, W>;
-  if constexpr (MR > 1) fill<A, W, MR - 1>(t);
-}
-template <class A, class W, int MR = kAxpyRows>
-void fill(OuterKernels<A, W>& t) {
-  t.outer[MR] = outer_block<MR, A, W>;
-  if constexpr (MR > 1) fill<A, W, MR - 1>(t);
+template <class A, class C, int MR = kPanelRows>
+void fill(PanelKernels<A, C>& t) {
+  t.panel_product[MR] = panel_block<MR, A, C>;
+  if constexpr (MR > 1) fill<A, C, MR - 1>(t);
 }
 template <class A, class W>
 void fill_gemm(GemmKernels<A, W>& t) {
   fill<A, W>(static_cast<DotKernels<A, W>&>(t));
-  fill<A, W>(static_cast<AxpyKernels<A, W>&>(t));
-  fill<A, W>(static_cast<OuterKernels<A, W>&>(t));
+  fill<A, W>(static_cast<PanelKernels<A, W>&>(t));
+  static_cast<PackKernels<A, W>&>(t).pack = pack_block<A, W>;
 }
 template <class T>
 void fill_rows(RowKernels<T>& t) {
@@ -50,7 +44,7 @@ const Kernels& kernels() {
     t.lanes = kLanes;
     t.dot_rows = kDotRows;
     for (int rows = 1; rows <= kDotRows; ++rows) t.dot_cols[rows] = dot_cols(rows);
-    t.axpy_rows = kAxpyRows;
+    t.panel_rows = kPanelRows;
     t.panel = kPanel;
 #if defined(__AVX512BF16__)
     t.multiplies_bf16 = true;
@@ -59,7 +53,7 @@ const Kernels& kernels() {
     fill_gemm<float, Bf16>(t);
     fill_gemm<float, F16>(t);
     fill_gemm<Bf16, Bf16>(t);
-    fill<Bf16, float>(static_cast<OuterKernels<Bf16, float>&>(t));
+    fill<Bf16, float>(static_cast<PanelKernels<Bf16, float>&>(t));
     fill<float, Int8>(static_cast<DotKernels<float, Int8>&>(t));
     fill_rows<float>(t);
     fill_rows<Bf16>(t);

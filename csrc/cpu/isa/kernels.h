@@ -69,35 +69,36 @@ struct DotBlock {
   int64_t prefetch_steps;  // in so many of its first, 0: none
 };
 
-// A block of rows of A times a panel of B that is contiguous along the output.
-// `P` is how the panel is stored: as W, ldb between its rows, or packed.
-template <class A, class P, class W>
-struct AxpyBlock {
-  const A* const* a;  // rows of A, from their element `depth` on
-  int64_t depth;
-  const P* b;  // [K rows, ldb apart], columns of the panel
-  int64_t ldb;
-  Packed<A>* copy;  // where to keep the panel, packed to its width, or null
-  float* const* c;  // rows of C, from their element `column` on
+// Lines that come later, for the cache: `count` of them, `lines` a row from line `first` on, rows `ld` bytes
+// apart.
+struct Ahead {
+  const char* rows = nullptr;
+  int64_t ld = 0;
+  int first = 0, lines = 0, count = 0;
+  int a_step = 0;  // of kAheadStep steps of the contraction
+};
+constexpr int kAheadStep = 4;
+
+// A block of products of packed panels: c[m][n] (+)= sum_s a[s][m] * b[s][n].
+template <class A, class C>
+struct PanelBlock {
+  const Packed<A>* a;  // [steps, panel_rows]
+  const Packed<A>* b;  // [steps, panel]
+  C* const* c;         // rows of C, whose column `column` is written first
   int64_t column;
-  int64_t K;
-  int64_t columns;  // of the panel, 1 .. its width
+  int64_t steps;
+  int64_t columns;  // 1 .. panel
   Store mode;
-  const W* prefetch;  // as above, line l of prefetch + k * prefetch_ld
-  int64_t prefetch_ld;
-  int prefetch_lines;
+  Ahead ahead = {};
 };
 
-// A block of A^T B: the sum over R rows of outer products.  For bf16 operands a row is a packed pair of rows.
+// Rows of B to panels [steps, panel], one after another, the last filled up with zeros.
 template <class A, class W>
-struct OuterBlock {
-  const Packed<A>* a;  // [R, axpy_rows], packed
-  const Packed<A>* b;  // [R, panel], packed
-  W* c;
-  int64_t ldc;
-  int64_t R;
-  int64_t columns;
-  Store mode;
+struct PackBlock {
+  const W* b;  // [K rows, ldb apart]
+  int64_t ldb;
+  int64_t K, columns;
+  Packed<A>* panels;
 };
 
 // What balance losses read of one token's scores: q, its probabilities, and the log of its logits' sum of
@@ -142,14 +143,13 @@ template <class A, class W>
 struct DotKernels {
   void (*dot[kMaxBlockRows + 1][kMaxDotCols + 1])(const DotBlock<A, W>&);
 };
-template <class A, class W>
-struct AxpyKernels {
-  void (*axpy[kMaxBlockRows + 1])(const AxpyBlock<A, W, W>&);
-  void (*axpy_packed[kMaxBlockRows + 1])(const AxpyBlock<A, Packed<A>, W>&);
+template <class A, class C>
+struct PanelKernels {
+  void (*panel_product[kMaxBlockRows + 1])(const PanelBlock<A, C>&);
 };
 template <class A, class W>
-struct OuterKernels {
-  void (*outer[kMaxBlockRows + 1])(const OuterBlock<A, W>&);
+struct PackKernels {
+  void (*pack)(const PackBlock<A, W>&);
 };
 
 // Whole rows, stored as T, summed as floats.
@@ -165,14 +165,14 @@ struct RowKernels {
 
 // Operands and weights that each family has.
 template <class A, class W>
-struct GemmKernels : DotKernels<A, W>, AxpyKernels<A, W>, OuterKernels<A, W> {};
+struct GemmKernels : DotKernels<A, W>, PackKernels<A, W>, PanelKernels<A, W> {};
 
 // What one instruction set runs; a family is taken by its name: `const DotKernels<A, W>& dots = isa`.
 struct Kernels : GemmKernels<float, float>,
                  GemmKernels<float, Bf16>,
                  GemmKernels<float, F16>,
                  GemmKernels<Bf16, Bf16>,
-                 OuterKernels<Bf16, float>,  // sums of many rows, rounded later
+                 PanelKernels<Bf16, float>,  // sums of many rows, rounded later
                  DotKernels<float, Int8>,    // forward only
                  RowKernels<float>,
                  RowKernels<Bf16>,
@@ -181,7 +181,7 @@ struct Kernels : GemmKernels<float, float>,
   int lanes;
   int dot_rows;                     // largest block of dot, in rows
   int dot_cols[kMaxBlockRows + 1];  // and in columns, by its rows
-  int axpy_rows, panel;             // largest block in rows of axpy and outer, panel width in elements
+  int panel_rows, panel;            // largest block of panels: rows, and columns
   bool multiplies_bf16;             // in hardware: bf16 operands are faster than widened ones
   void (*pair_rows)(const Bf16* even, const Bf16* odd, Pair* y, int64_t n);  // odd may be null: zeros
   void (*swiglu)(const float* gate, const float* up, float* out, int64_t n);
