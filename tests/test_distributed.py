@@ -22,6 +22,13 @@ def test_on_ranks(tmp_path, size):
     mp.spawn(ranks.run, (CHECKS[size], size, str(tmp_path / "store")), nprocs=size)
 
 
+def test_a_gain_that_is_none_is_refused():
+    with pytest.raises(
+        ValueError, match=r"balanced_placement: gain must be a number of at least 0, found -1"
+    ):
+        balanced_placement(torch.ones(4), 2, gain=-1)
+
+
 def test_without_a_process_group_it_says_so():
     routing = sk.route(torch.randn(4, 8))
     for call in (
@@ -45,23 +52,24 @@ loads = st.integers(1, 6).flatmap(
 )
 
 
-@given(loads)
-def test_a_balanced_placement_is_one_and_never_the_worse(case):
+@given(loads, st.sampled_from([0.0, 0.01, 0.5]))
+def test_a_balanced_placement_is_one_and_never_the_worse(case, gain):
     """Defends: a place twice; more load on the busiest rank than before; experts that move though nothing is gained."""
     ranks, load, former = case[0], torch.tensor(case[1]), torch.tensor(case[2])
     for now in (None, former):
-        new = balanced_placement(load, ranks, now)
+        new = balanced_placement(load, ranks, now, gain)
         assert sorted(new.tolist()) == list(range(len(load)))
         after = rank_load(load, ranks, new)
         assert after.sum() == load.sum()
         before = rank_load(load, ranks, now)
-        assert after.max() < before.max() or torch.equal(new, torch.arange(len(load)) if now is None else now)
+        has_won = int(before.max() - after.max()) > gain * sum(case[1]) / ranks
+        assert has_won or torch.equal(new, torch.arange(len(load)) if now is None else now)
         size = len(load) // ranks
         lightest = load.sort().values[: size - 1].sum()
         assert after.max() >= max(load.max() + lightest, load.sum() / ranks)
         if now is not None:  # who stays on a rank stays where it is
             assert torch.equal(new[now // size == new // size], now[now // size == new // size])
-        assert torch.equal(balanced_placement(load, ranks, new), new)
+        assert torch.equal(balanced_placement(load, ranks, new, gain), new)
 
 
 def test_a_hot_half_is_spread():

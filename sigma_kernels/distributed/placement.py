@@ -17,25 +17,30 @@ from sigma_kernels.ops.route import group_where_present
 from sigma_kernels.routing import Routing
 
 
-def balanced_placement(load: Tensor, ranks: int, placement: Tensor | None = None) -> Tensor:
+def balanced_placement(
+    load: Tensor, ranks: int, placement: Tensor | None = None, gain: float = 0.01
+) -> Tensor:
     """Places that give each of P ranks E/P experts and, as far as a greedy rule finds it, the same load.
 
     Heaviest first, each expert goes to the rank with the least load among those that have room (longest processing
     time first: Graham 1969, doi 10.1137/0117039; here with E/P to a rank).  Ties: the lower number.  Groups of experts
-    then go to the ranks that hold most of them already, and who stays on a rank keeps the place.  Where the busiest
-    rank would have no less than it has, all stay.  The same numbers give the same places, on all ranks.
+    then go to the ranks that hold most of them already, and who stays on a rank keeps the place.  The same numbers give
+    the same places, on all ranks.
 
     Args:
         load: [E], what each expert has to do, as its tokens since it was last asked.
         ranks: P.
         placement: where the experts stand now; in order of their numbers where not given.
+        gain: of the mean load of a rank; where the busiest one would not lose more than that, all stay.
     Returns: [E] int64.
     Raises: TypeError for a dtype, ValueError for a load that is no finite number of at least 0, ranks that do not
-        divide E, or a placement that is none.
+        divide E, a placement that is none, or a gain below 0.
     Bound: the busiest rank has no less than the mean, and no less than the heaviest expert and the E/P - 1 lightest.
     """
     op = "balanced_placement"
     E, size = _check_load(op, load, ranks)
+    if not gain >= 0:
+        raise ValueError(f"{op}: gain must be a number of at least 0, found {gain}")
     now = _in_order(op, placement, E)
     weight, place = load.tolist(), now.tolist()
     heaviest_first = sorted(range(E), key=lambda e: (-weight[e], e))
@@ -51,7 +56,7 @@ def balanced_placement(load: Tensor, ranks: int, placement: Tensor | None = None
     totals_now = [0.0] * ranks
     for e in heaviest_first:
         totals_now[place[e] // size] += weight[e]
-    if max(totals) >= max(totals_now):
+    if max(totals_now) - max(totals) <= gain * sum(weight) / ranks:
         return now.clone()
     new = [-1] * E
     for g, rank in _nearest_rank(groups, [p // size for p in place]).items():
