@@ -65,8 +65,8 @@ class Placing:
         return None if self._load is None else self._load.tolist()
 
     def load(self, state: list[list[int]] | None) -> None:
-        """Have seen this, or nothing."""
-        self._load = None if state is None else torch.tensor(state)
+        """Have seen this, or nothing; where experts stay it would only grow old."""
+        self._load = torch.tensor(state) if state and self._every else None
 
 
 def in_words(row: dict[str, float]) -> str:
