@@ -1,11 +1,13 @@
 """What placing experts by load does to ranks of skewed load, and what moving them costs.
 
     python bench/placement.py --ranks 4 --skew 1.2
+    python bench/placement.py --reach
 
 Shape A over gloo, top-1, Zipf-skewed choices, with hot experts beside one another and anywhere: the busiest rank's
 load over the mean, a layer's forward and backward on all ranks (median and range of rounds in turn), and the bytes of
 weights and moments that a rank sends to others while experts move.  A thread a rank: where ranks are more than cores
-they take turns, so that times gain less than loads do.
+they take turns, so that times gain less than loads do.  `--reach` is the loads alone, by skew and number of ranks,
+without a process.
 """
 
 import argparse
@@ -62,6 +64,28 @@ def calls_of(skew: float, are_neighbours: bool, T: int) -> Calls:
     }
 
 
+def reach(draws: int = 20, choices: int = 16_384) -> None:
+    """Mean over draws of the busiest rank's load over the mean, beside what no placement goes below."""
+    generator = torch.Generator().manual_seed(0)
+    print(
+        "| skew | ranks | in order, hot ones beside one another | in order, hot ones anywhere | placed | bound |"
+    )
+    print("|---" * 6 + "|")
+    for skew, ranks in ((0.5, 4), (0.5, 16), (1.0, 4), (1.0, 8), (1.2, 4), (1.2, 8)):
+        share = torch.arange(1, A.E + 1, dtype=torch.float64) ** -skew
+        found = []
+        for _ in range(draws):
+            drawn = torch.multinomial(share, choices, replacement=True, generator=generator)
+            load = drawn.bincount(minlength=A.E)
+            anywhere = load[torch.randperm(A.E, generator=generator)]
+            placed = rank_load(anywhere, ranks, balanced_placement(anywhere, ranks)).max()
+            least = load.max() + load.sort().values[: A.E // ranks - 1].sum()
+            most = [rank_load(load, ranks).max(), rank_load(anywhere, ranks).max(), placed, least]
+            found.append([x.item() * ranks / choices for x in most])
+        *three, bound = torch.tensor(found).clamp(min=1).mean(0).tolist()
+        print(f"| {skew} | {ranks} | " + " | ".join(f"{x:.2f}" for x in (*three, bound)) + " |")
+
+
 def seconds(call: Any) -> tuple[float, Any]:
     began = time.perf_counter()
     found = call()
@@ -79,7 +103,11 @@ def main() -> None:
     parser.add_argument("--skew", type=float, default=1.2)
     parser.add_argument("--tokens", type=int, default=512, help="of each rank")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--reach", action="store_true", help="what placements reach, in a table")
     args = parser.parse_args()
+    if args.reach:
+        reach()
+        return
     for are_neighbours in (True, False):
         with several(args.ranks, calls_of, args.skew, are_neighbours, args.tokens) as calls:
             calls["learned"]()
