@@ -71,16 +71,36 @@ another_expert_of_rank_3 = partial(other_weight, "layers.0.mlp.experts.down_proj
 another_embedding_of_rank_2 = partial(other_weight, "embed_tokens.weight", "2")
 
 
-def infinite_expert_of_rank_3() -> None:
-    """In the third step, of the last expert that it has in the second layer."""
+def infinite_expert_7_in_a_copy() -> None:
+    """In the third step, in the second layer, on the second of two pairs of ranks, whichever holds it."""
     nothing()
     gradients = loop.Trainer._gradients
 
     def now(trainer: loop.Trainer) -> Any:
-        if trainer.step == 2 and os.environ["RANK"] == "3":
-            local(trainer.model.get_parameter("layers.1.mlp.experts.gate_up_proj").detach())[-1].fill_(
-                math.inf
-            )
+        if trainer.step == 2:
+            moe = trainer.model.moe_layers()[1]
+            assert moe.placement is not None, "nobody has moved"
+            holder, row = divmod(int(moe.placement[7]), 4)
+            if int(os.environ["RANK"]) == 2 + holder:
+                local(moe.experts.gate_up_proj.detach())[row].fill_(math.inf)
         return gradients(trainer)
+
+    loop.Trainer._gradients = now
+
+
+def goes_back_past_a_placement() -> None:
+    """In the sixth step the norm is no number, and the newest checkpoint is damaged."""
+    nothing()
+    gradients = loop.Trainer._gradients
+
+    def now(trainer: loop.Trainer) -> Any:
+        loss, norm, counts = gradients(trainer)
+        if trainer.step != 5:
+            return loss, norm, counts
+        trainer.saver.wait()
+        if trainer.ranks.is_first:
+            part = trainer.checkpoints / "step-00000004" / "__0_0.distcp"
+            part.write_bytes(part.read_bytes()[:-1])
+        return loss, math.nan, counts
 
     loop.Trainer._gradients = now

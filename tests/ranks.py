@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import sigma_kernels as sk
 from sigma_kernels.distributed import ExpertParallelMoE, combine, dispatch
+from sigma_kernels.distributed.moe import local
 
 # Tokens of each rank: uneven, one, none.
 TOKENS = {2: [(37, 20), (1, 0), (0, 0)], 4: [(20, 1, 33, 0), (5, 5, 5, 5)]}
@@ -204,6 +205,98 @@ def limited(rank: int, ranks: int) -> None:
         assert_close(part.router.weight.grad, want, tolerance(torch.float32, 24))
 
 
+def shuffled(E: int, seed: int) -> Tensor:
+    """A placement that is not its own inverse."""
+    found = torch.randperm(E, generator=torch.Generator().manual_seed(seed))
+    assert not torch.equal(found[found], torch.arange(E))
+    return found
+
+
+def outcome(part: ExpertParallelMoE, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """Output and gradients, those of experts by the experts' numbers."""
+    out = part(x)
+    leaves = [x, part.router.weight, *part.experts.parameters()]
+    of_x, of_router, *of_experts = torch.autograd.grad(out, leaves, grad)
+    return [out, of_x, of_router, *(by_number(part, rows) for rows in of_experts)]
+
+
+def by_number(part: ExpertParallelMoE, rows: Tensor) -> Tensor:
+    """Rows of all ranks' experts, in the order of their numbers."""
+    ranks = dist.get_world_size()
+    everyone = [torch.empty_like(rows) for _ in range(ranks)]
+    dist.all_gather(everyone, rows.contiguous())
+    in_places = torch.cat(everyone)
+    if part.placement is None:
+        return in_places
+    return torch.stack([in_places[place] for place in part.placement.tolist()])
+
+
+def placed(rank: int, ranks: int) -> None:
+    """Wherever experts stand the layer is the same, with one choice bit for bit, and what it shows is by number."""
+    E = 4 * ranks
+    for k, options in (
+        (1, {}),
+        (1, {"capacity_factor": 0.8, "drop": "last"}),
+        (2, {}),
+        (3, {"capacity_factor": 1.2}),
+    ):
+        torch.manual_seed(k)
+        whole = sk.nn.MoE(24, 16, E, k, **options)
+        _, x = tokens(TOKENS[ranks][0], rank, 24, torch.float32)
+        grad = torch.randn(x.shape)
+        places = shuffled(E, k)
+        for wire in ({}, {"chunks": 2}, {"payload": "int8"}):
+            part = ExpertParallelMoE.from_whole(whole, **wire)
+            other = ExpertParallelMoE.from_whole(whole, placement=places.int(), **wire)
+            assert [int(places[e]) for e in other.held] == [*range(4 * rank, 4 * rank + 4)]
+            assert torch.equal(other.experts.down_proj, whole.experts.down_proj[other.held])
+            for got, want in zip(outcome(other, x, grad), outcome(part, x, grad), strict=True):
+                if k == 1:
+                    assert torch.equal(got, want), (wire, options)
+                else:
+                    bound = torch.bfloat16 if "payload" in wire else torch.float32
+                    assert_close(got, want, tolerance(bound, 24))
+            for got, want in zip(other.last_routing, part.last_routing, strict=True):
+                assert torch.equal(got, want)
+        again = ExpertParallelMoE(24, 16, E, k, placement=places, **options)
+        again.load_state_dict(other.state_dict())
+        assert torch.equal(again(x), ExpertParallelMoE.from_whole(whole, placement=places)(x))
+        assert "placement" not in part.state_dict()
+
+
+def moved(rank: int, ranks: int) -> None:
+    """A layer whose experts move while it learns is the one whose experts stay, moments and all, bit for bit."""
+    E = 4 * ranks
+    mesh = init_device_mesh("cpu", (ranks,))
+    for group in (None, mesh):
+        torch.manual_seed(1)
+        whole = sk.nn.MoE(24, 16, E)
+        layers = [ExpertParallelMoE.from_whole(whole, group) for _ in range(2)]
+        for moe in layers:
+            moe.router.requires_grad_(False)  # of each rank's own tokens
+        optimizers = [torch.optim.AdamW(moe.experts.parameters(), lr=0.1, fused=True) for moe in layers]
+        still, goes = layers
+        for step, places in enumerate([None, shuffled(E, 1), None, shuffled(E, 2), torch.arange(E)]):
+            x = torch.randn(ranks, 40, 24)[rank]
+            for moe, optimizer in zip(layers, optimizers, strict=True):
+                moe(x).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                moe(x).sum().backward()  # a gradient to be there when experts move, and to be added to
+            if step:
+                before = list(goes.experts.parameters())
+                leaving = [e for e in goes.held if (e if places is None else int(places[e])) // 4 != rank]
+                sent = goes.place(places, optimizers[1])
+                assert sent == len(leaving) * 4 * 3 * 16 * 24 * 4, "bytes of weight, gradient and two moments"
+                assert all(a is b for a, b in zip(before, goes.experts.parameters(), strict=True))
+        assert "placement" not in goes.state_dict()
+        for a, b in zip(still.experts.parameters(), goes.experts.parameters(), strict=True):
+            states = [optimizer.state[p] for optimizer, p in zip(optimizers, (a, b), strict=True)]
+            for want, got in ((a, b), (a.grad, b.grad), *((states[0][n], states[1][n]) for n in states[0])):
+                want, got = (local(t.detach()) for t in (want, got))
+                assert torch.equal(got, want)
+
+
 def group_of_two(rank: int, ranks: int) -> None:
     """Experts shared by pairs: a group that is not everyone, in which a rank has another place."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -227,6 +320,29 @@ def refused(rank: int, ranks: int) -> None:
     assert "must be a ProcessGroup, found str" in caught(
         TypeError, lambda: ExpertParallelMoE(16, 8, 4, group="x")
     )
+    E = 2 * ranks
+    whole = sk.nn.MoE(16, 8, E)
+    part, in_order = ExpertParallelMoE.from_whole(whole), torch.arange(E)
+    optimizer = torch.optim.SGD(part.parameters())
+    optimizer.state[part.experts.down_proj]["rows"] = torch.ones(3, 5)
+    for kind, placement, told in (
+        (TypeError, in_order.tolist(), "placement must be a Tensor, found list"),
+        (TypeError, in_order.float(), "placement must be int32 or int64, found torch.float32"),
+        (ValueError, in_order[1:], f"placement must be [{E}], found [{E - 1}]"),
+        (ValueError, in_order + 1, f"place of its own in 0..{E - 1}, found {E} at expert {E - 1}"),
+        (ValueError, in_order // 2, f"place of its own in 0..{E - 1}, found 0 a second time at expert 1"),
+    ):
+        for call in (
+            lambda placement=placement: ExpertParallelMoE(16, 8, E, placement=placement),
+            lambda placement=placement: ExpertParallelMoE.from_whole(whole, placement=placement),
+            lambda placement=placement: part.place(placement),
+        ):
+            message = caught(kind, call)
+            assert message.startswith("ExpertParallelMoE: placement must ")
+            assert told in message, message
+    message = caught(ValueError, lambda: part.place(in_order.flip(0), optimizer))
+    assert "the optimizer's rows of down_proj must have a row for each of 2 experts, found [3, 5]" in message
+    assert part.placement is None
     routing = sk.route(torch.randn(4, 2 * ranks))
     if rank == 0:  # alone: the others must not be left waiting
         assert "x must be [4, H], found [5, 8]" in caught(
@@ -256,5 +372,8 @@ def caught(kind: type[Exception], call: Callable[[], object]) -> str:
 
 
 CHECKS = {
-    f.__name__: f for f in (layer, crowded, order, visits, chunks, payloads, limited, group_of_two, refused)
+    f.__name__: f
+    for f in (
+        *(layer, crowded, order, visits, chunks, payloads, limited, placed, moved, group_of_two, refused),
+    )
 }

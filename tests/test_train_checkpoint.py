@@ -70,13 +70,14 @@ def flip(path: Path) -> None:
 
 def test_two_then_four_ranks_then_one_are_the_same_run(cache, tmp_path, whole):
     """Defends: parts that only as many ranks can read; ranks that go on from different checkpoints, where a bit flipped
-    in a file that one of them looks at.
+    in a file that one of them looks at; experts that others have placed, taken for those of other numbers.
     """
     out = tmp_path / "run"
     a_step = ["train.time_budget_s=0.001", "train.save_every=1"]
-    for ranks in (2, 4):
-        results = run(ranks, out, cache, *a_step)
+    for ranks, places in ((2, 1), (4, 0)):
+        results = run(ranks, out, cache, *a_step, f"train.place_every={places}")
         assert codes(results) == [0] * ranks, results
+    assert rows(out, "experts_moved")[1] > 0
     parts = sorted(path.name for path in (out / "checkpoints" / "step-00000002").iterdir())
     assert parts == [
         ".metadata",

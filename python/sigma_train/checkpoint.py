@@ -23,6 +23,7 @@ from sigma_train.ranks import Ranks
 VERSION = 4
 RECORD = "state.json"
 MODEL, OPTIMIZER = "model.", "optimizer."  # how names of tensors begin
+PLACEMENT = ".placement"  # how that of a layer's experts ends; where there is none they are in order
 T = TypeVar("T")
 
 
@@ -174,12 +175,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint of any number of ranks into this process.  Raises: CheckpointError if it is damaged."""
+    """A checkpoint of any number of ranks, experts in order, into this process.  Raises: CheckpointError for damage."""
     from sigma_train import sharded
 
     verify(path)
     record, state = read_record(path), sharded.empty(path)
-    sharded.load(path, state)
+    sharded.load_whole(path, state)
+    state = {name: x for name, x in state.items() if not name.endswith(PLACEMENT)}
     return Checkpoint(record["step"], unprefixed(state, MODEL), unprefixed(state, OPTIMIZER), record["extra"])
 
 
@@ -188,7 +190,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     from sigma_train import sharded
 
     must_fit(model, path)
-    sharded.load(path, prefixed(own_tensors(model, model.state_dict()), MODEL))
+    sharded.load_whole(path, prefixed(own_tensors(model, model.state_dict()), MODEL))
 
 
 def must_fit(model: nn.Module, path: Path) -> None:
@@ -197,6 +199,7 @@ def must_fit(model: nn.Module, path: Path) -> None:
 
     wanted = own_tensors(model, model.state_dict())
     found = unprefixed(sharded.described(path), MODEL)
+    found = {name: x for name, x in found.items() if not name.endswith(PLACEMENT)}
     misfits = [f"{name} is missing" for name in wanted if name not in found]
     misfits += [f"{name} is unexpected" for name in found if name not in wanted]
     misfits += [

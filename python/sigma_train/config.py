@@ -193,6 +193,7 @@ class TrainConfig(_Section):
     shard_ranks: OptionalCount = (
         None  # that share the rest of the model, each such group all of it; none: all ranks
     )
+    place_every: Whole = 0  # checkpoints between re-placements of experts by their load; 0: never
     rank_timeout_s: Positive = 600.0  # of a rank that others wait for: then it is taken for lost
     dtype: Literal["f32", "bf16"] = "f32"  # of matrix products; weights and moments of Adam are f32 in both
     prometheus: OptionalFile = None  # where the ledger's figures are left for a textfile collector
@@ -267,7 +268,7 @@ _NOT_SHAPING = {
     "train": {
         *("eval_every", "eval_batches", "log_every", "save_every", "sample_every"),
         *("keep", "async_save", "time_budget_s", "out", "threads", "rank_timeout_s", "prometheus"),
-        *("expert_ranks", "shard_ranks"),
+        *("expert_ranks", "shard_ranks", "place_every"),
     },
 }
 

@@ -35,6 +35,7 @@ from sigma_train.metrics import Metrics, busiest
 from sigma_train.model import LanguageModel, flops_per_token, precision
 from sigma_train.optim import clip, learning_rate, make_optimizer, set_learning_rate
 from sigma_train.origin import origin
+from sigma_train.placing import Placing, in_words
 from sigma_train.progress import RunLine
 from sigma_train.ranks import Ranks
 
@@ -72,6 +73,7 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.data: PreparedData = prepare(config)
         self.guard = Guard(config.guard)
+        self.placing = Placing(config.train)
         self.model = LanguageModel(config)
         if latest:
             self._resume(latest)
@@ -112,6 +114,7 @@ class Trainer:
         self.tokens_seen = extra["tokens_seen"]
         if "guard" in extra:  # of a program that had one
             self.guard.load(extra["guard"])
+        self.placing.load(extra.get("load"))
         self.console.print(f"resumed {path} at step {self.step}")
 
     def _settings(self) -> dict[str, Any]:
@@ -247,6 +250,7 @@ class Trainer:
             for moe, layer in zip(self.model.moe_layers(), counts, strict=True):
                 sk_nn.update_expert_bias(moe.router, layer, self.config.router.bias_rate)
         row["tokens"] = self.tokens_seen
+        self.placing.see(counts)
         if counts:
             row["load"] = [layer.tolist() for layer in counts]
         return row | self.layers.row(self.step + 1, counts, self.ranks)
@@ -322,6 +326,7 @@ class Trainer:
         self.step = self._saved = record["step"]
         self.tokens_seen = extra["tokens_seen"]
         self.guard.rewind(extra.get("guard"))
+        self.placing.load(extra.get("load"))
         if self.metrics is not None:
             self.metrics.close()
             self.metrics = Metrics(self.out, self.step)
@@ -361,14 +366,23 @@ class Trainer:
                 selfcheck.check(self.model, self.config, self.step, self.ranks)
         self._checked = self.step
 
+    def _place(self) -> None:
+        """Before the checkpoint, so that it holds what the run goes on with."""
+        if row := self.placing.place(self.model, self.optimizer, self.ranks):
+            self._record(**row)
+            self.line.say(f"step {self.step:5d}  {in_words(row)}")
+
     def _save(self) -> None:
         if self.config.guard.check_every:
             self._check()
+        if self.placing.is_due(self.step):
+            self._place()
         extra = {
             "settings": self._settings(),
             "corpus_digest": self.data.stats["corpus_digest"],
             "tokens_seen": self.tokens_seen,
             "guard": self.guard.state(),
+            "load": self.placing.state(),
         }
         self.saver.save(self.step, late("parallel").state_of(self.model, self.optimizer), extra)
         self._saved = self.step

@@ -1,6 +1,7 @@
 """Where the ranks of a run stand: which share the experts, which share the rest, and which hold the same."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sigma_train.config import Config, ConfigError
+from sigma_train.model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,11 @@ def mesh_of(config: Config, ranks: int) -> Mesh:
     )
 
 
-def first_expert(parameter: Any) -> int:
-    """Of a layer's experts, or their gradient: which of all is the first that this rank has."""
-    mesh = getattr(parameter, "device_mesh", None)
-    return mesh.get_local_rank() * (parameter.shape[0] // mesh.size()) if mesh is not None else 0
+def experts_held(model: LanguageModel, name: str) -> Sequence[int]:
+    """The numbers of this rank's experts, in the order of its rows of their parameter `name`."""
+    layer: Any = model.get_submodule(name.rpartition(".experts.")[0])
+    held: Sequence[int] = layer.held
+    return held
 
 
 def copies(x: Any) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sigma_kernels.distributed.moe import local
 from sigma_kernels.nn import MoE
 from sigma_train.layer_statistics import square_and_largest
-from sigma_train.mesh import copies, first_expert
+from sigma_train.mesh import copies, experts_held
 from sigma_train.model import LanguageModel
 from sigma_train.ranks import Ranks
 
@@ -40,13 +40,13 @@ def origin(
             (_, what, owner), rank = found
             told = f"the first that is not finite is {what} (rank {rank}, micro-batch {micro + 1})"
             named = model.get_submodule(owner).named_parameters(owner)
-            if wrong := _earliest(_first_nonfinite((name, p.detach()) for name, p in named), ranks):
+            if wrong := _earliest(_first_nonfinite(model, ((name, p.detach()) for name, p in named)), ranks):
                 (_, name), rank = wrong
                 told += f", and so is the weight {name} (rank {rank})"
             return told
     if not math.isfinite(loss):
         return "computed again the loss is finite, so that what was wrong has passed"
-    if wrong := _earliest(_first_nonfinite(gradients), ranks):
+    if wrong := _earliest(_first_nonfinite(model, gradients), ranks):
         (_, name), rank = wrong
         first = f"the first gradient back from the loss that is not is that of {name} (rank {rank})"
         return f"the forward is finite, {first}"
@@ -129,14 +129,15 @@ def _is_finite(x: Tensor) -> bool:
     return bool(x.isfinite().all())
 
 
-def _first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> tuple[int, str] | None:
+def _first_nonfinite(model: LanguageModel, tensors: Iterable[tuple[str, Tensor]]) -> tuple[int, str] | None:
     """Place and name of the first of which this rank's part is not finite; of an expert its number among all."""
     for place, (name, x) in enumerate(tensors):
         is_bad = ~local(x).isfinite()
         if is_bad.any():
-            if ".experts." in f".{name}":
-                expert = int(is_bad.flatten(1).any(1).nonzero()[0])
-                name = f"expert {first_expert(x) + expert} of {name}"
+            if ".experts." in name:
+                of_expert = is_bad.flatten(1).any(1).tolist()
+                bad = min(e for e, wrong in zip(experts_held(model, name), of_expert, strict=True) if wrong)
+                name = f"expert {bad} of {name}"
             return place, name
     return None
 

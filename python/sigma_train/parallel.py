@@ -23,7 +23,7 @@ from sigma_train.checkpoint import MODEL, OPTIMIZER, own_tensors, prefixed, unpr
 from sigma_train.mesh import Mesh
 from sigma_train.model import LanguageModel
 from sigma_train.ranks import Ranks
-from sigma_train.sharded import described, load
+from sigma_train.sharded import described, load, load_whole, placements
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -69,15 +69,30 @@ def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_state(model: nn.Module, optimizer: Optimizer, path: Path, ranks: Ranks) -> None:
-    """What `state_of` gave, however the model was spread then; the optimizer is a new one.  A collective."""
+    """What `state_of` gave, however the model was spread then; the optimizer is a new one.  A collective.
+
+    Experts stand where they stood then; in one process, which has them all, in order.
+    """
+    if ranks.size > 1:
+        stand(model, placements(path))
     weights, has_moments = _weights(model), any(name.startswith(OPTIMIZER) for name in described(path))
     # Asking a new optimizer has it make a step at rate 0, which changes no weight.
     settings: Any = get_optimizer_state_dict(model, optimizer, options=FLAT) if has_moments else {}
     moments = _moments(settings)
-    load(path, weights | moments, ranks)
+    if ranks.size > 1:
+        load(path, weights | moments, ranks)
+    else:
+        load_whole(path, weights | moments)
     set_model_state_dict(model, unprefixed(weights, MODEL), options=StateDictOptions(strict=False))
     if has_moments:
         set_optimizer_state_dict(model, optimizer, settings | unprefixed(moments, OPTIMIZER), options=FLAT)
+
+
+def stand(model: nn.Module, places: dict[str, Tensor]) -> None:
+    """Have layers take their placement over by name, for rows that are about to be read."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, ExpertParallelMoE):
+            layer.stand_at(places.get(name))
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

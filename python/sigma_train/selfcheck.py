@@ -15,7 +15,7 @@ from sigma_kernels.distributed.moe import local
 from sigma_kernels.validation.cases import tolerance
 from sigma_train.config import Config
 from sigma_train.errors import Failure
-from sigma_train.mesh import first_expert
+from sigma_train.mesh import experts_held
 from sigma_train.model import LanguageModel
 from sigma_train.ranks import Ranks
 
@@ -65,8 +65,8 @@ def digests_of_copies(model: LanguageModel, ranks: Ranks) -> dict[str, int]:
             continue
         own, last = local(p.detach()), mesh.ndim - 1
         if ".experts." in name and mesh.size() < ranks.size:
-            first = first_expert(p)
-            found |= {f"{name} of expert {first + e}": crc32(expert) for e, expert in enumerate(own)}
+            held = zip(experts_held(model, name), own, strict=True)
+            found |= {f"{name} of expert {e}": crc32(expert) for e, expert in held}
         elif mesh.ndim > 1:
             found[f"{name}, part {mesh.get_local_rank(last)} of {mesh.size(last)}"] = crc32(own)
     return found
@@ -99,8 +99,8 @@ def wrong_expert(model: LanguageModel, config: Config, turn: int, seed: int) -> 
         size = (w.square().mean().sqrt() + w.abs()).clamp(min=1e-30)  # an expert may be dead
         off = ((g.double() - w).abs() / size).max().item()
         if not off <= bound:  # NaN neither
-            of_all = first_expert(next(layers[layer].experts.parameters())) + e
-            return f"layer {layer}, expert {of_all}: the {name} is off by {off:.1e} of its size, more than {bound:.1e}"
+            number = layers[layer].held[e]
+            return f"layer {layer}, expert {number}: the {name} is off by {off:.1e} of its size, more than {bound:.1e}"
     return None
 
 

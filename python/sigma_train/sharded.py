@@ -20,7 +20,15 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.storage import WriteResult
 
-from sigma_train.checkpoint import CheckpointError, place_of, prune, seal
+from sigma_train.checkpoint import (
+    MODEL,
+    PLACEMENT,
+    CheckpointError,
+    place_of,
+    prune,
+    seal,
+    unprefixed,
+)
 from sigma_train.files import failed_writes_are_oserrors, sha256_file, sync
 from sigma_train.ranks import Ranks
 
@@ -134,6 +142,27 @@ def load(path: Path, state: dict[str, Tensor], ranks: Ranks = Ranks()) -> None: 
     """Fill the tensors of `state`, DTensors with this rank's part; a collective."""
     with first_failure():
         load_parts(state, storage_reader=Reader(path), no_dist=is_alone(ranks))
+
+
+def load_whole(path: Path, state: dict[str, Tensor]) -> None:
+    """Fill the tensors of `state`, which are whole: those of experts in the order of their numbers."""
+    load(path, state)
+    for layer, placement in placements(path).items():
+        for name, x in state.items():
+            if f"{layer}.experts." in name and x.dim() > 0:  # counts of steps have no row of an expert
+                x.copy_(x[placement])
+
+
+def placements(path: Path) -> dict[str, Tensor]:
+    """Of each layer of the model whose experts are not in order: in a checkpoint row p is of whom stands at place p."""
+    found = {
+        name: torch.empty(x.size, dtype=x.properties.dtype)
+        for name, x in described(path).items()
+        if name.endswith(PLACEMENT)
+    }
+    if found:
+        load(path, found)
+    return {name.removesuffix(PLACEMENT): x for name, x in unprefixed(found, MODEL).items()}
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sigma_kernels.distributed.exchange import Exchange, all_to_all, begin_exchange
 from sigma_kernels.distributed.payload import Payload, check_payload
+from sigma_kernels.distributed.placement import experts_of_rank
 from sigma_kernels.ops.library import check_float, check_shape
 from sigma_kernels.ops.permute import permute, sum_by_token, unpermute
 from sigma_kernels.ops.route import check_choices, group_where_present
@@ -180,12 +181,3 @@ def process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
             "sigma_kernels.distributed: no process group; call torch.distributed.init_process_group"
         )
     return found
-
-
-def experts_of_rank(op: str, num_experts: int, ranks: int) -> int:
-    """E/P."""
-    if num_experts % ranks:
-        raise ValueError(
-            f"{op}: the number of experts must be a multiple of the {ranks} ranks, found E={num_experts}"
-        )
-    return num_experts // ranks

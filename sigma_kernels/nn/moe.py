@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: a router and its experts."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,6 +67,11 @@ class MoE(nn.Module):
     def experts_here(self, num_experts: int) -> int:
         """How many of the router's experts this module holds: all of them."""
         return num_experts
+
+    @property
+    def held(self) -> Sequence[int]:
+        """The numbers of this module's experts, in the order of their rows."""
+        return range(self.router.weight.shape[0])
 
     def forward(self, x: Tensor, top_k: int | None = None) -> Tensor:
         """[..., H] for x [..., H]; leading dimensions are tokens.
