@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -21,8 +22,9 @@ from sigma_train import loop
 from sigma_train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from sigma_train.metrics import read_metrics
 from sigma_train.saver import Saver
-from sigma_train.sharded import Writer
+from sigma_train.sharded import Metadatas, Writer
 from test_train_learning import make_trainer  # noqa: F401 - a fixture
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 AT = ("train.save_every=2", "train.eval_every=100")
 
@@ -315,6 +317,25 @@ def test_metadata_that_call_something_are_refused(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"has metadata that are none: .*system is no part of it"):
         load_checkpoint(path)
     assert not (tmp_path / "was-called").exists()
+
+
+class Attribute:
+    """Pickled as one of another object."""
+
+    def __init__(self, of, name):
+        self.of, self.name = of, name
+
+    def __reduce__(self):
+        return getattr, (self.of, self.name)
+
+
+def test_metadata_of_any_python_are_read(tmp_path):
+    """Defends: Debian 12's Python, which pickles members of an enumeration as attributes of it, and no others."""
+    written = [Attribute(_MEM_FORMAT_ENCODING, x.name) for x in _MEM_FORMAT_ENCODING]
+    assert Metadatas(io.BytesIO(pickle.dumps(written))).load() == list(_MEM_FORMAT_ENCODING)
+    for of, name in (_MEM_FORMAT_ENCODING, "__init__"), (torch.Size, "__new__"), (Metadata, "__class__"):
+        with pytest.raises(pickle.UnpicklingError, match=f"attribute {name} of .* is no part of it"):
+            Metadatas(io.BytesIO(pickle.dumps(Attribute(of, name)))).load()
 
 
 def test_another_format_is_named_with_ours(tmp_path):
