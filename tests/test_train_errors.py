@@ -340,3 +340,25 @@ def test_a_signal_while_the_bound_is_timed(cache, tmp_path):
     assert_one_sentence(result, 143, "stopped by SIGTERM before the work was done")
     assert "saved" not in result.stdout
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_signal_that_python_drops_ends_it_all_the_same():
+    """Defends: a run that waits for ever, since SIGTERM met a `__del__`, whose exceptions Python only prints."""
+    code = (
+        "import os, signal, sys, time, types, sigma_cli\n"
+        "class Dropped:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "def app():\n"
+        "    Dropped()\n"
+        "    print('goes on', flush=True)\n"
+        "    time.sleep(60)\n"
+        "sys.modules['sigma_cli.commands'] = types.SimpleNamespace(app=app)\n"
+        "sigma_cli.main()"
+    )
+    command = [sys.executable, "-P", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    assert result.stdout == "goes on\n"
+    assert result.stderr.endswith("error: stopped by SIGTERM before the work was done\n")
+    assert result.returncode == 143

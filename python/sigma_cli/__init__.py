@@ -7,6 +7,8 @@ from typing import Any
 
 from sigma_train.errors import Stopped, verdict
 
+AGAIN_S = 3.0  # a signal is raised again after: more than it takes to leave
+
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -25,9 +27,22 @@ def main() -> None:
             print(f"error: {'' if rank == '0' else f'rank {rank}: '}{sentence}", file=sys.stderr)
         sys.exit(code)
     finally:
+        heeded()
         for number in (signal.SIGINT, signal.SIGTERM):  # what Python still does is no work to be stopped
             signal.signal(number, signal.SIG_IGN)
 
 
 def _on_signal(number: int, _: Any) -> None:
+    """Raise, and again while the command goes on.
+
+    Python drops what is raised within a `__del__` or a callback of its imports, and a system call that begins just
+    after a signal does not see it.
+    """
+    signal.signal(signal.SIGALRM, lambda *_: _on_signal(number, _))
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
     raise Stopped(number)
+
+
+def heeded() -> None:
+    """A signal has reached who acts on it, for longer than it would be raised again after."""
+    signal.setitimer(signal.ITIMER_REAL, 0)

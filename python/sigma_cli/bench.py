@@ -20,6 +20,7 @@ from sigma_train.errors import Stopped, WrongInput
 from sigma_train.files import atomic_file, write_text
 
 import sigma_kernels as sk
+from sigma_cli import heeded
 
 SCHEMA = 1
 # Settings of the process that change what memory or threads cost everyone, so the page names those that are set.
@@ -74,6 +75,7 @@ def run(
                 command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, check=False
             ).returncode
         except Stopped as error:  # the races that are over are written all the same
+            heeded()
             stopped, code = error, 1
         found = json.loads(target.read_text()) if target.exists() else {"races": []}
     if not found["races"]:
