@@ -109,11 +109,7 @@ void count_gemms(const std::string& types) {
                                                                     .column = 0,
                                                                     .scale = nullptr,
                                                                     .K = kDepth,
-                                                                    .mode = Store::kWrite,
-                                                                    .prefetch = nullptr,
-                                                                    .prefetch_rows = 0,
-                                                                    .prefetch_lines = 0,
-                                                                    .prefetch_steps = 0});
+                                                                    .mode = Store::kWrite});
        });
   line("forward " + types + ", 21 rows", kRows * kColumns * kDepth / lanes, least_of_block(tall, wide),
        [&] { gemm_nt_columns(isa, task, 0, 0, kRows, 0, kColumns, static_cast<const W*>(nullptr)); });

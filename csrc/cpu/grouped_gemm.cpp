@@ -92,13 +92,15 @@ void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
     // While the groups of one window are computed, each call asks for its share of the next window's lines.
     const int64_t most_cols = isa.dot_cols[blocks.most], groups = kWindow / most_cols;
     const int64_t calls = groups * blocks.count, lines = g.K / kLine<W>;
-    const int64_t lines_a_step = ceil_div(kWindow * isa.lanes * kStep<X>, kLine<W> * calls);
+    const int64_t steps = std::max<int64_t>(1, ceil_div(g.K, isa.lanes * kStep<X>));
     for (int64_t window = n0; window < n1; window += kWindow) {
       const int64_t end = window + kWindow;
       const W* ahead = end + kWindow <= n1 ? w + end * g.w_row : end >= n1 ? next : nullptr;
       int64_t call = 0;
       for (int64_t n = window; n < std::min(n1, end); n += most_cols)
-        for (int64_t i = 0; i < blocks.count; ++i, ++call)
+        for (int64_t i = 0; i < blocks.count; ++i, ++call) {
+          const int64_t first = piece(lines, calls, call);
+          const int64_t count = ahead ? kWindow * (piece(lines, calls, call + 1) - first) : 0;
           static_cast<const DotKernels<X, W>&>(isa).dot[blocks.rows(i)][std::min(most_cols, n1 - n)](
               {.a = a + blocks.first[i],
                .b = w + n * g.w_row,
@@ -108,13 +110,13 @@ void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
                .scale = g.scale ? scale + blocks.first[i] : nullptr,
                .K = g.K,
                .mode = Store::kWrite,
-               .prefetch = ahead ? ahead + piece(lines, calls, call) * kLine<W> : nullptr,
-               .prefetch_rows = kWindow,
-               .prefetch_lines = static_cast<int>(lines_a_step),
-               .prefetch_steps =
-                   ahead ? ceil_div(kWindow * (piece(lines, calls, call + 1) - piece(lines, calls, call)),
-                                    lines_a_step)
-                         : 0});
+               .ahead = {.at = reinterpret_cast<const char*>(ahead + first * kLine<W>),
+                         .stride = g.w_row * static_cast<int64_t>(sizeof(W)),
+                         .next = 64,
+                         .run = kWindow,
+                         .count = static_cast<int>(count),
+                         .a_step = static_cast<int>(ceil_div(count * kAheadStep, steps))}});
+        }
     }
     if (g.column_scale) {
       const float* factor = g.column_scale + e * g.N;
@@ -184,13 +186,14 @@ void gemm_nn_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
                .steps = steps,
                .columns = std::min<int64_t>(isa.panel, columns - n),
                .mode = k > 0 ? Store::kAdd : Store::kWrite,
-               .ahead = {
-                   .rows = reinterpret_cast<const char*>(w + (next_k + first / lines) * g.w_row + next_n),
-                   .ld = g.w_row * static_cast<int64_t>(sizeof(W)),
-                   .first = static_cast<int>(first % lines),
-                   .lines = static_cast<int>(lines),
-                   .count = static_cast<int>(count),
-                   .a_step = static_cast<int>(ceil_div(count * kAheadStep, steps))}});
+               .ahead = {.at = reinterpret_cast<const char*>(w + (next_k + first / lines) * g.w_row + next_n +
+                                                             first % lines * kLine<W>),
+                         .stride = 64,
+                         .next = g.w_row * static_cast<int64_t>(sizeof(W)),
+                         .first = static_cast<int>(first % lines),
+                         .run = static_cast<int>(lines),
+                         .count = static_cast<int>(count),
+                         .a_step = static_cast<int>(ceil_div(count * kAheadStep, steps))}});
         }
     }
   }

@@ -106,6 +106,30 @@ SK_INLINE auto load_step_partial(const T* p, int64_t n) {
     return load_partial(p, n);
 }
 
+// Asks for the lines of an Ahead, some each time.
+struct Asker {
+  SK_INLINE explicit Asker(const Ahead& ahead)
+      : at(ahead.at),
+        place(ahead.first),
+        left(ahead.count),
+        d(ahead),
+        back(ahead.next - ahead.run * ahead.stride) {}
+  SK_INLINE void ask() {
+    for (int i = 0; i < d.a_step && left > 0; ++i, --left) {
+      __builtin_prefetch(at, 0, 2);
+      at += d.stride;
+      if (++place == d.run) {
+        place = 0;
+        at += back;
+      }
+    }
+  }
+  const char* at;
+  int place, left;
+  const Ahead& d;
+  int64_t back;
+};
+
 template <int MR, int NR, class A, class W>
 void dot_block(const DotBlock<A, W>& d) {
   using V = typename VecOf<A>::type;
@@ -117,33 +141,32 @@ void dot_block(const DotBlock<A, W>& d) {
   const W* b = d.b;
   const int64_t ldb = d.ldb, K = d.K;
   const auto step = [&](int64_t k, auto load_at) SK_STEP {
-    V w[NR];
+    // Of the two sides the shorter stays in registers: with 16 of them there is one left for the other.
+    constexpr bool kHoldsA = MR < NR;
+    V held[kHoldsA ? MR : NR];
 #pragma GCC unroll 8
-    for (int n = 0; n < NR; ++n) w[n] = load_at(b + n * ldb + k);
+    for (int i = 0; i < (kHoldsA ? MR : NR); ++i)
+      held[i] = kHoldsA ? load_at(a[i] + k) : load_at(b + i * ldb + k);
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      const V x = load_at(a[m] + k);
+    for (int j = 0; j < (kHoldsA ? NR : MR); ++j) {
+      const V other = kHoldsA ? load_at(b + j * ldb + k) : load_at(a[j] + k);
 #pragma GCC unroll 8
-      for (int n = 0; n < NR; ++n) sum[m][n] = multiply_add(x, w[n], sum[m][n]);
-    }
-  };
-  const W* ahead = d.prefetch;
-  const int lines = d.prefetch_lines;
-  int row = d.prefetch_rows;
-  int64_t k = 0;
-  const int64_t asks = d.prefetch_steps * kElements;
-  for (; k + kElements <= (asks < K ? asks : K); k += kElements) {
-    for (int l = 0; l < lines; ++l) {
-      __builtin_prefetch(ahead, 0, 2);
-      ahead += ldb;
-      if (--row == 0) {
-        row = d.prefetch_rows;
-        ahead += kLine<W> - row * ldb;
+      for (int i = 0; i < (kHoldsA ? MR : NR); ++i) {
+        if constexpr (kHoldsA)
+          sum[i][j] = multiply_add(held[i], other, sum[i][j]);
+        else
+          sum[j][i] = multiply_add(other, held[i], sum[j][i]);
       }
     }
-    step(k, [](const auto* p) SK_STEP { return load_step<A>(p); });
+  };
+  const auto whole = [](const auto* p) SK_STEP { return load_step<A>(p); };
+  int64_t k = 0;
+  for (Asker asker(d.ahead); asker.left > 0 && k + kAheadStep * kElements <= K;) {
+    asker.ask();
+#pragma GCC unroll 4
+    for (int i = 0; i < kAheadStep; ++i, k += kElements) step(k, whole);
   }
-  for (; k + kElements <= K; k += kElements) step(k, [](const auto* p) SK_STEP { return load_step<A>(p); });
+  for (; k + kElements <= K; k += kElements) step(k, whole);
   if (k < K) step(k, [n = K - k](const auto* p) SK_STEP { return load_step_partial<A>(p, n); });
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -200,17 +223,9 @@ void panel_block(const PanelBlock<A, C>& d) {
     a += kPanelRows;
     b += kPanel;
   };
-  const char* ahead = d.ahead.rows;
-  int line = d.ahead.first, left = d.ahead.count;
   int64_t s = 0;
-  for (; left > 0 && s + kAheadStep <= d.steps; s += kAheadStep) {
-    for (int i = 0; i < d.ahead.a_step && left > 0; ++i, --left) {
-      __builtin_prefetch(ahead + 64 * line, 0, 2);
-      if (++line == d.ahead.lines) {
-        line = 0;
-        ahead += d.ahead.ld;
-      }
-    }
+  for (Asker asker(d.ahead); asker.left > 0 && s + kAheadStep <= d.steps; s += kAheadStep) {
+    asker.ask();
 #pragma GCC unroll 4
     for (int i = 0; i < kAheadStep; ++i) step();
   }

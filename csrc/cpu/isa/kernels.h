@@ -50,6 +50,17 @@ constexpr int64_t kStep = PackedAs<A>::kStep;  // of the contraction, by one pac
 // How an output block reaches memory.
 enum class Store { kWrite, kAdd, kStream };
 
+// Lines of memory that come later, for the cache: `count` of them, in runs of `run` lines `stride` bytes
+// apart; runs are `next` bytes apart.  Asked for evenly, `a_step` of them every kAheadStep steps of the
+// contraction.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t stride = 0, next = 0;
+  int first = 0, run = 0;  // the place of `at` in its run
+  int count = 0, a_step = 0;
+};
+constexpr int kAheadStep = 4;
+
 // A block of rows of A times rows of B, both contiguous along the contraction.
 template <class A, class W>
 struct DotBlock {
@@ -61,23 +72,8 @@ struct DotBlock {
   const float* scale;  // a factor for each row of C, or null
   int64_t K;
   Store mode;
-  // Weights that come later, for the cache: a window of rows ldb apart, walked down, then a line along.  Many
-  // short streams at once keep the hardware's own prefetcher busy; row after row would not.
-  const W* prefetch;
-  int prefetch_rows;       // of the window
-  int prefetch_lines;      // a step of the contraction,
-  int64_t prefetch_steps;  // in so many of its first, 0: none
+  Ahead ahead = {};
 };
-
-// Lines that come later, for the cache: `count` of them, `lines` a row from line `first` on, rows `ld` bytes
-// apart.
-struct Ahead {
-  const char* rows = nullptr;
-  int64_t ld = 0;
-  int first = 0, lines = 0, count = 0;
-  int a_step = 0;  // of kAheadStep steps of the contraction
-};
-constexpr int kAheadStep = 4;
 
 // A block of products of packed panels: c[m][n] (+)= sum_s a[s][m] * b[s][n].
 template <class A, class C>
