@@ -92,15 +92,14 @@ void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
     // While the groups of one window are computed, each call asks for its share of the next window's lines.
     const int64_t most_cols = isa.dot_cols[blocks.most], groups = kWindow / most_cols;
     const int64_t calls = groups * blocks.count, lines = g.K / kLine<W>;
-    const int64_t steps = std::max<int64_t>(1, ceil_div(g.K, isa.lanes * kStep<X>));
+    const int64_t share = ceil_div(lines, calls);
+    const int a_step = asked_a_step(kWindow * share, ceil_div(g.K, isa.lanes * kStep<X>));
     for (int64_t window = n0; window < n1; window += kWindow) {
       const int64_t end = window + kWindow;
       const W* ahead = end + kWindow <= n1 ? w + end * g.w_row : end >= n1 ? next : nullptr;
-      int64_t call = 0;
+      int64_t line = ahead ? 0 : lines;
       for (int64_t n = window; n < std::min(n1, end); n += most_cols)
-        for (int64_t i = 0; i < blocks.count; ++i, ++call) {
-          const int64_t first = piece(lines, calls, call);
-          const int64_t count = ahead ? kWindow * (piece(lines, calls, call + 1) - first) : 0;
+        for (int64_t i = 0; i < blocks.count; ++i, line += share)
           static_cast<const DotKernels<X, W>&>(isa).dot[blocks.rows(i)][std::min(most_cols, n1 - n)](
               {.a = a + blocks.first[i],
                .b = w + n * g.w_row,
@@ -110,13 +109,12 @@ void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
                .scale = g.scale ? scale + blocks.first[i] : nullptr,
                .K = g.K,
                .mode = Store::kWrite,
-               .ahead = {.at = reinterpret_cast<const char*>(ahead + first * kLine<W>),
+               .ahead = {.at = reinterpret_cast<const char*>(ahead + line * kLine<W>),
                          .stride = g.w_row * static_cast<int64_t>(sizeof(W)),
                          .next = 64,
                          .run = kWindow,
-                         .count = static_cast<int>(count),
-                         .a_step = static_cast<int>(ceil_div(count * kAheadStep, steps))}});
-        }
+                         .count = static_cast<int>(kWindow * std::clamp<int64_t>(lines - line, 0, share)),
+                         .a_step = a_step}});
     }
     if (g.column_scale) {
       const float* factor = g.column_scale + e * g.N;
@@ -173,11 +171,11 @@ void gemm_nn_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
       const bool turns = group + kGroup >= n1;
       const int64_t next_k = turns ? k + depth : k, next_n = turns ? n0 : group + kGroup;
       const int64_t lines = ceil_div(std::min(kGroup, n1 - next_n), kLine<W>);
-      const int64_t wanted = lines * std::min(most_depth, g.K - next_k);
-      int64_t call = 0;
+      const int64_t wanted = std::min(most_depth, g.K - next_k), share = ceil_div(wanted, calls);
+      const int a_step = asked_a_step(share * lines, steps);
+      int64_t row = 0;
       for (int64_t n = 0; n < columns; n += isa.panel)
-        for (int64_t i = 0; i < blocks.count; ++i, ++call) {
-          const int64_t first = piece(wanted, calls, call), count = piece(wanted, calls, call + 1) - first;
+        for (int64_t i = 0; i < blocks.count; ++i, row += share)
           static_cast<const PanelKernels<X, float>&>(isa).panel_product[blocks.rows(i)](
               {.a = rows_packed + i * steps * isa.panel_rows,
                .b = panels + n * steps,
@@ -186,15 +184,12 @@ void gemm_nn_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
                .steps = steps,
                .columns = std::min<int64_t>(isa.panel, columns - n),
                .mode = k > 0 ? Store::kAdd : Store::kWrite,
-               .ahead = {.at = reinterpret_cast<const char*>(w + (next_k + first / lines) * g.w_row + next_n +
-                                                             first % lines * kLine<W>),
+               .ahead = {.at = reinterpret_cast<const char*>(w + (next_k + row) * g.w_row + next_n),
                          .stride = 64,
                          .next = g.w_row * static_cast<int64_t>(sizeof(W)),
-                         .first = static_cast<int>(first % lines),
                          .run = static_cast<int>(lines),
-                         .count = static_cast<int>(count),
-                         .a_step = static_cast<int>(ceil_div(count * kAheadStep, steps))}});
-        }
+                         .count = static_cast<int>(lines * std::clamp<int64_t>(wanted - row, 0, share)),
+                         .a_step = a_step}});
     }
   }
 }

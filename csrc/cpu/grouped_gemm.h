@@ -55,6 +55,11 @@ void grouped_outer(const GroupedOuter<X, W>& g);
 template <class W>
 constexpr int64_t kLine = 64 / sizeof(W);  // elements in a cache line
 
+// Of `lines` for a call of so many steps: what Ahead::a_step must be for all to be asked for.
+inline int asked_a_step(int64_t lines, int64_t steps) {
+  return static_cast<int>(ceil_div(lines * kAheadStep, std::max<int64_t>(steps, 1)));
+}
+
 // Below 1e5 FLOPs a parallel region costs more than it saves.
 inline bool is_serial(int threads, double flops) { return threads == 1 || flops < 1e5; }
 

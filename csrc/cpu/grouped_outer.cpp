@@ -19,6 +19,8 @@ namespace sigma::cpu {
 namespace {
 
 constexpr int64_t kOuterRows = 256;  // contraction per pass
+constexpr int64_t kAheadPanels = 8;  // of a row of the result, between asking for a line and its sums
+constexpr int64_t kCached = int64_t{8} << 20;  // bytes of a result that a cache may still hold
 constexpr int64_t kTall = 40,
                   kShort = 8;  // blocks of rows of the result in a task: what packing b costs is shared
 
@@ -74,19 +76,37 @@ void outer_rows(const Kernels& isa, const GroupedOuter<X, W>& g, int64_t e, int6
     const Store mode = adds || chunk > r0                 ? Store::kAdd
                        : streams && r1 - r0 <= kOuterRows ? Store::kStream
                                                           : Store::kWrite;
+    // What is added to comes from memory, 64 bytes of each row at a time.
+    const bool asks = mode == Store::kAdd && g.E * g.A * g.B * int64_t{sizeof(W)} > kCached;
     Packed<X>* const a = copies + Panels<X>(isa, rows, m1 - m0, g.B).of_b;
     pack(isa, g.a, chunk, rows, m0, m1, isa.panel_rows, a);
     pack(isa, g.b, chunk, rows, 0, g.B, isa.panel, copies);
-    for (int64_t m = 0; m < m1 - m0; m += isa.panel_rows)
-      for (int64_t n = 0; n < g.B; n += isa.panel)
-        static_cast<const PanelKernels<X, C>&>(isa).panel_product[std::min<int64_t>(
-            isa.panel_rows, m1 - m0 - m)]({.a = a + m * steps,
-                                           .b = copies + n * steps,
-                                           .c = c + m,
-                                           .column = n,
-                                           .steps = steps,
-                                           .columns = std::min<int64_t>(isa.panel, g.B - n),
-                                           .mode = mode});
+    const int64_t panels = ceil_div(g.B, isa.panel), lines_a_row = ceil_div(isa.panel, kLine<C>);
+    const int a_step = asked_a_step(isa.panel_rows * lines_a_row, steps);
+    const auto rows_at = [&](int64_t m) { return std::clamp<int64_t>(m1 - m0 - m, 0, isa.panel_rows); };
+    for (int64_t m = 0; m < m1 - m0; m += isa.panel_rows) {
+      const auto product = static_cast<const PanelKernels<X, C>&>(isa).panel_product[rows_at(m)];
+      for (int64_t i = 0; i < panels; ++i) {
+        const bool turns = i + kAheadPanels >= panels;
+        const int64_t next_m = turns ? m + isa.panel_rows : m;
+        const int64_t next_i = i + kAheadPanels - (turns ? panels : 0);
+        const int64_t wanted = asks && next_i < panels ? rows_at(next_m) : 0;
+        product(
+            {.a = a + m * steps,
+             .b = copies + i * isa.panel * steps,
+             .c = c + m,
+             .column = i * isa.panel,
+             .steps = steps,
+             .columns = std::min<int64_t>(isa.panel, g.B - i * isa.panel),
+             .mode = mode,
+             .ahead = {.at = wanted ? reinterpret_cast<const char*>(c[next_m] + next_i * isa.panel) : nullptr,
+                       .stride = out.ld * static_cast<int64_t>(sizeof(C)),
+                       .next = 64,
+                       .run = static_cast<int>(wanted),
+                       .count = static_cast<int>(wanted * lines_a_row),
+                       .a_step = a_step}});
+      }
+    }
     chunk += kOuterRows;
   } while (chunk < r1);
 }

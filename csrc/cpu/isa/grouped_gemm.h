@@ -109,25 +109,25 @@ SK_INLINE auto load_step_partial(const T* p, int64_t n) {
 // Asks for the lines of an Ahead, some each time.
 struct Asker {
   SK_INLINE explicit Asker(const Ahead& ahead)
-      : at(ahead.at),
-        place(ahead.first),
-        left(ahead.count),
-        d(ahead),
-        back(ahead.next - ahead.run * ahead.stride) {}
+      : d(ahead),
+        back(ahead.next - ahead.run * ahead.stride),
+        at(ahead.at),
+        of_run(ahead.run),
+        left(ahead.count) {}
   SK_INLINE void ask() {
     for (int i = 0; i < d.a_step && left > 0; ++i, --left) {
       __builtin_prefetch(at, 0, 2);
       at += d.stride;
-      if (++place == d.run) {
-        place = 0;
+      if (--of_run == 0) {
+        of_run = d.run;
         at += back;
       }
     }
   }
-  const char* at;
-  int place, left;
   const Ahead& d;
   int64_t back;
+  const char* at;
+  int of_run, left;
 };
 
 template <int MR, int NR, class A, class W>
@@ -224,10 +224,14 @@ void panel_block(const PanelBlock<A, C>& d) {
     b += kPanel;
   };
   int64_t s = 0;
-  for (Asker asker(d.ahead); asker.left > 0 && s + kAheadStep <= d.steps; s += kAheadStep) {
-    asker.ask();
+  if (d.ahead.count > 0) {
+    Asker asker(d.ahead);
+    for (; asker.left > 0 && s + kAheadStep <= d.steps; s += kAheadStep) {
+      asker.ask();
 #pragma GCC unroll 4
-    for (int i = 0; i < kAheadStep; ++i) step();
+      for (int i = 0; i < kAheadStep; ++i) step();
+    }
+    asker.ask();  // of fewer steps, all
   }
   for (; s < d.steps; ++s) step();
 #pragma GCC unroll 8

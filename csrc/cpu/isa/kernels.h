@@ -56,8 +56,7 @@ enum class Store { kWrite, kAdd, kStream };
 struct Ahead {
   const char* at = nullptr;
   int64_t stride = 0, next = 0;
-  int first = 0, run = 0;  // the place of `at` in its run
-  int count = 0, a_step = 0;
+  int run = 0, count = 0, a_step = 0;
 };
 constexpr int kAheadStep = 4;
 
