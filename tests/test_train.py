@@ -11,6 +11,7 @@ from pathlib import Path
 
 import forked
 import pytest
+import rank_faults
 import torch
 import typer
 from sigma_cli.commands import app
@@ -29,7 +30,9 @@ def losses(run: Path) -> dict[int, float]:
 def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, dtype):
     """Defends: state missing from the checkpoint; weights rounded in it; a step that stands twice in the metrics."""
     args = ["train", "--preset", "smoke", "--steps", "40", "--dtype", dtype]
-    whole = sigma(*args, "--out", str(tmp_path / "whole"), env=cache)
+    whole_run = forked.Running([*args, "--out", str(tmp_path / "whole")], cache, fault=rank_faults.nothing)
+    with whole_run as process:
+        whole = process.result()
     assert whole.returncode == 0, whole.stderr
     metrics = tmp_path / "cut" / "metrics.jsonl"
     with forked.Running([*args, "--out", str(tmp_path / "cut")], cache) as process:

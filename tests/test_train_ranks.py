@@ -12,6 +12,7 @@ from pathlib import Path
 
 import forked
 import pytest
+import rank_faults
 from sigma_train.account import Account
 from sigma_train.checkpoint import latest_checkpoint, load_checkpoint
 from sigma_train.events import FILE, Begin, Spent, read_events
@@ -30,6 +31,7 @@ def arguments(ranks: int, out: Path, *more: str) -> list[str]:
         "optim.eps": 1e-2,  # so that Adam's step depends on the size of a gradient, whose factor P would else be lost
         "train.eval_every": 4,
         "guard.stats_every": 1,
+        "train.threads": 1,  # ranks by the cores, as the launcher would have it
     }
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     return ["train", "--preset", "smoke", *overrides, "--nproc", str(ranks), "--out", str(out), *more]
@@ -48,7 +50,9 @@ def rows(out: Path, name: str) -> dict[int, float]:
 def whole(cache, tmp_path_factory) -> Path:
     """Twelve steps on one rank, without torchrun."""
     out = tmp_path_factory.mktemp("ranks") / "whole"
-    result = sigma(*without_a_launcher(arguments(1, out, "--steps", "12")), env=cache)
+    args = without_a_launcher(arguments(1, out, "--steps", "12"))
+    with forked.Running(args, cache, fault=rank_faults.nothing) as process:
+        result = process.result()
     assert result.returncode == 0, result.stderr
     return out
 
@@ -80,9 +84,10 @@ def test_four_ranks_then_one_are_the_same_run(cache, tmp_path, whole):
     """
     out, more = tmp_path / "run", ("--steps", "12")
     args = without_a_launcher(arguments(4, out, *more, "--set", "train.time_budget_s=0.5"))
-    results = forked.on_ranks(4, args, cache)
+    results = forked.on_ranks(4, args, cache, rank_faults.nothing)
     assert [result.returncode for result in results] == [0] * 4, results
     assert "4 ranks" in results[0].stdout
+    assert results[0].stdout.count("report: ") == 1
     assert not any(result.stdout for result in results[1:]), "every rank speaks"
     assert "time budget" in results[0].stdout, "the run was over before its budget"
     result = sigma(*arguments(1, out, *more, "--resume"), env=cache)
