@@ -27,6 +27,8 @@ if IS_INTERPRETED:  # a process that test_triton.py starts: see there
     np.seterr(all="ignore")  # idle lanes of a block compute exp(-inf - -inf) and store it nowhere
 
 IN_THE_INTERPRETER = ("test_triton_*.py",)
+# Begun first, so that no worker of `pytest -n` is left with one of them when the others are done.
+LONG = ("test_triton.py", "test_train_ranks.py", "test_bench_device.py", "test_bench.py", "test_cuda.py")
 ON_A_GPU = ("test_triton_[!i]*.py", "test_cuda.py", "test_gpu.py")
 
 
@@ -57,6 +59,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         not IS_INTERPRETED and any(fnmatch(name, pattern) for pattern in IN_THE_INTERPRETER)
     )
     return is_left_out or None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -103,6 +109,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment whose cache of tokens all programs of the session share."""
-    return {**os.environ, "SIGMA_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "2"}
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of `pytest -n` have, of this run alone."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if hasattr(request.config, "workerinput") else own
+
+
+@pytest.fixture(scope="session")
+def cache(shared: Path) -> dict[str, str]:
+    """An environment whose cache of tokens all programs of the run share."""
+    return {**os.environ, "SIGMA_CACHE": str(shared / "cache"), "OMP_NUM_THREADS": "2"}

@@ -1,9 +1,10 @@
 """`sigma` in processes forked from one that has imported it: a start takes a tenth of a second, not four.
 
-The server has computed nothing, so that its children have no threads to miss.  What is read at import, and what happens
-to a process from outside, is tested on processes of their own.
+The server has computed nothing, so that its children have no threads to miss.  What is read at import, and what a
+launcher starts, is tested on processes of their own.
 """
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -13,6 +14,9 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
+
+from torch.multiprocessing import start_processes
 
 CONTEXT = multiprocessing.get_context("forkserver")
 IMPORTED = [
@@ -66,6 +70,14 @@ def on_ranks(
     return results
 
 
+def spawn(function: Callable[..., None], args: tuple[Any, ...], size: int) -> None:
+    """torch's own, of so many ranks of a function of a module of this folder, in forked processes."""
+    assert serves({**os.environ, "OMP_NUM_THREADS": "2"}), (
+        "the first to start the server did so under other variables"
+    )
+    start_processes(function, args, nprocs=size, start_method="forkserver")
+
+
 def run_all(
     args: Sequence[str],
     environments: Sequence[Mapping[str, str]],
@@ -73,24 +85,65 @@ def run_all(
     fault: Callable[[], None] | None = None,
 ) -> list[subprocess.CompletedProcess[str]] | None:
     """The program in all of these environments at once."""
-    wanted = {name: value for name, value in environments[0].items() if name.startswith(AT_IMPORT)}
+    if not serves(environments[0]):
+        return None
+    with contextlib.ExitStack() as all_of_them:
+        started = [all_of_them.enter_context(Running(args, env, cwd, fault)) for env in environments]
+        return [process.result() for process in started]
+
+
+def serves(env: Mapping[str, str]) -> bool:
+    """Whether a program in this environment would import under the variables that the server did."""
+    wanted = {name: value for name, value in env.items() if name.startswith(AT_IMPORT)}
     if _imported_under is None:
         _start(wanted)
-    if wanted != _imported_under:
-        return None
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        started = []
-        for number, env in enumerate(environments):
-            files = [Path(folder, f"{number}-{name}") for name in ("stdout", "stderr")]
-            process = CONTEXT.Process(target=_child, args=(list(args), dict(env), cwd, files, fault))
-            process.start()
-            started.append((process, files))
-        for process, files in started:
-            process.join()
-            stdout, stderr = (path.read_text() for path in files)
-            results.append(subprocess.CompletedProcess(["sigma", *args], process.exitcode, stdout, stderr))
-    return results
+    return wanted == _imported_under
+
+
+class Running:
+    """A program at work, with what subprocess.Popen has of it; what still runs at the end of a `with` is killed."""
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        env: Mapping[str, str],
+        cwd: Path | None = None,
+        fault: Callable[[], None] | None = None,
+    ) -> None:
+        assert serves(env), "the first to start the server did so under other variables"
+        self.args, self._folder = args, tempfile.TemporaryDirectory()
+        self._files = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        self._process = CONTEXT.Process(target=_child, args=(list(args), dict(env), cwd, self._files, fault))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._process.join()
+        self._folder.cleanup()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(list(self.args), timeout)
+        return self._process.exitcode
+
+    def result(self, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+        """What it said until its end."""
+        code = self.wait(timeout)
+        return subprocess.CompletedProcess(["sigma", *self.args], code, *(f.read_text() for f in self._files))
 
 
 def _child(

@@ -1,13 +1,15 @@
-"""What befalls ranks of test_train_checkpoint.py and test_train_mesh.py; in a module, as forked processes import it."""
+"""What befalls the processes of test_train_*.py and test_validate.py; in a module, as forked processes import it."""
 
 import math
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from sigma_cli import pairs
 from sigma_train import generate, loop, report, selfcheck
 from sigma_train.config import Config
 from sigma_train.model import LanguageModel
@@ -17,6 +19,7 @@ from sigma_train.sharded import Writer
 from sigma_kernels.distributed.moe import local
 
 AT_STEP = 4
+RANK_1 = "1"
 
 
 def nothing() -> None:
@@ -46,6 +49,16 @@ def killed() -> None:
 def disk_is_full() -> None:
     """For a part; a line of metrics fits."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def heed_signals() -> None:
+    """A run obeys what its parent ignores, and a script's `&` ignores SIGINT: tests may run under one."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def signalled_while_the_bound_is_timed() -> None:
+    loop.dense_tokens_per_s = lambda config: os.kill(os.getpid(), signal.SIGTERM)
 
 
 killed_before_a_part = partial(befall, "write_data", "0", killed)
@@ -86,6 +99,50 @@ def infinite_expert_7_in_a_copy() -> None:
         return gradients(trainer)
 
     loop.Trainer._gradients = now
+
+
+def no_number_in_an_experts_gradient() -> None:
+    """On rank 1, in the sixth step."""
+    nothing()
+    clip, calls = loop.clip, [0]
+
+    def hurt(model: LanguageModel, most: float) -> Any:
+        calls[0] += 1
+        if calls[0] == 6 and os.environ["RANK"] == RANK_1:
+            next(model.moe_layers()[0].experts.parameters()).grad.mul_(math.nan)
+        return clip(model, most)
+
+    loop.clip = hurt
+
+
+def infinite_weight_of_an_expert() -> None:
+    """On rank 1, in the third step, in the second layer."""
+    nothing()
+    step = loop.Trainer._train_step
+
+    def hurt(trainer: loop.Trainer) -> Any:
+        if trainer.step == 2 and os.environ["RANK"] == RANK_1:
+            local(trainer.model.layers[1].mlp.experts.down_proj.data)[2] = math.inf
+        return step(trainer)
+
+    loop.Trainer._train_step = hurt
+
+
+def late_and_wrong() -> None:
+    """Rank 1 answers others late, and not what they asked for."""
+    pairs.ASKS[pairs.SMALL] = 5
+    answer, content = pairs.Partners.answer, pairs.Partners.content
+
+    def late(self: pairs.Partners, other: int, turn: int, size: int) -> Any:
+        time.sleep(0.1 if size == pairs.SMALL else 0)
+        return answer(self, other, turn, size)
+
+    def spoilt(self: pairs.Partners, of: int, to: int, turn: int, size: int) -> Any:
+        right = content(self, of, to, turn, size)
+        return right + 1 if of == self.ranks.rank else right
+
+    if os.environ["RANK"] == RANK_1:
+        pairs.Partners.answer, pairs.Partners.content = late, spoilt
 
 
 def goes_back_past_a_placement() -> None:

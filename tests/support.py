@@ -1,5 +1,6 @@
 """What the tests share: values, gradients and the error that a dtype explains."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import sigma_kernels as sk
-from sigma_kernels import nn
+from sigma_kernels import nn, reference
 
 
 def tolerance(dtype: torch.dtype, depth: int) -> float:
@@ -53,6 +54,43 @@ def balance_rank(rank: int, path: str, logits: torch.Tensor, want: list[float]) 
     dist.destroy_process_group()
 
 
+def check_tf32(rank: int, setter: str) -> None:
+    """In a process of its own, which a setting stays in."""
+    from sigma_kernels.triton.tiles import precision
+
+    cpu = torch.device("cpu")
+    assert precision(torch.float32, cpu) == "ieee"
+    exec(setter)
+    assert precision(torch.float32, cpu) == "tf32"
+    assert precision(torch.bfloat16, cpu) == "ieee"
+
+
+def check_isa(rank: int, isa: str) -> None:
+    """In a process of its own, which has one instruction set."""
+    os.environ["SIGMA_ISA"] = isa
+    torch.manual_seed(0)
+    for T, H, I, E, k in [(1, 1, 1, 1, 1), (50, 67, 35, 5, 2), (200, 128, 96, 7, 1)]:
+        index = torch.stack([torch.randperm(E)[:k] for _ in range(T)])
+        a = [
+            torch.randn(T, H),
+            torch.rand(T, k),
+            torch.randn(E, 2 * I, H) / H**0.5,
+            torch.randn(E, H, I) / I**0.5,
+        ]
+        a = [t.requires_grad_() for t in a]
+        b = [t.detach().double().requires_grad_() for t in a]
+        sk.moe_experts(a[0], index, *a[1:]).square().sum().backward()
+        reference.moe_experts(b[0], index, *b[1:]).square().sum().backward()
+        for p, q in zip(a, b, strict=True):
+            assert (p.grad - q.grad).abs().max() <= 1e-5 * q.grad.abs().max(), (T, H, I, E, k)
+        logits = torch.randn(T, 37)
+        assert torch.equal(sk.route(logits, 3).indices, reference.route(logits.double(), 3).indices)
+    assert sk._C.isa() == isa
+
+
+# A pytest in a process of its own: it would rewrite the assertions of every plugin installed, hypothesis's for seconds.
+NO_OTHER_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+OF_BENCH = ["-p", "pytest_benchmark.plugin", "-p", "pytest_timeout"]
 SIGMA = [sys.executable, "-P", "-c", "import sigma_cli; sigma_cli.main()"]
 
 

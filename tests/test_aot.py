@@ -21,8 +21,9 @@ BF16 = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def compiled_anew(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def compiled_anew(shared, monkeypatch):
+    """By this run; some tests ask for the same kernel."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(shared / "triton"))
 
 
 def products(architecture: str, dtype: torch.dtype = torch.bfloat16) -> list:

@@ -13,6 +13,7 @@ from sigma_cli import bench
 from sigma_cli.bench import lines, page, remarks, rich_table
 from sigma_cli.bench_plots import apart, pictures
 from sigma_train.errors import Stopped, WrongInput
+from support import NO_OTHER_PLUGINS, OF_BENCH
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import oracle
@@ -238,8 +239,16 @@ def test_every_group_races_and_is_written(tmp_path, monkeypatch):
     """One race of each test of bench/, too small to measure anything; train_step is as it is and takes long."""
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # in its workers pytest-benchmark times nothing
+    for name, value in NO_OTHER_PLUGINS.items():
+        monkeypatch.setenv(name, value)
     code = bench.run(
-        "not train_step", False, 1, 2, tmp_path / "page.md", tmp_path / "page.json", extra=["--tiny"]
+        "not train_step",
+        False,
+        1,
+        2,
+        tmp_path / "page.md",
+        tmp_path / "page.json",
+        extra=["--tiny", *OF_BENCH],
     )
     assert code == 0
     found = json.loads((tmp_path / "page.json").read_text())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from sigma_cli import bench
 from sigma_train.errors import WrongInput, verdict
+from support import NO_OTHER_PLUGINS, OF_BENCH
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import clock
@@ -247,9 +248,11 @@ def test_bench_runs_on_a_gpu_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    for name, value in NO_OTHER_PLUGINS.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     code = bench.run("bf16 or route", False, 1, 2, tmp_path / "gpu.md", tmp_path / "gpu.json",
-                     extra=["--tiny", "-p", "fake_gpu"], device="cuda")  # fmt: skip
+                     extra=["--tiny", *OF_BENCH, "-p", "fake_gpu"], device="cuda")  # fmt: skip
     assert code == 0
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["device"]["name"] == "A GPU that is not there"

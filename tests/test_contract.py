@@ -4,8 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
+from support import check_isa
 from torch.library import opcheck
 
 import sigma_kernels as sk
@@ -324,30 +326,10 @@ def test_an_empty_variable_is_unset():
     assert result.stdout.strip() == sk._C.supported_isas()[0], result.stderr
 
 
-ISA_CHECK = """
-import torch, sigma_kernels as sk
-from sigma_kernels import reference
-torch.manual_seed(0)
-for T, H, I, E, k in [(1, 1, 1, 1, 1), (50, 67, 35, 5, 2), (200, 128, 96, 7, 1)]:
-    idx = torch.stack([torch.randperm(E)[:k] for _ in range(T)])
-    a = [torch.randn(T, H), torch.rand(T, k), torch.randn(E, 2 * I, H) / H**.5, torch.randn(E, H, I) / I**.5]
-    a = [t.requires_grad_() for t in a]
-    b = [t.detach().double().requires_grad_() for t in a]
-    sk.moe_experts(a[0], idx, *a[1:]).square().sum().backward()
-    reference.moe_experts(b[0], idx, *b[1:]).square().sum().backward()
-    for p, q in zip(a, b):
-        assert (p.grad - q.grad).abs().max() <= 1e-5 * q.grad.abs().max(), (T, H, I, E, k)
-    l = torch.randn(T, 37)
-    assert torch.equal(sk.route(l, 3).indices, reference.route(l.double(), 3).indices)
-print(sk._C.isa())
-"""
-
-
 @pytest.mark.parametrize("isa", sk._C.supported_isas())
 def test_every_isa_computes_the_same(isa):
     """Defends: lanes, tails and reductions of each build of the one source."""
-    result = run_python(ISA_CHECK, SIGMA_ISA=isa)
-    assert result.stdout.strip() == isa, result.stderr
+    forked.spawn(check_isa, (isa,), 1)
 
 
 def test_unknown_isa_is_refused():

@@ -3,9 +3,11 @@
 With --device cuda on a GPU, where the emulator's schedules that differ by seed are the GPU's own.
 """
 
+import fcntl
 import importlib.util
 import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,9 +32,20 @@ bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The module _C.cuda, its kernels compiled by g++."""
-    folder = tmp_path_factory.mktemp("simt")
+def emulated(shared: Path) -> ModuleType:
+    """The module _C.cuda, its kernels compiled by g++: by the first worker that needs it."""
+    module = shared / f"simt_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with open(shared / "simt.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not module.exists():
+            compile_module(module)
+    spec = importlib.util.spec_from_file_location("simt_kernels", module)
+    native = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native)
+    return native
+
+
+def compile_module(module: Path) -> None:
     simt = ROOT / "tests/simt"
     sources = [*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "csrc/cuda/bindings.cpp", simt / "module.cpp"]
     sources += (simt / "emulator").glob("*.cpp")
@@ -49,14 +62,11 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         subprocess.run(["g++", *flags, "-x", "c++", "-c", source, "-o", out], check=True)
         return out
 
-    with ThreadPoolExecutor(2) as pool:
+    with tempfile.TemporaryDirectory(dir=module.parent) as name, ThreadPoolExecutor(2) as pool:
+        folder = Path(name)
         objects = list(pool.map(compile_one, sources))
-    module = folder / f"simt_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(["g++", "-shared", *objects, "-o", module], check=True)
-    spec = importlib.util.spec_from_file_location("simt_kernels", module)
-    native = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(native)
-    return native
+        subprocess.run(["g++", "-shared", *objects, "-o", folder / module.name], check=True)
+        (folder / module.name).rename(module)
 
 
 @pytest.fixture

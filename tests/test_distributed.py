@@ -1,9 +1,9 @@
 """Expert parallelism on two and four ranks over gloo: what tests/ranks.py asserts on every one of them."""
 
+import forked
 import pytest
 import ranks
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ CHECKS = {  # by ranks; those of a number share its processes, whose start takes
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("size", CHECKS)
 def test_on_ranks(tmp_path, size):
-    mp.spawn(ranks.run, (CHECKS[size], size, str(tmp_path / "store")), nprocs=size)
+    forked.spawn(ranks.run, (CHECKS[size], size, str(tmp_path / "store")), size)
 
 
 def test_a_gain_that_is_none_is_refused():

@@ -3,9 +3,9 @@
 import copy
 import pickle
 
+import forked
 import pytest
 import torch
-import torch.multiprocessing as mp
 from support import balance_rank
 
 import sigma_kernels as sk
@@ -116,7 +116,7 @@ def test_global_batch_loss_of_two_ranks_is_that_of_the_whole(tmp_path):
     logits = torch.randn(8, 5)
     whole = logits.clone().requires_grad_()
     nn.load_balancing_loss(whole, sk.route(whole).counts).backward()
-    mp.spawn(balance_rank, (str(tmp_path / "store"), logits, whole.grad.tolist()), nprocs=2)
+    forked.spawn(balance_rank, (str(tmp_path / "store"), logits, whole.grad.tolist()), 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
+import rank_faults
 import torch
 import typer
 from sigma_cli.commands import app
@@ -17,7 +19,7 @@ from sigma_train.checkpoint import latest_checkpoint, load_checkpoint, save_chec
 from sigma_train.config import load_config, preset_names
 from sigma_train.metrics import read_metrics
 from sigma_train.model import LanguageModel
-from support import SIGMA, sigma
+from support import sigma
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -28,16 +30,17 @@ def losses(run: Path) -> dict[int, float]:
 def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, dtype):
     """Defends: state missing from the checkpoint; weights rounded in it; a step that stands twice in the metrics."""
     args = ["train", "--preset", "smoke", "--steps", "40", "--dtype", dtype]
-    whole = sigma(*args, "--out", str(tmp_path / "whole"), env=cache)
+    whole_run = forked.Running([*args, "--out", str(tmp_path / "whole")], cache, fault=rank_faults.nothing)
+    with whole_run as process:
+        whole = process.result()
     assert whole.returncode == 0, whole.stderr
-    command = [*SIGMA, *args, "--out", str(tmp_path / "cut")]
-    process = subprocess.Popen(command, env=cache, stdout=subprocess.DEVNULL)
     metrics = tmp_path / "cut" / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 27:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with forked.Running([*args, "--out", str(tmp_path / "cut")], cache) as process:
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 27:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
     assert 20 <= max(losses(tmp_path / "cut")) < 40, "the kill came after the work was done"
     again = sigma(*args, "--out", str(tmp_path / "cut"), "--resume", env=cache)
     assert again.returncode == 0, again.stderr
@@ -53,14 +56,14 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, dtype):
 
 
 def test_sigterm_saves_and_exits_0(cache, tmp_path):
-    command = [*SIGMA, "train", "--preset", "smoke", "--steps", "5000", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, env=cache)
+    args = ["train", "--preset", "smoke", "--steps", "5000", "--out", str(tmp_path / "run")]
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    with forked.Running(args, cache) as process:
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
     latest = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert load_checkpoint(latest).step == max(losses(tmp_path / "run"))
 

@@ -1,18 +1,19 @@
 """Whatever ends a command badly is one sentence and a documented exit code; other people's files stay as they are."""
 
 import fcntl
-import resource
 import signal
 import subprocess
 import sys
 import time
 
+import forked
 import pytest
+import rank_faults
 from sigma_train.config import ConfigError, load_config
 from sigma_train.errors import verdict
 from sigma_train.generate import generate
 from sigma_train.tokenizer import train_tokenizer
-from support import SIGMA, assert_one_sentence, sigma
+from support import assert_one_sentence, sigma
 
 TRAIN = ["train", "--preset", "smoke"]
 WRONG = [
@@ -121,11 +122,9 @@ def test_a_cache_that_cannot_be_written_is_named(cache, tmp_path):
 
 def test_a_disk_that_fills_while_the_cache_is_built(cache, tmp_path):
     """A limit on the size of files stands for the disk."""
-    limit = (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    result = sigma(
-        *TRAIN, "--out", str(tmp_path / "run"), env={**cache, "SIGMA_CACHE": str(tmp_path / "cache")},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )  # fmt: skip
+    args, env = [*TRAIN, "--out", str(tmp_path / "run")], {**cache, "SIGMA_CACHE": str(tmp_path / "cache")}
+    with forked.Running(args, env, fault=rank_faults.disk_is_full) as process:
+        result = process.result()
     assert result.returncode == 1
     assert result.stderr.startswith(f"error: cannot write {tmp_path}/cache/tokens-")
     assert result.stderr.endswith(".bin: File too large\n")
@@ -286,24 +285,14 @@ def test_a_folder_has_one_run_at_a_time(cache, tmp_path):
     """Defends: two runs that sweep each other's files; a lock that outlives its process."""
     run = tmp_path / "run"
     args = [*TRAIN, "--set", "train.save_every=1", "--out", str(run)]
-    first = subprocess.Popen([*SIGMA, *args, "--steps", "5000"], env=cache, stdout=subprocess.DEVNULL)
-    try:
+    with forked.Running([*args, "--steps", "5000"], cache) as first:
         wait_for(run / "run.lock", first)
         for more in [], ["--resume"]:
             second = sigma(*args, *more, env=cache)
             message = f"train.out: another process trains in {run}; wait for it or name another folder"
             assert_one_sentence(second, 2, message)
-    finally:
-        first.kill()
-        first.wait()
     third = sigma(*args, "--steps", "5000", "--set", "train.time_budget_s=0.01", "--resume", env=cache)
     assert third.returncode == 0, third.stderr
-
-
-def heed_signals() -> None:
-    """A run obeys what its parent ignores, and a script's `&` ignores SIGINT: these tests may run under one."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -315,28 +304,22 @@ def test_a_signal_during_preparation(cache, tmp_path, number):
     (lock,) = (tmp_path / "cache").glob("lock-*")
     with open(lock) as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        process = subprocess.Popen(
-            [*SIGMA, *args, "--out", str(tmp_path / "run")], env=env, stderr=subprocess.PIPE, text=True,
-            preexec_fn=heed_signals,
-        )  # fmt: skip
-        wait_for(tmp_path / "run" / "run.lock", process)
-        process.send_signal(number)
-        _, stderr = process.communicate(timeout=60)
-    assert stderr == f"error: stopped by {number.name} before the work was done\n"
-    assert process.returncode == 128 + number
+        with forked.Running(
+            [*args, "--out", str(tmp_path / "run")], env, fault=rank_faults.heed_signals
+        ) as process:
+            wait_for(tmp_path / "run" / "run.lock", process)
+            process.send_signal(number)
+            result = process.result(60)
+    assert_one_sentence(result, 128 + number, f"stopped by {number.name} before the work was done")
     again = sigma(*args, "--out", str(tmp_path / "run"), env=env)
     assert again.returncode == 0, again.stderr
 
 
 def test_a_signal_while_the_bound_is_timed(cache, tmp_path):
     """Defends: a claim that something was saved."""
-    code = (
-        "import os, signal, sigma_cli, sigma_train.loop as loop\n"
-        "loop.dense_tokens_per_s = lambda config: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "sigma_cli.main()"
-    )
-    command = [sys.executable, "-P", "-c", code, *TRAIN, "--out", str(tmp_path / "run")]
-    result = subprocess.run(command, env=cache, capture_output=True, text=True, check=False)
+    args = [*TRAIN, "--out", str(tmp_path / "run")]
+    with forked.Running(args, cache, fault=rank_faults.signalled_while_the_bound_is_timed) as process:
+        result = process.result()
     assert_one_sentence(result, 143, "stopped by SIGTERM before the work was done")
     assert "saved" not in result.stdout
     assert not (tmp_path / "run" / "checkpoints").exists()

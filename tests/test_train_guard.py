@@ -3,15 +3,15 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
+import rank_faults
 import torch
 from rich.console import Console
 from sigma_train import loop, selfcheck
@@ -20,7 +20,6 @@ from sigma_train.config import GuardConfig, load_config
 from sigma_train.guard import Diverged, Guard, spike
 from sigma_train.metrics import read_metrics
 from sigma_train.selfcheck import Corrupted
-from support import sigma
 from test_train_learning import make_trainer  # noqa: F401 - a fixture
 
 backends = import_module("sigma_kernels.backends")  # the package's attribute of that name is the function
@@ -155,33 +154,20 @@ def test_spikes_are_judged_as_of_the_state_that_was_saved():
 
 def test_a_number_that_one_rank_lacks_is_met_by_all(cache, tmp_path):
     """Defends: ranks of which one goes back and the others wait for it; experts and shards not gone back on."""
-    faulty = tmp_path / "faulty.py"
-    faulty.write_text(
-        "import math, os, sigma_train.loop as loop, sigma_cli\n"
-        "clip, calls = loop.clip, [0]\n"
-        "def hurt(model, most):\n"
-        "    calls[0] += 1\n"
-        "    if calls[0] == 6 and os.environ['RANK'] == '1':\n"
-        "        experts = model.moe_layers()[0].experts\n"
-        "        next(experts.parameters()).grad.mul_(math.nan)\n"
-        "    return clip(model, most)\n"
-        "loop.clip = hurt\n"
-        "sigma_cli.main()\n"
-    )
     out, common = tmp_path / "run", ["--preset", "smoke", "--steps", "8", "--set", "train.save_every=3"]
     common += ["--set", "guard.on_nonfinite=rollback", "--set", "train.rank_timeout_s=60"]
     common += ["--set", "guard.check_every=2", "--set", "router.balance=bias"]
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*torchrun, str(faulty), "train", *common, "--set", "train.batch_size=4", "--out", str(out)],
-        env={**cache, "PYTHONSAFEPATH": "1"}, cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    args = ["train", *common, "--set", "train.batch_size=4", "--out", str(out)]
+    results = forked.on_ranks(2, args, cache, rank_faults.no_number_in_an_experts_gradient)
+    assert [result.returncode for result in results] == [0, 0], results
+    result = results[0]
     assert "rollback: step 6 is left out" in result.stdout
     first = "the first gradient back from the loss that is not is that of expert 4 of layers.0.mlp.experts"
     assert f"; the forward is finite, {first}.gate_up_proj (rank 1)" in result.stdout
     assert "back from step 5 to 3" in result.stdout
-    one = sigma("train", *common, "--out", str(tmp_path / "one"), env=cache)
+    (one,) = forked.on_ranks(
+        1, ["train", *common, "--out", str(tmp_path / "one")], cache, rank_faults.nothing
+    )
     assert one.returncode == 0, one.stderr
     want, got = (rows(run, "loss") for run in (tmp_path / "one", out))
     assert sorted(got) == [1, 2, 3, 4, 5, 7, 8]

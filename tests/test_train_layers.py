@@ -1,11 +1,11 @@
 """Statistics of each layer are those of the definition in f64, and what goes wrong is named where it began."""
 
 import math
-import subprocess
-import sys
 from collections import defaultdict
 
+import forked
 import pytest
+import rank_faults
 import torch
 from rich.console import Console
 from sigma_train import layer_statistics, loop
@@ -353,24 +353,11 @@ def test_a_spike_that_is_kept_says_of_what_it_is(make_trainer, monkeypatch):  # 
 
 def test_a_weight_of_one_rank_is_named_with_it(cache, tmp_path):
     """On two ranks; what one rank's expert spoils is in the outputs of both."""
-    faulty = tmp_path / "faulty.py"
-    faulty.write_text(
-        "import math, sigma_train.loop as loop, sigma_cli\n"
-        "step = loop.Trainer._train_step\n"
-        "def hurt(self):\n"
-        "    if self.step == 2 and self.ranks.rank == 1:\n"
-        "        self.model.layers[1].mlp.experts.down_proj.data.to_local()[2] = math.inf\n"
-        "    return step(self)\n"
-        "loop.Trainer._train_step = hurt\n"
-        "sigma_cli.main()\n"
-    )
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    settings = ["--preset", "smoke", "--steps", "8", "--set", "train.rank_timeout_s=60"]
-    result = subprocess.run(
-        [*torchrun, str(faulty), "train", *settings, "--out", str(tmp_path / "run")],
-        env={**cache, "PYTHONSAFEPATH": "1"}, cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 1
+    args = ["train", "--preset", "smoke", "--steps", "8", "--set", "train.rank_timeout_s=60"]
+    args += ["--out", str(tmp_path / "run")]
+    results = forked.on_ranks(2, args, cache, rank_faults.infinite_weight_of_an_expert)
+    assert [result.returncode for result in results] == [1, 1], results
+    result = results[0]
     place = "the first that is not finite is the experts' output in layer 1 (rank 0, micro-batch 1)"
     assert f"step 3: loss nan, gradient norm nan; {place}, and so is the weight expert 6 of" in result.stderr
     assert "expert 6 of layers.1.mlp.experts.down_proj (rank 1); no checkpoint" in result.stderr

@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
+import rank_faults
 from sigma_train.account import Account
 from sigma_train.checkpoint import latest_checkpoint, load_checkpoint
 from sigma_train.events import FILE, Begin, Spent, read_events
 from sigma_train.metrics import read_metrics
-from support import SIGMA, assert_one_sentence, sigma
+from support import assert_one_sentence, sigma
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -29,9 +31,15 @@ def arguments(ranks: int, out: Path, *more: str) -> list[str]:
         "optim.eps": 1e-2,  # so that Adam's step depends on the size of a gradient, whose factor P would else be lost
         "train.eval_every": 4,
         "guard.stats_every": 1,
+        "train.threads": 1,  # ranks by the cores, as the launcher would have it
     }
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     return ["train", "--preset", "smoke", *overrides, "--nproc", str(ranks), "--out", str(out), *more]
+
+
+def without_a_launcher(args: list[str]) -> list[str]:
+    at = args.index("--nproc")
+    return args[:at] + args[at + 2 :]
 
 
 def rows(out: Path, name: str) -> dict[int, float]:
@@ -42,8 +50,9 @@ def rows(out: Path, name: str) -> dict[int, float]:
 def whole(cache, tmp_path_factory) -> Path:
     """Twelve steps on one rank, without torchrun."""
     out = tmp_path_factory.mktemp("ranks") / "whole"
-    command = [part for part in arguments(1, out, "--steps", "12") if part not in ("--nproc", "1")]
-    result = sigma(*command, env=cache)
+    args = without_a_launcher(arguments(1, out, "--steps", "12"))
+    with forked.Running(args, cache, fault=rank_faults.nothing) as process:
+        result = process.result()
     assert result.returncode == 0, result.stderr
     return out
 
@@ -74,11 +83,13 @@ def test_four_ranks_then_one_are_the_same_run(cache, tmp_path, whole):
     A checkpoint is of the whole model, and each rank takes its part.
     """
     out, more = tmp_path / "run", ("--steps", "12")
-    result = sigma(*arguments(4, out, *more, "--set", "train.time_budget_s=0.5"), env=cache)
-    assert result.returncode == 0, result.stderr
-    assert "4 ranks" in result.stdout
-    assert result.stdout.count("report: ") == 1, "every rank speaks"
-    assert "time budget" in result.stdout, "the run was over before its budget"
+    args = without_a_launcher(arguments(4, out, *more, "--set", "train.time_budget_s=0.5"))
+    results = forked.on_ranks(4, args, cache, rank_faults.nothing)
+    assert [result.returncode for result in results] == [0] * 4, results
+    assert "4 ranks" in results[0].stdout
+    assert results[0].stdout.count("report: ") == 1
+    assert not any(result.stdout for result in results[1:]), "every rank speaks"
+    assert "time budget" in results[0].stdout, "the run was over before its budget"
     result = sigma(*arguments(1, out, *more, "--resume"), env=cache)
     assert result.returncode == 0, result.stderr
     assert "resumed" in result.stdout
@@ -111,21 +122,22 @@ def process_of(rank: int, out: Path) -> int:
 def test_a_run_that_loses_ranks_goes_on_by_itself(cache, tmp_path, whole):
     """One is killed, then one hangs until the others have waited too long: nothing is lost but steps since a save."""
     out = tmp_path / "run"
-    command = [*SIGMA, *arguments(2, out, "--steps", "12", "--set", "train.rank_timeout_s=5")]
+    args = arguments(2, out, "--steps", "12", "--set", "train.rank_timeout_s=5")
     env = {**cache, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2", "COLUMNS": "400"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = out / "metrics.jsonl"
-    for number, step in ((signal.SIGKILL, 5), (signal.SIGSTOP, 7)):
-        while not metrics.exists() or len(rows(out, "loss")) < step:
-            assert process.poll() is None
-            time.sleep(0.01)
-        pid = process_of(1, out)
-        os.kill(pid, number)
-        assert len(rows(out, "loss")) < 12, "the signal came after the work was done"
-        while Path(f"/proc/{pid}").exists():
-            time.sleep(0.1)
-    stdout, stderr = process.communicate(timeout=200)
-    assert process.returncode == 0, stderr
+    with forked.Running(args, env) as process:
+        for number, step in ((signal.SIGKILL, 5), (signal.SIGSTOP, 7)):
+            while not metrics.exists() or len(rows(out, "loss")) < step:
+                assert process.poll() is None
+                time.sleep(0.01)
+            pid = process_of(1, out)
+            os.kill(pid, number)
+            assert len(rows(out, "loss")) < 12, "the signal came after the work was done"
+            while Path(f"/proc/{pid}").exists():
+                time.sleep(0.1)
+        result = process.result(200)
+    stdout, stderr = result.stdout, result.stderr
+    assert result.returncode == 0, stderr
     assert stdout.count("resumed") == 2
     assert "all ranks start again from the newest checkpoint, 1 of 3 times" in stderr
     assert "all ranks start again from the newest checkpoint, 2 of 3 times" in stderr
@@ -151,26 +163,23 @@ def assert_ledger_tells(out: Path, stdout: str) -> None:
 
 
 @pytest.fixture
-def long_run(cache, tmp_path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def long_run(cache, tmp_path) -> Iterator[tuple[forked.Running, Path]]:
     """Two ranks at work on a run that does not end by itself."""
     out = tmp_path / "run"
-    command = [*SIGMA, *arguments(2, out, "--steps", "100000")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=cache, **pipes) as process:
+    with forked.Running(arguments(2, out, "--steps", "100000"), cache) as process:
         metrics = out / "metrics.jsonl"
         while not metrics.exists() or len(rows(out, "loss")) < 2:
             assert process.poll() is None
             time.sleep(0.01)
         yield process, out
-        process.kill()
 
 
 def test_sigterm_reaches_all_ranks_and_they_save(long_run):
     process, out = long_run
     process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=100)
-    assert (process.returncode, stderr.count("error")) == (143, 1), stderr
-    assert "saved, continue with --resume" in stdout
+    result = process.result(100)
+    assert (result.returncode, result.stderr.count("error")) == (143, 1), result.stderr
+    assert "saved, continue with --resume" in result.stdout
     assert load_checkpoint(latest_checkpoint(out / "checkpoints")).step == max(rows(out, "loss"))
 
 

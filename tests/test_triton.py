@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
+from support import NO_OTHER_PLUGINS, check_tf32
 
 import sigma_kernels as sk
 from sigma_kernels.ops import triton_rows
@@ -27,10 +29,9 @@ SHARES = [  # of about the same time
 
 @pytest.mark.parametrize("files", SHARES, ids=lambda files: files[0].stem)
 def test_in_the_interpreter(files):
-    command = [sys.executable, "-P", "-m", "pytest", "-q", *files]
-    result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "pytest_timeout", *files]
+    env = {**os.environ, "TRITON_INTERPRET": "1", **NO_OTHER_PLUGINS}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout
     assert " skipped" not in result.stdout
@@ -78,16 +79,7 @@ SETTERS = {
 @pytest.mark.parametrize("setter", SETTERS.values(), ids=SETTERS)
 def test_tf32_is_torchs_setting(setter):
     """Defends: torch's getters, of which the older raises once a newer setter was used.  A setting stays: a process."""
-    code = f"""
-import torch
-from sigma_kernels.triton.tiles import precision
-cpu = torch.device("cpu")
-assert precision(torch.float32, cpu) == "ieee"
-{setter}
-assert precision(torch.float32, cpu) == "tf32"
-assert precision(torch.bfloat16, cpu) == "ieee"
-"""
-    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    forked.spawn(check_tf32, (setter,), 1)
 
 
 def test_a_call_on_a_cpu_names_the_reason():

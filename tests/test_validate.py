@@ -6,12 +6,13 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 from importlib import import_module
 from pathlib import Path
 
+import forked
 import pytest
+import rank_faults
 import torch
 from sigma_cli import baseline, isolated, pairs, validate
 from sigma_cli.baseline import Baseline, Known, Machine
@@ -267,33 +268,13 @@ def test_the_slow_rank_is_named():
     assert pairs.slowest(one_pair) == (1, 3)
 
 
-def test_under_torchrun_a_rank_that_is_late_and_wrong_is_named(cache, tmp_path):
+def test_a_rank_that_is_late_and_wrong_is_named(cache, tmp_path):
     """Defends: a wrong answer that only times are taken of; the wrong one of two ranks."""
-    faulty = tmp_path / "faulty.py"
-    faulty.write_text(
-        "import os, time, sigma_cli\n"
-        "from sigma_cli.pairs import ASKS, SMALL, Partners\n"
-        "ASKS[SMALL] = 5\n"
-        "answer, content = Partners.answer, Partners.content\n"
-        "def late(self, other, turn, size):\n"
-        "    time.sleep(0.1 if size == SMALL else 0)\n"
-        "    return answer(self, other, turn, size)\n"
-        "def spoilt(self, of, to, turn, size):\n"
-        "    right = content(self, of, to, turn, size)\n"
-        "    return right + 1 if of == self.ranks.rank else right\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    Partners.answer, Partners.content = late, spoilt\n"
-        "sigma_cli.main()\n"
-    )
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     args = ["doctor", "--validate", "--check", "ranks", "--json", str(tmp_path / "out.json")]
-    result = subprocess.run(
-        [*torchrun, str(faulty), *args], env={**cache, "PYTHONSAFEPATH": "1"}, cwd=tmp_path,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    results = forked.on_ranks(2, args, cache, rank_faults.late_and_wrong)
     report = json.loads((tmp_path / "out.json").read_text())
-    assert report["exit_code"] == 11, result.stderr
+    assert report["exit_code"] == 11, results
     assert report["verdict"] == "wrong: content of answers, gloo: rank 0 was answered wrongly by rank 1"
     slow = [x["why"] for x in report["results"] if x["result"] == SLOW and x["name"] == "latency"]
     assert [why.partition(" takes ")[0] for why in slow] == ["rank 1"]
-    assert result.returncode == 1, "torchrun's own"
+    assert results[0].returncode == 11
