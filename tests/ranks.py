@@ -146,6 +146,9 @@ def chunks(rank: int, ranks: int) -> None:
     assert "chunks must divide the 4 experts of a rank, found 3" in caught(
         ValueError, lambda: ExpertParallelMoE(16, 8, 4 * ranks, chunks=3)
     )
+    assert "chunks must be an integer, found 2.0" in caught(
+        TypeError, lambda: ExpertParallelMoE(16, 8, 4 * ranks, chunks=2.0)
+    )
 
 
 def payloads(rank: int, ranks: int) -> None:
@@ -342,6 +345,8 @@ def refused(rank: int, ranks: int) -> None:
             assert told in message, message
     message = caught(ValueError, lambda: part.place(in_order.flip(0), optimizer))
     assert "the optimizer's rows of down_proj must have a row for each of 2 experts, found [3, 5]" in message
+    message = caught(TypeError, lambda: part.place(in_order.flip(0), "adam"))
+    assert message == "ExpertParallelMoE.place: optimizer must be one, found str"
     assert part.placement is None
     routing = sk.route(torch.randn(4, 2 * ranks))
     if rank == 0:  # alone: the others must not be left waiting

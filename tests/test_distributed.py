@@ -1,5 +1,8 @@
 """Expert parallelism on two and four ranks over gloo: what tests/ranks.py asserts on every one of them."""
 
+import math
+import re
+
 import forked
 import pytest
 import ranks
@@ -22,11 +25,11 @@ def test_on_ranks(tmp_path, size):
     forked.spawn(ranks.run, (CHECKS[size], size, str(tmp_path / "store")), size)
 
 
-def test_a_gain_that_is_none_is_refused():
-    with pytest.raises(
-        ValueError, match=r"balanced_placement: gain must be a number of at least 0, found -1"
-    ):
-        balanced_placement(torch.ones(4), 2, gain=-1)
+@pytest.mark.parametrize("gain", [-1, math.nan, "x"])
+def test_a_gain_that_is_none_is_refused(gain):
+    message = f"balanced_placement: gain must be a number of at least 0, found {gain!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        balanced_placement(torch.ones(4), 2, gain=gain)
 
 
 def test_without_a_process_group_it_says_so():
@@ -89,6 +92,24 @@ WRONG_LOADS = [
     ((torch.ones(4), 3), "the number of experts must be a multiple of the 3 ranks, found E=4"),
     ((torch.ones(2), 2, torch.tensor([0, 2])), "in 0..1, found 2 at expert 1"),
 ]
+
+
+WRONG_TYPES = [
+    (([1, 2], 2), "load must be a Tensor, found list"),
+    ((torch.ones(2, dtype=torch.complex64), 2), "load must be real numbers, found torch.complex64 on cpu"),
+    ((torch.ones(2, device="meta"), 2), "load must be real numbers, found torch.float32 on meta"),
+    ((torch.ones(2), 1.5), "ranks must be an integer, found 1.5"),
+    ((torch.ones(2), True), "ranks must be an integer, found True"),
+    ((torch.ones(2), 2, [0, 1]), "placement must be a Tensor, found list"),
+    ((torch.ones(2), 2, torch.ones(2)), "placement must be int32 or int64, found torch.float32"),
+]
+
+
+@pytest.mark.parametrize("function", [balanced_placement, rank_load])
+@pytest.mark.parametrize("arguments, told", WRONG_TYPES, ids=[told for _, told in WRONG_TYPES])
+def test_what_is_no_load_is_refused(function, arguments, told):
+    with pytest.raises(TypeError, match=re.escape(f"{function.__name__}: {told}")):
+        function(*arguments)
 
 
 @pytest.mark.parametrize("function", [balanced_placement, rank_load])

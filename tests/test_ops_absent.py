@@ -151,6 +151,7 @@ def test_limit_rows_refuses():
         sk.limit_rows(routing, 1, "first")
     wrong = [
         ({}, 2.5, TypeError, "capacity must be an integer, found 2.5"),
+        ({}, True, TypeError, "capacity must be an integer, found True"),
         (
             {"weights": routing.weights[:3]},
             1,
@@ -194,7 +195,7 @@ def test_a_layer_of_limited_capacity():
     assert torch.equal(y[~is_dropped], whole[~is_dropped])
     y.sum().backward()
     assert not x.grad[is_dropped].any()
-    for factor in (0, -1.0, math.inf, math.nan, "2"):
+    for factor in (0, -1.0, math.inf, math.nan, "2", True):
         with pytest.raises(
             ValueError, match=rf"^MoE: capacity_factor must be a number above 0, found {factor!r}"
         ):

@@ -319,6 +319,18 @@ def test_metadata_that_call_something_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "was-called").exists()
 
 
+@pytest.mark.parametrize("placement", [torch.tensor([0, 0]), torch.tensor([0, 2]), torch.tensor([0.0, 1.0])])
+def test_a_placement_that_is_none_is_refused(tmp_path, placement):
+    """Defends: experts of a checkpoint of another's making that are read twice, or beyond their rows."""
+    weights = {"layers.0.mlp.placement": placement, "layers.0.mlp.experts.down_proj": torch.ones(2, 3, 4)}
+    path = save_checkpoint(tmp_path, 1, weights, {}, {}, keep=1)
+    with pytest.raises(
+        CheckpointError, match=r"placement must .*, in model\.layers\.0\.mlp\.placement"
+    ) as caught:
+        load_checkpoint(path)
+    assert str(caught.value).startswith(f"checkpoint {path}: ")
+
+
 class Attribute:
     """Pickled as one of another object."""
 

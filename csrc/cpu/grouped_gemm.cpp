@@ -109,12 +109,13 @@ void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
                .scale = g.scale ? scale + blocks.first[i] : nullptr,
                .K = g.K,
                .mode = Store::kWrite,
-               .ahead = {.at = reinterpret_cast<const char*>(ahead + line * kLine<W>),
-                         .stride = g.w_row * static_cast<int64_t>(sizeof(W)),
-                         .next = 64,
-                         .run = kWindow,
-                         .count = static_cast<int>(kWindow * std::clamp<int64_t>(lines - line, 0, share)),
-                         .a_step = a_step}});
+               .ahead = {
+                   .at = line < lines ? reinterpret_cast<const char*>(ahead + line * kLine<W>) : nullptr,
+                   .stride = g.w_row * static_cast<int64_t>(sizeof(W)),
+                   .next = 64,
+                   .run = kWindow,
+                   .count = static_cast<int>(kWindow * std::clamp<int64_t>(lines - line, 0, share)),
+                   .a_step = a_step}});
     }
     if (g.column_scale) {
       const float* factor = g.column_scale + e * g.N;
@@ -184,7 +185,9 @@ void gemm_nn_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
                .steps = steps,
                .columns = std::min<int64_t>(isa.panel, columns - n),
                .mode = k > 0 ? Store::kAdd : Store::kWrite,
-               .ahead = {.at = reinterpret_cast<const char*>(w + (next_k + row) * g.w_row + next_n),
+               .ahead = {.at = row < wanted
+                                   ? reinterpret_cast<const char*>(w + (next_k + row) * g.w_row + next_n)
+                                   : nullptr,
                          .stride = 64,
                          .next = g.w_row * static_cast<int64_t>(sizeof(W)),
                          .run = static_cast<int>(lines),

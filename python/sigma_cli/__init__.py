@@ -38,7 +38,7 @@ def _on_signal(number: int, _: Any) -> None:
     Python drops what is raised within a `__del__` or a callback of its imports, and a system call that begins just
     after a signal does not see it.
     """
-    signal.signal(signal.SIGALRM, lambda *_: _on_signal(number, _))
+    signal.signal(signal.SIGALRM, lambda *_: _on_signal(number, None))
     signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
     raise Stopped(number)
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.storage import WriteResult
 
+from sigma_kernels.distributed.placement import check_placement
 from sigma_train.checkpoint import (
     MODEL,
     PLACEMENT,
@@ -164,7 +165,10 @@ def load_whole(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def placements(path: Path) -> dict[str, Tensor]:
-    """Of each layer of the model whose experts are not in order: in a checkpoint row p is of whom stands at place p."""
+    """Of each layer of the model whose experts are not in order: in a checkpoint row p is of whom stands at place p.
+
+    Raises: CheckpointError for one that gives two experts one place.
+    """
     found = {
         name: torch.empty(x.size, dtype=x.properties.dtype)
         for name, x in described(path).items()
@@ -172,6 +176,11 @@ def placements(path: Path) -> dict[str, Tensor]:
     }
     if found:
         load(path, found)
+    for name, x in found.items():
+        try:
+            check_placement(f"checkpoint {path}", x, x.numel())
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{error}, in {name}") from None
     return {name.removesuffix(PLACEMENT): x for name, x in unprefixed(found, MODEL).items()}
 
 

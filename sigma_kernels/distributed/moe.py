@@ -27,7 +27,7 @@ from sigma_kernels.distributed.placement import (
 )
 from sigma_kernels.nn.moe import MoE
 from sigma_kernels.ops.experts import experts_of_routing
-from sigma_kernels.ops.library import as_weights
+from sigma_kernels.ops.library import as_weights, check_size
 from sigma_kernels.ops.route import group_where_present
 from sigma_kernels.routing import Routing
 
@@ -75,7 +75,8 @@ class ExpertParallelMoE(MoE):
         self.group = group.get_group() if isinstance(group, DeviceMesh) else process_group(group)
         super().__init__(*sizes, **options)
         here = self.experts.down_proj.shape[0]
-        if not isinstance(chunks, int) or chunks < 1 or here % chunks:
+        check_size("ExpertParallelMoE", "chunks", chunks)
+        if here % chunks:
             raise ValueError(
                 f"ExpertParallelMoE: chunks must divide the {here} experts of a rank, found {chunks!r}"
             )
@@ -137,6 +138,10 @@ class ExpertParallelMoE(MoE):
 
     def _of_rows(self, optimizer: Optimizer | None) -> list[Tensor]:
         """What has a row for each expert of this rank."""
+        if not isinstance(optimizer, Optimizer | None):
+            raise TypeError(
+                f"ExpertParallelMoE.place: optimizer must be one, found {type(optimizer).__name__}"
+            )
         found = []
         for name, parameter in self.experts.named_parameters():
             rows = local(parameter.detach())

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sigma_kernels.ops.library import check_index, check_shape, check_size
+from sigma_kernels.ops.library import check_index, check_shape, check_size, check_tensor
 from sigma_kernels.ops.route import group_where_present
 from sigma_kernels.routing import Routing
 
@@ -39,8 +39,8 @@ def balanced_placement(
     """
     op = "balanced_placement"
     E, size = _check_load(op, load, ranks)
-    if not gain >= 0:
-        raise ValueError(f"{op}: gain must be a number of at least 0, found {gain}")
+    if not (isinstance(gain, int | float) and gain >= 0):
+        raise ValueError(f"{op}: gain must be a number of at least 0, found {gain!r}")
     now = _in_order(op, placement, E)
     weight, place = load.tolist(), now.tolist()
     heaviest_first = sorted(range(E), key=lambda e: (-weight[e], e))
@@ -89,6 +89,9 @@ def rank_load(load: Tensor, ranks: int, placement: Tensor | None = None) -> Tens
 
 def _check_load(op: str, load: Tensor, ranks: int) -> tuple[int, int]:
     """E, E/P."""
+    check_tensor(op, "load", load)
+    if load.is_complex() or load.is_meta:
+        raise TypeError(f"{op}: load must be real numbers, found {load.dtype} on {load.device}")
     check_shape(op, "load", load, ("E",))
     check_size(op, "ranks", ranks)
     for e, value in enumerate(load.tolist()):
@@ -108,8 +111,7 @@ def experts_of_rank(op: str, num_experts: int, ranks: int) -> int:
 
 def check_placement(op: str, placement: Tensor, num_experts: int) -> None:
     """Each place of 0..E-1 is that of one expert."""
-    if not isinstance(placement, Tensor):
-        raise TypeError(f"{op}: placement must be a Tensor, found {type(placement).__name__}")
+    check_tensor(op, "placement", placement)
     check_index(op, "placement", placement)
     check_shape(op, "placement", placement, (num_experts,))
     seen = set()

@@ -52,9 +52,8 @@ class MoE(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        if capacity_factor is not None and not (
-            isinstance(capacity_factor, int | float) and 0 < capacity_factor < math.inf
-        ):
+        is_number = isinstance(capacity_factor, int | float) and not isinstance(capacity_factor, bool)
+        if capacity_factor is not None and not (is_number and 0 < capacity_factor < math.inf):
             raise ValueError(f"MoE: capacity_factor must be a number above 0, found {capacity_factor!r}")
         check_drop("MoE", drop)
         self.output_scale, self.capacity_factor, self.drop = output_scale, capacity_factor, drop

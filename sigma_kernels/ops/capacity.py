@@ -32,8 +32,6 @@ def limit_rows(routing: Routing, capacity: int, drop: Drop = "lightest") -> tupl
     Cost: R' is waited for, as the number of rows decides shapes; "lightest" sorts the weights.
     """
     op = "limit_rows"
-    if not isinstance(capacity, int):
-        raise TypeError(f"{op}: capacity must be an integer, found {capacity!r}")
     check_size(op, "capacity", capacity)
     check_drop(op, drop)
     check_choices(op, routing)

@@ -227,7 +227,14 @@ def check_device(op: str, name: str, tensor: Tensor, first: str, want: Tensor) -
         raise ValueError(f"{op}: {name} must lie where {first} does, on {want.device}, found {tensor.device}")
 
 
+def check_tensor(op: str, name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, found {type(x).__name__}")
+
+
 def check_size(op: str, name: str, size: int) -> None:
+    if isinstance(size, bool) or not hasattr(size, "__index__"):
+        raise TypeError(f"{op}: {name} must be an integer, found {size!r}")
     if size < 1:
         raise ValueError(f"{op}: {name} must be at least 1, found {size}")
 
