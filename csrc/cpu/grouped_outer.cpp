@@ -84,27 +84,27 @@ void outer_rows(const Kernels& isa, const GroupedOuter<X, W>& g, int64_t e, int6
     const int64_t panels = ceil_div(g.B, isa.panel), lines_a_row = ceil_div(isa.panel, kLine<C>);
     const int a_step = asked_a_step(isa.panel_rows * lines_a_row, steps);
     const auto rows_at = [&](int64_t m) { return std::clamp<int64_t>(m1 - m0 - m, 0, isa.panel_rows); };
+    PanelBlock<X, C> block{
+        .a = a, .b = copies, .c = c, .column = 0, .steps = steps, .columns = 0, .mode = mode};
+    block.ahead = {.stride = out.ld * static_cast<int64_t>(sizeof(C)), .next = 64, .a_step = a_step};
     for (int64_t m = 0; m < m1 - m0; m += isa.panel_rows) {
       const auto product = static_cast<const PanelKernels<X, C>&>(isa).panel_product[rows_at(m)];
+      block.a = a + m * steps;
+      block.c = c + m;
       for (int64_t i = 0; i < panels; ++i) {
-        const bool turns = i + kAheadPanels >= panels;
-        const int64_t next_m = turns ? m + isa.panel_rows : m;
-        const int64_t next_i = i + kAheadPanels - (turns ? panels : 0);
-        const int64_t wanted = asks && next_i < panels ? rows_at(next_m) : 0;
-        product(
-            {.a = a + m * steps,
-             .b = copies + i * isa.panel * steps,
-             .c = c + m,
-             .column = i * isa.panel,
-             .steps = steps,
-             .columns = std::min<int64_t>(isa.panel, g.B - i * isa.panel),
-             .mode = mode,
-             .ahead = {.at = wanted ? reinterpret_cast<const char*>(c[next_m] + next_i * isa.panel) : nullptr,
-                       .stride = out.ld * static_cast<int64_t>(sizeof(C)),
-                       .next = 64,
-                       .run = static_cast<int>(wanted),
-                       .count = static_cast<int>(wanted * lines_a_row),
-                       .a_step = a_step}});
+        block.b = copies + i * isa.panel * steps;
+        block.column = i * isa.panel;
+        block.columns = std::min<int64_t>(isa.panel, g.B - block.column);
+        if (asks) {
+          const bool turns = i + kAheadPanels >= panels;
+          const int64_t next_m = turns ? m + isa.panel_rows : m;
+          const int64_t next_i = i + kAheadPanels - (turns ? panels : 0);
+          const int64_t wanted = next_i < panels ? rows_at(next_m) : 0;
+          if (wanted) block.ahead.at = reinterpret_cast<const char*>(c[next_m] + next_i * isa.panel);
+          block.ahead.run = static_cast<int>(wanted);
+          block.ahead.count = static_cast<int>(wanted * lines_a_row);
+        }
+        product(block);
       }
     }
     chunk += kOuterRows;
