@@ -9,6 +9,7 @@
 #include "grouped_gemm.h"
 
 #include <algorithm>
+#include <bit>
 #include <type_traits>
 #include <vector>
 
@@ -23,6 +24,7 @@ constexpr int kWindow =
 constexpr int64_t kWidth = 1024;      // columns of a task of grouped_gemm_nn
 constexpr int64_t kGroup = 64;        // columns packed at once, four lines of f32
 constexpr int64_t kPanelSize = 2048;  // elements of one panel, 8 KiB: it stays in the first cache
+constexpr int64_t kFewRows = 2;       // of an expert: more take longer by rows of y than by packed panels
 
 // At most kRowChunk rows in nearly equal blocks of at most `limit`.  Found once: a division costs as much as
 // ten multiply-adds.
@@ -35,6 +37,9 @@ struct RowBlocks {
   int64_t count, most;
   int64_t first[kRowChunk + 1];
 };
+
+float widened(float x) { return x; }
+float widened(Bf16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
 
 // Rows of x from column k on, blocks of them one after another, each [steps, panel_rows].  Rows of a model
 // are whole pages apart: where they lie they would share a set of the first cache.
@@ -156,7 +161,14 @@ void gemm_nn_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t 
   for (int64_t i = 0; i < rows; ++i) {
     a[i] = g.x(r0 + i);
     c[i] = y(r0 + i);
-    if (g.K == 0) std::fill(c[i], c[i] + n1 - n0, 0.0f);
+    if (g.K == 0 || rows <= kFewRows) std::fill(c[i], c[i] + n1 - n0, 0.0f);
+  }
+  if (rows <= kFewRows) {  // row by row as W lies: nothing is packed for so little use of it
+    for (int64_t k = 0; k < g.K; ++k)
+      for (int64_t i = 0; i < rows; ++i)
+        static_cast<const RowKernels<W>&>(isa).add_scaled(w + k * g.w_row + n0, widened(a[i][k]), c[i],
+                                                          n1 - n0);
+    return;
   }
   const RowBlocks blocks(rows, isa.panel_rows);
   const int64_t calls = kGroup / isa.panel * blocks.count;
