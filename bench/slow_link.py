@@ -1,0 +1,122 @@
+"""What chunks and payloads gain where ranks are joined by a slow link.
+
+    python bench/slow_link.py --rate 1 --rounds 7
+
+Two gloo ranks, a thread and a core each, in a network of their own whose loopback passes so many Gbit/s, all directions
+together (Linux's token bucket; wants `unshare`, `ip` and `tc`, and the right to use them).  Shape A, top-1, balanced,
+1,024 tokens a rank.  Medians of rounds in turn, of the slower rank: exchange and experts alone, the layer with its
+experts in chunks, and with other payloads.  `hidden`: what chunks save, over the smaller of exchange and experts, which
+is all that could be hidden.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from ranks import Calls, several
+from shapes import A
+
+import sigma_kernels as sk
+from sigma_kernels.distributed import ExpertParallelMoE, combine, dispatch
+
+T, INSIDE = 1024, "SIGMA_SLOW_LINK"
+LAYERS = [("same", 1), ("same", 2), ("same", 4), ("same", 8), ("bf16", 1), ("bf16", 4), ("int8", 1), ("int8", 4), ("fp8", 1)]
+
+
+def calls_of(backward: bool) -> Calls:
+    """Of one rank; each returns the seconds that it took from a barrier on."""
+    torch.manual_seed(dist.get_rank())
+    choices = torch.arange(T)[:, None] % A.E
+    routing = sk.group_by_expert(choices.int(), A.E)
+    x, grad = torch.randn(T, A.H, requires_grad=True), torch.randn(T, A.H)
+    whole = ExpertParallelMoE(A.H, A.I, A.E)
+    sent = dispatch(x.detach(), routing)
+    rows, grad_rows = sent.rows.clone().requires_grad_(), torch.randn(sent.rows.shape)
+    weights = whole.experts.gate_up_proj, whole.experts.down_proj
+
+    def timed(call, of, grad):
+        def run() -> float:
+            dist.barrier()
+            begin = time.perf_counter()
+            out = call()
+            if backward:
+                torch.autograd.grad(out, of, grad)
+            return time.perf_counter() - begin
+
+        return run if backward else torch.no_grad()(run)
+
+    def layer(payload: str, chunks: int):
+        moe = ExpertParallelMoE(A.H, A.I, A.E, chunks=chunks, payload=payload)
+        moe.experts = whole.experts
+        return timed(lambda: moe.answered(x, routing), [x, *weights], grad)
+
+    def exchange():
+        there = dispatch(x, routing)
+        return combine(there.rows, there)
+
+    def experts():
+        return sk.distributed.moe.experts_of_routing(rows, sent.routing, *weights)
+
+    calls = {str(key): layer(*key) for key in LAYERS}
+    calls["exchange"] = timed(exchange, [x], grad)
+    calls["experts"] = timed(experts, [rows, *weights], grad_rows)
+
+    def slower(call):
+        def run() -> float:
+            seconds = torch.tensor(call(), dtype=torch.float64)
+            dist.all_reduce(seconds, dist.ReduceOp.MAX)
+            return float(seconds)
+
+        return run
+
+    return {name: slower(call) for name, call in calls.items()}
+
+
+def race(backward: bool, rounds: int) -> dict[str, float]:
+    with several(2, calls_of, backward) as calls:
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(rounds + 1):
+            for name, call in calls.items():
+                found = call()
+                if turn:  # the first warms up
+                    seconds[name].append(found)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def enter(rate: float) -> None:
+    """This command again, in a network of its own."""
+    link = f"ip link set lo up && tc qdisc add dev lo root tbf rate {rate * 1000:.0f}mbit burst 256kb latency 2s"
+    code = subprocess.run(
+        ["unshare", "--net", "sh", "-c", f'{link} && exec "$0" "$@"', sys.executable, *sys.argv],
+        env={**os.environ, INSIDE: "1", "GLOO_SOCKET_IFNAME": "lo"},
+    ).returncode
+    sys.exit(code)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", type=float, required=True, help="Gbit/s")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    if INSIDE not in os.environ:
+        enter(arguments.rate)
+    print(f"{arguments.rate:g} Gbit/s, {arguments.rounds} rounds, sigma-kernels {sk.__version__}, torch {torch.__version__}\n")
+    print("| direction | exchange | experts | payload | chunks | layer, ms | over one chunk, same | hidden |\n" + "|---" * 8 + "|")
+    for backward in (False, True):
+        ms = {name: s * 1e3 for name, s in race(backward, arguments.rounds).items()}
+        for payload, chunks in LAYERS:
+            took, base = ms[str((payload, chunks))], ms[str((payload, 1))]
+            hidden = f"{(base - took) / min(ms['exchange'], ms['experts']):.0%}" if chunks > 1 and payload == "same" else ""
+            print(
+                f"| forward{'+backward' * backward} | {ms['exchange']:.0f} | {ms['experts']:.0f} | {payload} | {chunks} "
+                f"| {took:.0f} | {took / ms[str(('same', 1))]:.2f} | {hidden} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
