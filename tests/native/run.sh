@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The native kernels under ASan and UBSan, in every instruction set of this processor.
-# TSan watches the memory blocks, which std::threads share.  It can't watch the kernels: GCC's OpenMP runtime is not
-# instrumented, so every parallel region would be a false report.
+# TSan watches the memory blocks, which std::threads share; the kernels, which OpenMP shares out, in run_tsan.sh, with
+# clang, since GCC's OpenMP runtime is not instrumented.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 build=$(mktemp -d)
