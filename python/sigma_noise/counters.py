@@ -182,7 +182,10 @@ def group_of(membership: bytes, mountinfo: bytes, root: Path = Path("/")) -> Pat
             if kind == "cgroup" and "cpu" not in options.split(","):
                 continue
             inside = os.path.relpath(groups[kind], fields[3])  # a container mounts its own group as the root
-            inside = "." if inside.startswith("..") else inside
+            if inside.startswith("..") or groups[kind].startswith(
+                "/.."
+            ):  # of another namespace: not visible here
+                inside = "."
             return root / fields[4].lstrip("/") / inside
     raise ValueError("no cpu controller of control groups is mounted")
 

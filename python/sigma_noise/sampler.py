@@ -52,7 +52,7 @@ class Sampler:
         affinity = os.sched_getaffinity(self.tid) if root == Path("/") else set()
         self.cpu = cpu if cpu is not None else (min(affinity) if len(affinity) == 1 else None)
         measured = affinity if self.cpu is None else {self.cpu}
-        self._ticker = Ticker(self._sample, period_s, seed, housekeeping(measured) if cpus is None else cpus)
+        self._ticker = Ticker(self.sample, period_s, seed, housekeeping(measured) if cpus is None else cpus)
         self._readers = [_Reader(source) for source in sources(self.tid, self.cpu, root)]
         self._gc = _GcPauses()
 
@@ -100,7 +100,8 @@ class Sampler:
             found[rank, "event", "gc"] = self._gc.series()
         return found
 
-    def _sample(self) -> None:
+    def sample(self) -> None:
+        """One reading of everything."""
         for reader in self._readers:
             reader.read()
 
