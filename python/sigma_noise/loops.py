@@ -20,6 +20,7 @@ from sigma_kernels import _C
 from sigma_noise.trace import Series
 from sigma_noise.work import Work, reserved, work
 
+now_ns = _C.noise.now_ns
 NEVER_NS = 1 << 62
 MOST_QUANTA = 1 << 25  # of one loop: 256 MiB of stamps
 TRIES = 7  # quanta whose least is taken for what the work takes undisturbed

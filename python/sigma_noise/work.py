@@ -49,15 +49,26 @@ def work(kernel: str, *, seed: int = 0, **sizes: int) -> Work:
     Values matter, since power depends on them: zeros would be another measurement.
     Raises: ValueError for a kernel or size that is not there, or a size below 1.
     """
+    complete = checked_sizes(kernel, sizes)
+    return KERNELS[kernel][0](np.random.default_rng(seed), complete)
+
+
+def checked_sizes(kernel: str, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Those given and the others as they are by default.  Raises: ValueError, by name."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, found {kernel!r}")
-    make, defaults = KERNELS[kernel]
+    defaults = KERNELS[kernel][1]()
     for name, size in sizes.items():
-        if name not in defaults():
-            raise ValueError(f"{kernel} takes {', '.join(defaults()) or 'no sizes'}, found {name!r}")
+        if name not in defaults:
+            raise ValueError(f"{kernel} takes {', '.join(defaults) or 'no sizes'}, found {name!r}")
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} of {kernel} must be a whole number of at least 1, found {size!r}")
-    return make(np.random.default_rng(seed), defaults() | sizes)
+    complete = defaults | dict(sizes)
+    if kernel == "copy" and complete["slice"] > complete["bytes"]:
+        raise ValueError(
+            f"slice of copy must be at most bytes ({complete['bytes']}), found {complete['slice']}"
+        )
+    return complete
 
 
 def _spin(rng: np.random.Generator, sizes: dict[str, int]) -> Work:
@@ -65,8 +76,6 @@ def _spin(rng: np.random.Generator, sizes: dict[str, int]) -> Work:
 
 
 def _copy(rng: np.random.Generator, sizes: dict[str, int]) -> Work:
-    if sizes["slice"] > sizes["bytes"]:
-        raise ValueError(f"slice of copy must be at most bytes ({sizes['bytes']}), found {sizes['slice']}")
     slices = sizes["bytes"] // sizes["slice"]
     n = slices * sizes["slice"]
     source, target = reserved(n, np.uint8), reserved(n, np.uint8)
