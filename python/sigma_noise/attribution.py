@@ -41,7 +41,9 @@ COUNTER_CAUSES = (
     "frequency",
     STOPPED,
 )
-NO_CAUSE = ("idle", "application clocks", "display clocks")  # states of an accelerator that take nothing away
+# States of an accelerator that take nothing away, and what is itself lost time.
+NO_CAUSE = ("idle", "application clocks", "display clocks", "detour")
+TOLD_FROM = 0.005  # in the sentence
 BIN_S = 0.1  # where there are no counters to set the bins
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -77,7 +79,8 @@ class Attribution:
     def sentence(self) -> str:
         if self.lost_s == 0:
             return "nothing was lost"
-        parts = ", ".join(f"{s.cause} {_percent(s)}" for s in (*self.shares[:3], self.unknown))
+        told = [s for s in self.shares[:3] if s.share >= TOLD_FROM]
+        parts = ", ".join(f"{s.cause} {_percent(s)}" for s in (*told, self.unknown))
         verdict = f"cause: {self.named}" if self.named else "no single cause"
         return f"{verdict}; of {self.lost_s:.3g} s lost: {parts}"
 

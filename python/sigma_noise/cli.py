@@ -2,33 +2,25 @@
 
 import re
 from enum import StrEnum
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sigma_noise import inject_cli
+from sigma_noise.seconds import seconds
+
 app = typer.Typer(
     no_args_is_help=True, help="How noisy this machine is, why, and what that costs on many ranks."
 )
-UNITS = {"ns": Fraction(1, 10**9), "us": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": 1, "m": 60, "h": 3600,
-         "": 1}  # fmt: skip
+app.command()(inject_cli.inject)
+app.command()(inject_cli.doctor)
+app.command()(inject_cli.selftest)
 
 
 class Backend(StrEnum):
     cpu = "cpu"
     cuda = "cuda"
-
-
-def seconds(text: str | float) -> float:
-    """A number with a unit of UNITS, such as 250us; seconds without one."""
-    match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?) ?([a-z]*)", str(text))
-    try:
-        if match is None or match[2] not in UNITS:
-            raise ValueError
-        return float(Fraction(match[1]) * UNITS[match[2]])
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no time such as 250us, 1ms, 10s or 2m") from None
 
 
 @app.command()
@@ -67,6 +59,9 @@ def run(
     nproc: Annotated[int | None, typer.Option(min=1, max=1024, help="ranks on this machine")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the values and the histogram of experts")] = 0,
     backend: Annotated[Backend, typer.Option(help="what is measured")] = Backend.cpu,
+    attribute: Annotated[
+        bool, typer.Option("--attribute", help="watch counters meanwhile, and say what took the lost time")
+    ] = False,
 ) -> None:
     """Measure; under torchrun, or with --nproc, on several ranks at once."""
     import sys
@@ -80,7 +75,7 @@ def run(
     plan = Plan(
         kernels=names(kernel), modes=names(modes), quantum_s=quantum, duration_s=duration, warm_up_s=warm_up,
         threshold_s=threshold, seed=seed, pin=whole_numbers("pin", pin), threads=threads,
-        sizes=sizes(size or []), backend=backend.value,
+        sizes=sizes(size or []), backend=backend.value, attribute=attribute,
     )  # fmt: skip
     if nproc is not None and not is_launched():
         from sigma_train.launch import launch

@@ -22,6 +22,7 @@ import sigma_kernels as sk
 from sigma_noise import host, loops
 from sigma_noise.measure import Plan, agreed
 from sigma_noise.trace import Series, Trace
+from sigma_noise.watch import watching
 
 BATCH = 256  # replays enqueued at once; two batches are, so that 256 lie between the host and a queue run dry
 MOST_NODES = 4096  # of a graph
@@ -102,7 +103,7 @@ def measure(plan: Plan, ranks: Ranks, gpu: Gpu | None = None) -> Trace:
     about: dict[str, Any] = host.described(loops.clock_cost()) | {"gpu": gpu.about, "warnings": []}
     about["cpu"]["pinned"] = cpu = agreed(ranks, lambda: host.cpu_of(plan.pin))
     rows, measured = {}, {}
-    with host.pinned(cpu), host.without_gc():
+    with host.pinned(cpu), host.without_gc(), watching(plan.attribute, plan.seed) as watch:
         for kernel in plan.kernels:
             of_kernel, how = (spin if kernel == "spin" else replayed)(gpu, kernel, plan)
             rows |= {(ranks.rank, "quantum", name): series for name, series in of_kernel.items()}
@@ -113,7 +114,8 @@ def measure(plan: Plan, ranks: Ranks, gpu: Gpu | None = None) -> Trace:
                     "that begin there are the host's"
                 )
     about["measured"] = measured
-    return Trace({**asdict(plan), "ranks": ranks.size}, {ranks.rank: about}, rows)
+    trace = Trace({**asdict(plan), "ranks": ranks.size}, {ranks.rank: about}, rows)
+    return watch.into(trace, ranks.rank) if watch else trace
 
 
 def replayed(gpu: Gpu, kernel: str, plan: Plan) -> tuple[dict[str, Series], dict[str, Any]]:

@@ -13,8 +13,9 @@ import numpy as np
 
 from sigma_noise.accelerators import find
 from sigma_noise.counters import group_of, machine_stat, pressure, slurp
+from sigma_noise.host import FAST_CLOCKS
+from sigma_noise.loops import clock_cost, detours
 
-FAST_CLOCKS = ("tsc", "arch_sys_counter")  # read in user space; others trap into the kernel
 CLOCK_READ_S = 200e-9  # above this a reading is a system call, or an emulated clock
 BASELINE = 0.2  # noise share above which injected disturbances drown (study of a two-core guest)
 STEAL = 0.02
@@ -73,8 +74,6 @@ def clock_source(root: Path = Path("/")) -> Check:
 
 
 def clock_read() -> Check:
-    from sigma_noise.loops import clock_cost  # here, as everything else needs no native code
-
     cost = clock_cost()
     told = f"a reading takes {cost.median_s * 1e9:.0f} ns, {cost.least_s * 1e9:.0f} ns at best"
     if cost.median_s <= CLOCK_READ_S:
@@ -167,8 +166,6 @@ def baseline(seconds: float, cpu: int | None) -> Check:
 
 def baseline_noise(seconds: float, cpu: int | None = None) -> float:
     """Share of time lost to gaps above 1 us, in a loop that does nothing."""
-    from sigma_noise.loops import detours
-
     before = os.sched_getaffinity(0)
     try:
         if cpu is not None:

@@ -23,17 +23,8 @@ class TargetName(StrEnum):
     gpu = "gpu"
 
 
-def time_option(value: str | None) -> float | None:
-    if value is None or isinstance(value, float):
-        return value
-    try:
-        return seconds(value)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
 def _time(help: str) -> Any:
-    return typer.Option(help=help, parser=time_option, metavar="TIME")
+    return typer.Option(help=help, parser=seconds, metavar="TIME")
 
 
 def inject(
@@ -117,7 +108,7 @@ def selftest(
 
     from sigma_noise import selftest as of_machine
 
-    lengths = [time_option(text) for text in length or []] or of_machine.LENGTHS_S
+    lengths = [seconds(text) for text in length or []] or of_machine.LENGTHS_S
     cells = of_machine.curve(lengths, rate or of_machine.RATES_HZ, duration_s=duration, seed=seed)
     typer.echo("  length     rate  injected  recall  [95 %]       precision  mean length")
     for c in cells:

@@ -14,6 +14,7 @@ from sigma_noise import host, loops
 from sigma_noise.a2a import AllToAll
 from sigma_noise.offset import offset
 from sigma_noise.trace import Key, Series, Trace
+from sigma_noise.watch import watching
 from sigma_noise.work import KERNELS, Work, checked_sizes, work
 
 FIXED_TIME = "_ftq"  # at the end of a name: quanta of fixed time
@@ -37,6 +38,7 @@ class Plan:
     pin:         CPUs that the ranks of a host take in turn; none: wherever the scheduler puts them
     threads:     of gemm and grouped
     sizes:       by kernel, see `sigma_noise.work`; of a2a: bytes
+    attribute:   counters of the thread, its host and its accelerators are kept beside the quanta
     """
 
     kernels: tuple[str, ...] = ("spin",)
@@ -50,6 +52,7 @@ class Plan:
     threads: int = 1
     sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     backend: str = "cpu"
+    attribute: bool = False
 
     def check(self, ranks: int) -> None:
         """Raises: WrongInput, by the name of the option."""
@@ -90,10 +93,10 @@ def measure(plan: Plan, ranks: Ranks) -> Trace:
     plan.check(ranks.size)
     measuring = Measuring(plan, ranks)
     cpu = agreed(ranks, lambda: host.cpu_of(plan.pin))
-    with host.pinned(cpu), host.without_gc():
+    with host.pinned(cpu), host.without_gc(), watching(plan.attribute, plan.seed) as watch:
         trace = measuring.all()
     trace.ranks[ranks.rank]["cpu"]["pinned"] = cpu
-    return trace
+    return watch.into(trace, ranks.rank) if watch else trace
 
 
 def agreed(ranks: Ranks, function: Callable[[], T]) -> T:

@@ -15,6 +15,7 @@ from sigma_train.ranks import Ranks
 
 from sigma_noise.measure import FIXED_TIME, Plan, measure
 from sigma_noise.trace import Series, Trace, rank_file
+from sigma_noise.watch import causes
 
 RANK_TIMEOUT_S = 300.0  # that a rank waits for another, beside what a measurement takes
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
@@ -88,15 +89,17 @@ def is_fixed_time(name: str) -> bool:
 
 
 def said(trace: Trace, rank: int) -> list[str]:
-    """Of what is no quantum: detours."""
+    """Of what is no quantum: detours, and what took the lost time if counters were watched."""
+    told = [f"rank {rank}: {name}: {found.sentence}" for name, found in causes(trace, rank)]
     about = trace.ranks[rank]["measured"].get("detour")
     if about is None:
-        return []
+        return told
     longest = longest_of(trace.get(rank, "event", "detour"))
     share = about["total_s"] / about["observed_s"]
     return [
         f"rank {rank}: {about['found']} detours above {time_of(about['threshold_s'])} took {share:.2%} of "
-        f"{time_of(about['observed_s'])}{longest}"
+        f"{time_of(about['observed_s'])}{longest}",
+        *told,
     ]
 
 

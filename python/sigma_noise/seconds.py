@@ -1,13 +1,20 @@
-"""Times on a command line: 25ms, 200us, 1.5s, 2m, or a number of seconds."""
+"""Times on a command line."""
 
 import re
+from fractions import Fraction
 
-UNITS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "m": 60.0, "h": 3600.0}
+import typer
+
+UNITS = {"ns": Fraction(1, 10**9), "us": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": 1, "m": 60, "h": 3600,
+         "": 1}  # fmt: skip
 
 
-def seconds(text: str) -> float:
-    """Raises: ValueError that says what was wanted."""
-    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*([a-z]*)\s*", text)
-    if not found or found[2] not in UNITS:
-        raise ValueError(f"a time is a number with {', '.join(u for u in UNITS if u)}, found {text!r}")
-    return float(found[1]) * UNITS[found[2]]
+def seconds(text: str | float) -> float:
+    """A number with a unit of UNITS, such as 250us; seconds without one."""
+    match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?) ?([a-z]*)", str(text))
+    try:
+        if match is None or match[2] not in UNITS:
+            raise ValueError
+        return float(Fraction(match[1]) * UNITS[match[2]])
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no time such as 250us, 1ms, 10s or 2m") from None
