@@ -21,6 +21,7 @@ from torch.multiprocessing import start_processes
 CONTEXT = multiprocessing.get_context("forkserver")
 IMPORTED = [
     "sigma_cli.commands",
+    "sigma_noise.run",
     "torch._dynamo",  # two thirds of a short run: every optimizer imports it
     *(
         f"sigma_train.{name}"
