@@ -1,0 +1,57 @@
+"""What else could have been measured: other stretches of time on the same hosts, other hosts at the same time.
+
+Each source alone, and the interval holds both: to draw hosts and stretches at once counts the noise of single windows
+twice and more (Owen, Annals of Applied Statistics 2007).
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sigma_noise.blocks import block_length
+from sigma_noise.pool import Draws, Pool
+
+Floats = NDArray[np.float64]
+
+CHUNK = 1 << 22  # counts of a batch: 32 MB
+
+
+def over_time(pools: Sequence[Pool], resamples: int, rng: np.random.Generator) -> Iterator[list[Draws]]:
+    """Batches of circular blocks of time, the same for all hosts and pools: what falls together stays together.
+
+    The block's share of a run is the largest that any pool's correlation time asks for; pools may cut a step into
+    different numbers of windows.
+    """
+    share = max(block_length(n, pool.tau) / n for pool in pools for n in [min(x.size for x in pool.longest)])
+    for batch in _batches(pools, resamples):
+        begin = rng.random((batch, max(1, round(1 / share))))
+        yield [
+            Draws(np.ones((batch, len(pool.hosts))), _instants(pool.longest, begin, share)) for pool in pools
+        ]
+
+
+def over_hosts(pools: Sequence[Pool], resamples: int, rng: np.random.Generator) -> Iterator[list[Draws]]:
+    """Batches of H - 1 of H hosts with replacement, whose variance is unbiased at small H (Rao & Wu, JASA 1988)."""
+    H = len(pools[0].hosts)
+    for batch in _batches(pools, resamples):
+        counts = rng.multinomial(H - 1, np.full(H, 1 / H), size=batch).astype(np.float64)
+        yield [Draws(counts, tuple(np.ones((batch, x.size)) for x in pool.longest)) for pool in pools]
+
+
+def _batches(pools: Sequence[Pool], resamples: int) -> Iterator[int]:
+    most = max(1, CHUNK // max(pool.instants for pool in pools))
+    for first in range(0, resamples, most):
+        yield min(most, resamples - first)
+
+
+def _instants(series: Sequence[Floats], begin: Floats, share: float) -> tuple[Floats, ...]:
+    """How often blocks that begin at fractions `begin` [B, blocks] of a run hold each instant, [B, n] a host."""
+    drawn: dict[int, Floats] = {}
+    for n in {x.size for x in series}:
+        block = max(1, round(share * n))
+        at = (np.floor(begin * n).astype(np.int64)[..., None] + np.arange(block)) % n
+        flat = at.reshape(len(begin), -1) + n * np.arange(len(begin))[:, None]
+        counts = np.bincount(flat.ravel(), minlength=n * len(begin))
+        drawn[n] = counts.reshape(len(begin), n).astype(np.float64)
+    return tuple(drawn[x.size] for x in series)
