@@ -70,15 +70,11 @@ def regained(
         seconds[carried] = whole - after.expected(kept)[0]
         share[carried] = seconds[carried] / whole
         low[carried], high[carried] = interval(
-            lambda draws: (
-                before.expected(kept, draws[:1]) - after.expected(kept, draws[1:])
-            ),
+            lambda draws: before.expected(kept, draws[:1]) - after.expected(kept, draws[1:]),
             seconds[carried],
             before.pools + after.pools,
             resamples,
             rng,
         )
     kappa = before.kappa()
-    return Budget(
-        model, N, seconds, low, high, share, tuple(before.flags(n, kappa) for n in N), refusals
-    )
+    return Budget(model, N, seconds, low, high, share, tuple(before.flags(n, kappa) for n in N), refusals)

@@ -30,7 +30,9 @@ def correlation_factor(series: ArrayLike) -> float:
     """
     x = np.asarray(series, np.float64)
     if x.ndim != 2 or len(x) < 2:
-        raise ValueError(f"correlation_factor: series must be [m, n] with m of 2 or more, found shape {x.shape}")
+        raise ValueError(
+            f"correlation_factor: series must be [m, n] with m of 2 or more, found shape {x.shape}"
+        )
     mean = x.mean()
     excess = independent_max(x) - mean
     return float((x.max(axis=0).mean() - mean) / excess) if excess > 1e-12 * mean else float("nan")

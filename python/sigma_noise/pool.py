@@ -29,6 +29,7 @@ class Draws:
     hosts: Floats
     instants: tuple[Floats, ...]
 
+    @cached_property
     def weights(self) -> Floats:
         """How often each window of each host in turn, [B, n]."""
         return np.concatenate(
@@ -60,7 +61,7 @@ class Pool:
         """Correlation time of a host's longest, in windows: the mean over hosts."""
         return float(np.mean([correlation_time(x) for x in self.longest]))
 
-    @property
+    @cached_property
     def instants(self) -> int:
         """Windows of all hosts together."""
         return sum(x.size for x in self.longest)
@@ -102,7 +103,7 @@ class Pool:
 
     def mean(self, draws: Draws | None = None) -> Floats:
         """E[W] of a rank in seconds, [B]."""
-        return _mean(self.part(1), (draws or self.whole).weights())
+        return _mean(self.part(1), (draws or self.whole).weights)
 
     def expected(self, ranks: Sequence[int], draws: Draws | None = None, tail: Tail | None = None) -> Floats:
         """E[max_N] in seconds for each number of ranks, on independent hosts, [B, ranks].
@@ -112,7 +113,7 @@ class Pool:
         draws = draws or self.whole
         N = np.asarray(ranks, np.float64)
         out = np.empty((len(draws.hosts), N.size))
-        weights = draws.weights()
+        weights = draws.weights
         for at in np.flatnonzero(self.host_size >= N):
             out[:, at] = _mean(self.part(int(N[at])), weights)
         is_many = self.host_size < N
@@ -123,9 +124,13 @@ class Pool:
     def _many(self, hosts: Floats, draws: Draws, tail: Tail | None) -> Floats:
         if draws is self.whole:
             x, below = self._ordered, np.arange(1.0, self.instants + 1)[None, :]
-            return gap_sum(x, below, hosts) if tail is None else spliced_max(x, below, hosts, tail, tail.parameters)
+            return (
+                gap_sum(x, below, hosts)
+                if tail is None
+                else spliced_max(x, below, hosts, tail, tail.parameters)
+            )
         first, x = self._cells
-        counts = np.add.reduceat(draws.weights()[:, self._order], first, axis=-1)
+        counts = np.add.reduceat(draws.weights[:, self._order], first, axis=-1)
         below = np.cumsum(counts, axis=-1)
         if tail is None:
             return gap_sum(x, below, hosts)
@@ -138,11 +143,11 @@ class Pool:
         A cell holds 1/FINENESS of what lies above it, so F^N bends by some 1/FINENESS^2 across it, whatever N is; the
         FINENESS largest have a cell each.
         """
-        above = [0]  # samples above each cell's end
-        while above[-1] < self.instants:
+        n, above = self.instants, [0]  # samples above each cell's end
+        while above[-1] < n:
             above.append(above[-1] + max(1, above[-1] // FINENESS))
-        first = np.unique(np.maximum(self.instants - np.array(above[1:]), 0))
-        size = np.diff(np.append(first, self.instants))
+        first = np.unique(np.maximum(n - np.array(above[1:]), 0))
+        size = np.diff(np.append(first, n))
         shifted = self._ordered - self._ordered[0]
         return first, self._ordered[0] + np.add.reduceat(shifted, first) / size
 
@@ -180,7 +185,9 @@ def make_pool(windows: Windows, hosts: Sequence[object] | None = None) -> Pool:
     rows = [np.asarray(row, np.float64) for row in windows]
     names = list(range(len(rows))) if hosts is None else list(hosts)
     if len(names) != len(rows) or not rows:
-        raise ValueError(f"make_pool: hosts must name one host for each rank, found {len(names)} for {len(rows)}")
+        raise ValueError(
+            f"make_pool: hosts must name one host for each rank, found {len(names)} for {len(rows)}"
+        )
     for r, row in enumerate(rows):
         if row.ndim != 1 or not row.size or not np.all(np.isfinite(row) & (row > 0)):
             raise ValueError(f"make_pool: windows of rank {r} must be finite and positive seconds in one row")

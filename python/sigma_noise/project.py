@@ -23,13 +23,16 @@ RESAMPLES = 400
 
 @dataclass(frozen=True)
 class Projection:
-    """What a step costs on N ranks.  Arrays are by `ranks`; nan where `refusals` gives a reason.
+    """What a step costs on N ranks.  Arrays are by `ranks`, nan where `refusals` gives a reason.
 
-    `slowdown`: S(N), mean step of N ranks over that of one; `low`, `high`: its 90 % interval.  `over_floor`: S0(N), over
-    a step without noise.  `step_s`: sum of E[max_N]; `mean_s`, `floor_s`: of one rank, and without noise.  `flags`: keys
-    of `step.FLAGS`.  `backtest_error`: predicted / measured - 1 of the longest of all `measured_ranks`, from half of them;
-    the worse of both halves, None where there is but one rank.  `kappa`: 1 if hosts are independent, 0 if they are late
-    together.  `windows`: measured, of a host; `effective`: independent ones that they are worth.
+    slowdown, low, high: S(N), a step of N ranks over that of one, and its 90 % interval
+    over_floor: S0(N), over a step without noise
+    step_s: sum of E[max_N] over a step's barriers; mean_s, floor_s: of one rank, and without noise
+    flags: keys of `step.FLAGS`
+    backtest_error: predicted / measured - 1 of the longest of all measured ranks, from half of them; the worse half,
+        None where there is but one rank
+    kappa: 1 where hosts are independent, 0 where they are late together
+    windows: measured of all hosts together; effective: independent ones that they are worth
     """
 
     model: str
@@ -93,7 +96,7 @@ def project_replay(
 ) -> Projection:
     """S(N) from traces of detours of the ranks of each host: windows of useful work begun at the same offsets.
 
-    `work` is the useful seconds between barriers.  Independent hosts begin anywhere, co-scheduled ones all at one offset.
+    `work` is the useful seconds between barriers.  Independent hosts begin anywhere, co-scheduled ones all at once.
     N draws of `replay.replay` have this mean; here it is computed, not drawn.
     """
     works = [Work("step", float(work))] if isinstance(work, (int, float)) else list(work)

@@ -118,7 +118,9 @@ def replay(
     return out
 
 
-def _longest(hosts: Hosts, work_s: float, host: Ints, offset: Floats, takes_part: NDArray[np.bool_]) -> Floats:
+def _longest(
+    hosts: Hosts, work_s: float, host: Ints, offset: Floats, takes_part: NDArray[np.bool_]
+) -> Floats:
     """The longest window of the ranks that take part [G, n, hosts] of each host drawn, [n, hosts].
 
     Offsets go through a trace in order: a binary search for one far from the last costs five times as much.

@@ -121,7 +121,9 @@ class Step:
 
     def measured_s(self) -> float:
         """sum_b of the mean longest of all ranks together, seconds: no model, the windows side by side."""
-        return sum(k * float(_aligned(p).max(0).mean()) for k, p in zip(self.per_step, self.pools, strict=True))
+        return sum(
+            k * float(_aligned(p).max(0).mean()) for k, p in zip(self.per_step, self.pools, strict=True)
+        )
 
     def kappa(self) -> float | None:
         """Correlation factor between hosts, or between the ranks of a single one: the least of all barriers."""
@@ -168,11 +170,15 @@ def make_step(barriers: Sequence[Barrier], hosts: Sequence[object] | None) -> St
         raise ValueError("project: barriers must hold at least one barrier, found none")
     for b in barriers:
         if b.per_step < 1:
-            raise ValueError(f"project: per_step of barrier '{b.name}' must be at least 1, found {b.per_step}")
+            raise ValueError(
+                f"project: per_step of barrier '{b.name}' must be at least 1, found {b.per_step}"
+            )
     pools = tuple(make_pool(b.windows, hosts) for b in barriers)
     shapes = {(len(p.hosts), p.host_size) for p in pools}
     if len(shapes) > 1:
-        raise ValueError(f"project: every barrier must have windows of the same ranks, found {sorted(shapes)}")
+        raise ValueError(
+            f"project: every barrier must have windows of the same ranks, found {sorted(shapes)}"
+        )
     floors = tuple(
         float(np.quantile(np.concatenate([host.ravel() for host in p.hosts]), FLOOR))
         if b.floor_s is None
