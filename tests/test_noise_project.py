@@ -12,7 +12,7 @@ from sigma_noise.blocks import block_length, correlation_time
 from sigma_noise.budget import regained
 from sigma_noise.expected_max import bernoulli_slowdown, pareto_max, sample_max
 from sigma_noise.pareto import quantile
-from sigma_noise.pool import Pool, make_pool
+from sigma_noise.pool import Draws, Pool, make_pool
 from sigma_noise.project import Work, project, project_replay
 from sigma_noise.replay import Detours
 from sigma_noise.resample import bias_corrected, over_hosts, over_time
@@ -267,7 +267,7 @@ def test_blocks_remember_what_time_does():
     for seed in range(100):
         x = 100 + lfilter([1], [1, -0.9], rng_of(30_000 + seed).normal(size=(1, 2000)))
         (pool,) = pools = (make_pool(x),)
-        means = np.concatenate([pool.mean(d) for (d,) in over_time(pools, 100, rng_of(seed))])[:, None]
+        means = pool.mean(*over_time(pools, 100, rng_of(seed)))[:, None]
         low, high = bias_corrected(means, pool.mean())
         hits += low[0] <= 100 <= high[0]
     assert 78 <= hits <= 98
@@ -277,7 +277,7 @@ def test_hosts_are_resampled_without_bias():
     """Defends: H of H hosts, whose variance is (H - 1) / H too small: a quarter at 4 hosts."""
     hosts = tuple(np.full((1, 200), level) for level in (10.0, 11.0, 13.0, 18.0))
     pool = Pool(hosts)
-    means = np.concatenate([pool.mean(d) for (d,) in over_hosts([pool], 40_000, rng_of(89))])
+    means = pool.mean(*over_hosts([pool], 40_000, rng_of(89)))
     assert means.var() == pytest.approx(np.var([10, 11, 13, 18], ddof=1) / 4, rel=0.03)
 
 
@@ -295,7 +295,7 @@ def test_rows_of_unequal_length():
 def test_cells_stand_for_their_samples():
     """Defends: resamples of a coarser sample than the estimate's, at any N."""
     pool = Pool((1 + pareto_windows(rng_of(91), (1, 20_000)),))
-    once = type(pool.whole)(pool.whole.hosts.copy(), pool.whole.instants)  # all drawn once, but in cells
+    once = Draws(pool.whole.times, pool.whole.unit_of)  # all drawn once, but in cells
     ranks = [2, 8, 64, 512, 2048, 16384]
     assert pool.expected(ranks, once)[0] == pytest.approx(pool.expected(ranks)[0], rel=2e-5)
     assert len(pool._cells[1]) < 2000

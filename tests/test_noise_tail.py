@@ -140,6 +140,21 @@ def test_shape_is_found_again(shape):
     assert one[0] == pytest.approx(likelihood[0], abs=0.01)
 
 
+def test_fit_is_that_of_the_paper():
+    """Defends: the grid and its prior, which few excesses feel: equations 7 to 9, term by term."""
+    y = np.sort(pareto_sample(rng_of(62), 23))
+    n, m = 23, 20 + 4
+    theta = [
+        1 / y[-1] + (1 - math.sqrt(m / (j - 0.5))) / (3 * y[5]) for j in range(1, m + 1)
+    ]  # n/4 + 1/2 = 6.25
+    k = [-sum(math.log(1 - t * v) for v in y) / n for t in theta]
+    log_l = [n * (math.log(t / a) + a - 1) for t, a in zip(theta, k, strict=True)]
+    weight = [1 / sum(math.exp(other - own) for other in log_l) for own in log_l]
+    best = sum(t * w for t, w in zip(theta, weight, strict=True))
+    shape = sum(math.log(1 - best * v) for v in y) / n
+    assert [float(p) for p in pareto.fit(y)] == pytest.approx([shape, -shape / best], rel=1e-10)
+
+
 def fit_once(excess, counts):
     shape, scale = pareto.fit_resamples(excess, counts)
     return float(shape[0]), float(scale[0])

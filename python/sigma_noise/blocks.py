@@ -28,7 +28,7 @@ def correlation_time(series: Floats) -> float:
 def block_length(n: int, tau: float) -> int:
     """Length of blocks, in samples, that serves n samples of correlation time tau best.
 
-    (6 rho^2 / (1 - rho^2)^2 * n)^(1/3), the optimum of the circular block bootstrap (Politis & White 2004) for an
+    (6 rho^2 / (1 - rho^2)^2 * n)^(1/3), the optimum for resampled blocks (Politis & White 2004) of an
     autoregression of order one whose correlation time is tau; at most n/4, so that four blocks differ.
     """
     rho = (tau - 1) / (tau + 1)

@@ -22,19 +22,22 @@ FINENESS = 256
 Windows = ArrayLike | Sequence[ArrayLike]  # seconds [ranks, windows], or a row for each rank
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draws:
-    """How often each of B resamples drew each host, [B, H], and the instants of each host, H arrays [B, n_h]."""
+    """B resamples of the units that a pool's windows were cut into: stretches of time, or hosts.
 
-    hosts: Floats
-    instants: tuple[Floats, ...]
+    times [B, units]: how often each unit was drawn; unit_of [n]: the unit of each window, host after host.
+    """
 
-    @cached_property
-    def weights(self) -> Floats:
-        """How often each window of each host in turn, [B, n]."""
-        return np.concatenate(
-            [self.hosts[:, h : h + 1] * drawn for h, drawn in enumerate(self.instants)], axis=1
-        )
+    times: Floats
+    unit_of: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def totals(self, values: Floats) -> Floats:
+        """Sum of values [n] over what was drawn, [B]."""
+        return self.times @ np.bincount(self.unit_of, values, minlength=self.times.shape[1])
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,12 @@ class Pool:
 
     @cached_property
     def whole(self) -> Draws:
-        """Every host and instant once."""
-        return Draws(np.ones((1, len(self.hosts))), tuple(np.ones((1, x.size)) for x in self.longest))
+        """Everything once."""
+        return Draws(np.ones((1, 1)), np.zeros(self.instants, np.int64))
 
     def mean(self, draws: Draws | None = None) -> Floats:
         """E[W] of a rank in seconds, [B]."""
-        return _mean(self.part(1), (draws or self.whole).weights)
+        return _mean(self.part(1), draws or self.whole)
 
     def expected(self, ranks: Sequence[int], draws: Draws | None = None, tail: Tail | None = None) -> Floats:
         """E[max_N] in seconds for each number of ranks, on independent hosts, [B, ranks].
@@ -112,33 +115,33 @@ class Pool:
         """
         draws = draws or self.whole
         N = np.asarray(ranks, np.float64)
-        out = np.empty((len(draws.hosts), N.size))
-        weights = draws.weights
+        out = np.empty((len(draws), N.size))
         for at in np.flatnonzero(self.host_size >= N):
-            out[:, at] = _mean(self.part(int(N[at])), weights)
+            out[:, at] = _mean(self.part(int(N[at])), draws)
         is_many = self.host_size < N
         if is_many.any():
             out[:, is_many] = self._many(N[is_many] / self.host_size, draws, tail)
         return out
 
     def _many(self, hosts: Floats, draws: Draws, tail: Tail | None) -> Floats:
-        if draws is self.whole:
-            x, below = self._ordered, np.arange(1.0, self.instants + 1)[None, :]
-            return (
-                gap_sum(x, below, hosts)
-                if tail is None
-                else spliced_max(x, below, hosts, tail, tail.parameters)
-            )
-        first, x = self._cells
-        counts = np.add.reduceat(draws.weights[:, self._order], first, axis=-1)
+        is_whole = draws is self.whole
+        x, counts = (self._ordered, np.ones((1, self.instants))) if is_whole else self._resampled(draws)
         below = np.cumsum(counts, axis=-1)
         if tail is None:
             return gap_sum(x, below, hosts)
-        return spliced_max(x, below, hosts, tail, tail.refitted(x, counts))
+        fitted = tail.parameters if is_whole else tail.refitted(x, counts)
+        return spliced_max(x, below, hosts, tail, fitted)
+
+    def _resampled(self, draws: Draws) -> tuple[Floats, Floats]:
+        """Ascending means of cells, and how many windows of each were drawn, [B, cells]: one product of matrices."""
+        cell_of, x = self._cells
+        units = draws.times.shape[1]
+        in_unit = np.bincount(draws.unit_of * x.size + cell_of, minlength=units * x.size)
+        return x, draws.times @ in_unit.reshape(units, x.size).astype(np.float64)
 
     @cached_property
     def _cells(self) -> tuple[NDArray[np.int64], Floats]:
-        """Ascending samples in cells, first of each and mean of each: what hundreds of resamples can afford.
+        """The cell of each window, and each cell's mean, ascending: what hundreds of resamples can afford.
 
         A cell holds 1/FINENESS of what lies above it, so F^N bends by some 1/FINENESS^2 across it, whatever N is; the
         FINENESS largest have a cell each.
@@ -149,7 +152,9 @@ class Pool:
         first = np.unique(np.maximum(n - np.array(above[1:]), 0))
         size = np.diff(np.append(first, n))
         shifted = self._ordered - self._ordered[0]
-        return first, self._ordered[0] + np.add.reduceat(shifted, first) / size
+        cell_of = np.empty(n, np.int64)
+        cell_of[self._order] = np.repeat(np.arange(size.size), size)
+        return cell_of, self._ordered[0] + np.add.reduceat(shifted, first) / size
 
 
 @dataclass(frozen=True)
@@ -163,17 +168,27 @@ class CoscheduledPool(Pool):
     def _many(self, hosts: Floats, draws: Draws, tail: Tail | None) -> Floats:
         if tail is not None:
             raise ValueError("CoscheduledPool: no tail goes beyond the hosts that were measured together")
+        H, n = len(self.hosts), self.longest[0].size
+        of_instant = draws.unit_of[:n]
+        if np.all(draws.unit_of.reshape(H, n) == of_instant):  # stretches of time, with all hosts
+            drawn = Draws(draws.times, of_instant)
+            return np.stack([_mean(self._together(np.ones(H), N), drawn) for N in hosts], axis=1)
+        always = Draws(np.ones((1, 1)), np.zeros(n, np.int64))
+        return np.array(
+            [[_mean(self._together(times, N), always)[0] for N in hosts] for times in draws.times]
+        )
+
+    def _together(self, times: Floats, hosts: float) -> Floats:
+        """E[max] at each instant [n] over so many draws of hosts, each as likely as it was drawn often, [H]."""
+        x, by_length = self._by_length
+        below = np.cumsum(times[by_length], axis=0)[:-1] / times.sum()
+        return x[0] + ((1 - below**hosts) * np.diff(x, axis=0)).sum(axis=0)
+
+    @cached_property
+    def _by_length(self) -> tuple[Floats, NDArray[np.int64]]:
         x = np.stack(self.longest)
-        by_length = np.argsort(x, axis=0, kind="stable")
-        x = np.take_along_axis(x, by_length, axis=0)
-        gaps = np.diff(x, axis=0)
-        out = np.empty((len(draws.hosts), hosts.size))
-        for b, counts in enumerate(draws.hosts):
-            below = np.cumsum(counts[by_length], axis=0)[:-1] / counts.sum()
-            for k, N in enumerate(hosts):
-                longest = x[0] + ((1 - below**N) * gaps).sum(axis=0)
-                out[b, k] = _mean(longest, draws.instants[0][b : b + 1])[0]
-        return out
+        order = np.argsort(x, axis=0, kind="stable")
+        return np.take_along_axis(x, order, axis=0), order
 
 
 def make_pool(windows: Windows, hosts: Sequence[object] | None = None) -> Pool:
@@ -200,9 +215,9 @@ def make_pool(windows: Windows, hosts: Sequence[object] | None = None) -> Pool:
     return Pool(tuple(np.stack([row[: min(map(len, g))] for row in g]) for g in groups))
 
 
-def _mean(x: Floats, weights: Floats) -> Floats:
-    """Mean of x [n] by weights [B, n]; of equal values it is that value to the last bit."""
-    return x[0] + weights @ (x - x[0]) / weights.sum(-1)
+def _mean(x: Floats, draws: Draws) -> Floats:
+    """Mean of values x [n] over what was drawn, [B]; of equal values it is that value to the last bit."""
+    return x[0] + draws.totals(x - x[0]) / draws.totals(np.ones(x.size))
 
 
 def _log_choose(n: Floats, k: int) -> Floats:

@@ -79,7 +79,7 @@ def project(
              is a host of its own, which is pessimistic; model: "ecdf", what was seen, or "gpd", with a generalised
              Pareto tail beyond it; seed, resamples: of the interval.
     Raises:  ValueError for input that is wrong; data that do not carry a figure are told in `refusals`.
-    Cost:    two times `resamples` passes over the windows.
+    Cost:    a sort of the windows, and two products of matrices for the interval, whatever their number.
     """
     step = make_step(_barriers(windows), hosts)
     return project_step(step, ranks, model, seed, resamples)

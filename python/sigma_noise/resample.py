@@ -4,7 +4,7 @@ Each source alone, and the interval holds both: to draw hosts and stretches at o
 twice and more (Owen, Annals of Applied Statistics 2007).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from sigma_noise.pool import Draws, Pool
 
 Floats = NDArray[np.float64]
 
-CHUNK = 1 << 18  # counts of a batch: 2 MB stay in a cache
+MOST_BLOCKS = 1024  # of time: more would sharpen nothing, and what is drawn is counted by block
 LEVEL = 0.9
 
 Statistic = Callable[[list[Draws]], Floats]
@@ -28,8 +28,7 @@ def interval(
     sources = [over_time] if len(pools[0].hosts) < 2 else [over_time, over_hosts]
     ends = []
     for source in sources:
-        values = np.concatenate([statistic(draws) for draws in source(pools, resamples, rng)])
-        ends.append(bias_corrected(values, estimate))
+        ends.append(bias_corrected(statistic(source(pools, resamples, rng)), estimate))
     low = np.minimum(np.min([e[0] for e in ends], axis=0), estimate)
     high = np.maximum(np.max([e[1] for e in ends], axis=0), estimate)
     return low, high
@@ -50,44 +49,25 @@ def bias_corrected(values: Floats, estimate: Floats) -> tuple[Floats, Floats]:
     return np.array(ends).T[0], np.array(ends).T[1]
 
 
-def over_time(pools: Sequence[Pool], resamples: int, rng: np.random.Generator) -> Iterator[list[Draws]]:
-    """Batches of circular blocks of time, the same for all hosts and pools: what falls together stays together.
+def over_time(pools: Sequence[Pool], resamples: int, rng: np.random.Generator) -> list[Draws]:
+    """Stretches of time with replacement (Carlstein 1986), the same for all hosts and pools.
 
-    The block's share of a run is the largest that any pool's correlation time asks for; pools may cut a step into
-    different numbers of windows.
+    What falls together so stays together.  A run is cut into as many equal stretches as the longest correlation time of the pools lets it, and 1,024 at most;
+    pools may cut a step into different numbers of windows.
     """
-    share = max(block_length(n, pool.tau) / n for pool in pools for n in [min(x.size for x in pool.longest)])
-    for batch in _batches(pools, resamples):
-        begin = rng.random((batch, max(1, round(1 / share))))
-        yield [
-            Draws(np.ones((batch, len(pool.hosts))), _instants(pool.longest, begin, share)) for pool in pools
-        ]
+    n = [min(x.size for x in pool.longest) for pool in pools]
+    blocks = min(
+        MOST_BLOCKS, *(size // block_length(size, pool.tau) for size, pool in zip(n, pools, strict=True))
+    )
+    times = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=resamples).astype(np.float64)
+    return [
+        Draws(times, np.concatenate([np.arange(x.size) * blocks // x.size for x in pool.longest]))
+        for pool in pools
+    ]
 
 
-def over_hosts(pools: Sequence[Pool], resamples: int, rng: np.random.Generator) -> Iterator[list[Draws]]:
-    """Batches of H - 1 of H hosts with replacement, whose variance is unbiased at small H (Rao & Wu, JASA 1988)."""
+def over_hosts(pools: Sequence[Pool], resamples: int, rng: np.random.Generator) -> list[Draws]:
+    """H - 1 of H hosts with replacement, whose variance is unbiased at small H (Rao & Wu, JASA 1988)."""
     H = len(pools[0].hosts)
-    for batch in _batches(pools, resamples):
-        counts = rng.multinomial(H - 1, np.full(H, 1 / H), size=batch).astype(np.float64)
-        yield [
-            Draws(counts, tuple(np.broadcast_to(1.0, (batch, x.size)) for x in pool.longest))
-            for pool in pools
-        ]
-
-
-def _batches(pools: Sequence[Pool], resamples: int) -> Iterator[int]:
-    most = max(1, CHUNK // max(pool.instants for pool in pools))
-    for first in range(0, resamples, most):
-        yield min(most, resamples - first)
-
-
-def _instants(series: Sequence[Floats], begin: Floats, share: float) -> tuple[Floats, ...]:
-    """How often blocks that begin at fractions `begin` [B, blocks] of a run hold each instant, [B, n] a host."""
-    drawn: dict[int, Floats] = {}
-    for n in {x.size for x in series}:
-        block = max(1, round(share * n))
-        at = (np.floor(begin * n).astype(np.int64)[..., None] + np.arange(block)) % n
-        flat = at.reshape(len(begin), -1) + n * np.arange(len(begin))[:, None]
-        counts = np.bincount(flat.ravel(), minlength=n * len(begin))
-        drawn[n] = counts.reshape(len(begin), n).astype(np.float64)
-    return tuple(drawn[x.size] for x in series)
+    times = rng.multinomial(H - 1, np.full(H, 1 / H), size=resamples).astype(np.float64)
+    return [Draws(times, np.repeat(np.arange(H), [x.size for x in pool.longest])) for pool in pools]
