@@ -38,7 +38,7 @@ def flag(durations: NDArray[np.float64], alpha: float, spread: float, block: int
     3 of 4 quarters.  Tail: the same of q99.9_r / med_r, and the rank has the longest detours in more blocks of time
     than one of P equals would (`contest`): numbers as skewed as q99.9 pass any z now and then.
 
-    Args: block: steps beyond which a row forgets.
+    Args: block: steps after which most ranks have forgotten.
     """
     level, tail = _level_and_tail(durations, 1)[:, :, 0]
     stretch = tail / level
@@ -78,7 +78,15 @@ def contest(durations: NDArray[np.float64], threshold: float, block: int) -> NDA
 def _level_and_tail(durations: NDArray[np.float64], parts: int) -> NDArray[np.float64]:
     """Median and q99.9 of each rank and part of its time, [2, P, parts]; the steps that are over are left out."""
     ranks, n = durations.shape
-    return np.quantile(durations[:, : n // parts * parts].reshape(ranks, parts, -1), [0.5, TAIL], axis=2)
+    ordered = np.sort(durations[:, : n // parts * parts].reshape(ranks, parts, -1), axis=2)
+    return np.stack([_of_sorted(ordered, p) for p in (0.5, TAIL)])
+
+
+def _of_sorted(ordered: NDArray[np.float64], p: float) -> NDArray[np.float64]:
+    """The p-quantile along the last axis, as `np.quantile`, which takes five times as long for many short rows."""
+    below, part = divmod(p * (ordered.shape[-1] - 1), 1.0)
+    low = ordered[..., int(below)]
+    return low + part * (ordered[..., min(int(below) + 1, ordered.shape[-1] - 1)] - low)
 
 
 def _recurrence(by_quarter: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from scipy import stats
 from sigma_noise.outliers import EFFICIENCY, PRIOR_FREEDOM, TO_DEVIATION, cut, robust_z
 
 LEAST_RANKS = 4  # a median of fewer than three cells is no protection against one
-TURNS = 10  # of the polish; it has settled by then
+TURNS, SETTLED = 10, 1e-9  # of the polish
 LEAST_EFFECT = 0.10  # of the usual wait
 MEDIAN_ERROR = 1.2533  # of the standard error of a mean, sqrt(pi/2)
 SPREAD = 0.05  # relative deviation of healthy links that is expected beforehand
@@ -92,6 +92,8 @@ def _polish(
         column = _median(rest.T)
         rest -= column
         destination += column
+        if max(np.abs(row).max(), np.abs(column).max()) < SETTLED:
+            break
     centres = float(np.median(source)), float(np.median(destination))
     return sum(centres), source - centres[0], destination - centres[1], rest
 

@@ -6,12 +6,13 @@ is everybody's.  So there are four numbers a rank, each with an interval, and tw
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sigma_noise.blocks import Blocks, autocorrelation_time, draw, quantiles
+from sigma_noise.blocks import MEMORIES, Blocks, autocorrelation_time, draw, quantiles
 from sigma_noise.flags import TAIL, Flags, flag
 from sigma_noise.losses import Losses
 
@@ -97,7 +98,7 @@ def score(
     tau = np.array([autocorrelation_time(x) for x in matched])
     steps = matched.shape[1]
     blocks = draw(steps, float(tau.max()), replicates, np.random.default_rng(seed))
-    flags = flag(matched, alpha, spread, blocks.length)
+    flags = flag(matched, alpha, spread, ceil(MEMORIES * float(np.median(tau))))
     losses = Losses(matched)
     columns = _scores(flags, losses, blocks, reference, (1.0 - confidence) / 2.0)
     columns["tail_interval"][steps / tau * (1.0 - TAIL) < PER_QUANTILE, 0] = 0.0
