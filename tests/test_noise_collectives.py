@@ -224,8 +224,8 @@ def test_a_slow_link_is_named(ranks, kind):
     assert named >= 95
 
 
-@pytest.mark.parametrize("scatter", [0.02, 0.05, 0.3])
-@pytest.mark.parametrize("ranks, runs", [(4, 1000), (8, 500), (32, 100)])
+@pytest.mark.parametrize("scatter", [0.05, 0.3])
+@pytest.mark.parametrize("ranks, runs", [(4, 400), (8, 400), (32, 100)])
 def test_equal_links_raise_no_alarm(ranks, runs, scatter):
     rng = generator(21)
     assert sum(bool(links(waits(rng, ranks, scatter)).findings) for _ in range(runs)) <= 0.02 * runs

@@ -85,7 +85,7 @@ def _swaps(n_a: int, n_b: int) -> NDArray[np.float64]:
     is_a = relabellings(n_a, n_b)[1:]
     from_b, from_a = is_a[:, n_a:], ~is_a[:, :n_a]
     swapped = from_a.sum(axis=1, keepdims=True)
-    rows = np.concatenate([-from_a / swapped, from_b / swapped], axis=1)
+    rows = np.concatenate([from_a / -swapped, from_b / swapped], axis=1)
     rows.flags.writeable = False
     return rows
 
