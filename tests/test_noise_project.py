@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import lfilter
-from sigma_noise.blocks import block_length, correlation_time
+from sigma_noise.intervals import autocorrelation_time
+from sigma_noise.resample import block_length
 from sigma_noise.budget import regained
 from sigma_noise.expected_max import bernoulli_slowdown, pareto_max, sample_max
 from sigma_noise.pareto import quantile
@@ -257,10 +258,10 @@ def test_what_is_regained_without_a_cause():
 def test_blocks_remember_what_time_does():
     """Defends: intervals of correlated windows as short as if they were independent."""
     noise = rng_of(88).normal(size=(100, 2000))
-    taus = [correlation_time(lfilter([1], [1, -0.9], row)) for row in noise]
+    taus = [autocorrelation_time(lfilter([1], [1, -0.9], row)) for row in noise]
     assert np.mean(taus) == pytest.approx(19, rel=0.1)  # (1 + 0.9) / (1 - 0.9)
-    assert np.mean([correlation_time(row) for row in noise[:50]]) == pytest.approx(1.05, abs=0.06)
-    assert correlation_time(np.full(100, 0.1)) == 1.0
+    assert np.mean([autocorrelation_time(row) for row in noise[:50]]) == pytest.approx(1.05, abs=0.06)
+    assert autocorrelation_time(np.full(100, 0.1)) == 1.0
     assert block_length(2000, 1.0) == 1
     assert block_length(2000, 19.0) == 65  # arch's rule at phi = 0.9: (6 * 0.81 / 0.0361 * 2000)^(1/3)
     hits = 0

@@ -1,36 +1,66 @@
-"""How long time remembers: the correlation time of a series, and blocks long enough to keep what it remembers."""
+"""Blocks of steps drawn with replacement: intervals of statistics of correlated series.
+
+Steps that follow each other are alike, so n of them are worth n_eff = n / tau.  Whole blocks, longer than the
+memory of the series, are nearly independent (Carlstein 1986); all ranks share the draw, so what befalls them together
+stays together.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.fft import irfft, next_fast_len, rfft
 
-Floats = NDArray[np.float64]
+LEAST_BLOCKS, MOST_BLOCKS = 16, 100  # more make no better an interval
+MEMORIES = 3  # a block's length in integrated autocorrelation times
+LEVELS = 65  # points of a distribution around the quantile that is drawn
 
 
-def correlation_time(series: Floats) -> float:
-    """1 + 2 sum rho_k in samples, over pairs of lags while their sum is positive (Geyer 1992); 1 if nothing varies.
+@dataclass(frozen=True)
+class Blocks:
+    """`count` blocks of `length` steps, the rest of n < length steps in the last; `weight` [B, count], times drawn."""
 
-    A mean of n samples is worth n over this many independent ones.
+    n: int
+    length: int
+    count: int
+    weight: NDArray[np.float64]
+
+    @cached_property
+    def of_step(self) -> NDArray[np.int64]:
+        return np.minimum(np.arange(self.n) // self.length, self.count - 1)
+
+    def sums(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """x [..., n] summed by block: [..., count]."""
+        return np.add.reduceat(x, np.arange(self.count) * self.length, axis=-1)
+
+
+def draw(n: int, tau: float, replicates: int, rng: np.random.Generator) -> Blocks:
+    """B draws of blocks of 3 tau steps; longer where that makes over 100 of them, shorter where under 16."""
+    length = int(np.clip(np.ceil(MEMORIES * tau), -(-n // MOST_BLOCKS), max(1, n // LEAST_BLOCKS)))
+    count = max(1, n // length)
+    weight = rng.multinomial(count, np.full(count, 1.0 / count), size=replicates)
+    return Blocks(n, length, count, weight.astype(np.float64))
+
+
+def quantiles(x: NDArray[np.float64], p: float, blocks: Blocks) -> NDArray[np.float64]:
+    """The p-quantile of each draw of x [n]: [B].
+
+    The distribution of every draw is known at `LEVELS` values of x around the quantile, five standard errors to either
+    side, as a product of weights and counts by block; between two of them it is taken as straight.
     """
-    x = np.asarray(series, np.float64)
-    x = x - x.mean()
-    n, size = x.size, next_fast_len(2 * x.size, real=True)
-    scale = np.abs(x).max(initial=0.0)
-    if n < 4 or scale <= 1e-12 * np.abs(series).max():  # what is left of a constant is rounding
-        return 1.0
-    power = np.abs(rfft(x / scale, size)) ** 2
-    cov = irfft(power, size)[:n]
-    pairs = (cov[: n // 2 * 2 : 2] + cov[1::2]) / cov[0]  # rho_0 + rho_1, rho_2 + rho_3, ...
-    negative = np.flatnonzero(pairs <= 0)
-    return float(max(1.0, 2 * pairs[: negative[0] if negative.size else None].sum() - 1))
-
-
-def block_length(n: int, tau: float) -> int:
-    """Length of blocks, in samples, that serves n samples of correlation time tau best.
-
-    (6 rho^2 / (1 - rho^2)^2 * n)^(1/3), the optimum for resampled blocks (Politis & White 2004) of an
-    autoregression of order one whose correlation time is tau; at most n/4, so that four blocks differ.
-    """
-    rho = (tau - 1) / (tau + 1)
-    best = (6 * rho**2 / (1 - rho**2) ** 2 * n) ** (1 / 3)
-    return int(np.clip(np.ceil(best), 1, max(1, n // 4)))
+    ordered = np.sort(x)
+    reach = 5.0 * np.sqrt(p * (1.0 - p) * blocks.length / blocks.n) + 2.0 / blocks.n
+    around = np.clip(p + reach * np.linspace(-1.0, 1.0, LEVELS), 0.0, 1.0)
+    value = np.unique(ordered[np.rint(around * (blocks.n - 1)).astype(np.int64)])
+    bin_of = np.searchsorted(value, x)  # the first value that is not below x
+    size = len(value) + 1
+    counts = np.bincount(blocks.of_step * size + bin_of, minlength=blocks.count * size)
+    below = np.cumsum(counts.reshape(blocks.count, size), axis=1)[:, :-1].astype(np.float64)
+    steps = blocks.weight @ np.bincount(blocks.of_step, minlength=blocks.count)
+    share = (blocks.weight @ below) / steps[:, None]  # [B, values], rising
+    above = np.minimum((share < p).sum(1), len(value) - 1)
+    under = np.maximum(above - 1, 0)
+    rows = np.arange(len(share))
+    rise = share[rows, above] - share[rows, under]
+    part = np.where(rise > 0.0, (p - share[rows, under]) / np.where(rise > 0.0, rise, 1.0), 1.0)
+    return value[under] + np.clip(part, 0.0, 1.0) * (value[above] - value[under])

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln
 
-from sigma_noise.blocks import correlation_time
 from sigma_noise.expected_max import gap_sum
+from sigma_noise.intervals import autocorrelation_time
 from sigma_noise.tail import Tail, spliced_max
 
 Floats = NDArray[np.float64]
@@ -62,7 +62,7 @@ class Pool:
     @cached_property
     def tau(self) -> float:
         """Correlation time of a host's longest, in windows: the mean over hosts."""
-        return float(np.mean([correlation_time(x) for x in self.longest]))
+        return float(np.mean([autocorrelation_time(x) for x in self.longest]))
 
     @cached_property
     def instants(self) -> int:

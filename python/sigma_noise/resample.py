@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-from sigma_noise.blocks import block_length
 from sigma_noise.pool import Draws, Pool
 
 Floats = NDArray[np.float64]
@@ -71,3 +70,14 @@ def over_hosts(pools: Sequence[Pool], resamples: int, rng: np.random.Generator) 
     H = len(pools[0].hosts)
     times = rng.multinomial(H - 1, np.full(H, 1 / H), size=resamples).astype(np.float64)
     return [Draws(times, np.repeat(np.arange(H), [x.size for x in pool.longest])) for pool in pools]
+
+
+def block_length(n: int, tau: float) -> int:
+    """Length of blocks, in samples, that serves n samples of correlation time tau best.
+
+    (6 rho^2 / (1 - rho^2)^2 * n)^(1/3), the optimum for resampled blocks (Politis & White 2004) of an
+    autoregression of order one whose correlation time is tau; at most n/4, so that four blocks differ.
+    """
+    rho = (tau - 1) / (tau + 1)
+    best = (6 * rho**2 / (1 - rho**2) ** 2 * n) ** (1 / 3)
+    return int(np.clip(np.ceil(best), 1, max(1, n // 4)))
