@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from sigma_noise.attribution import STOPPED, Attribution, attribute
 from sigma_noise.fitness import BASELINE, baseline_noise
-from sigma_noise.intervals import match
+from sigma_noise.spans import match
 from sigma_noise.loops import detours, fixed_work
 from sigma_noise.lost import Lost
 from sigma_noise.sampler import Sampler
