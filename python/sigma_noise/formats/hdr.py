@@ -1,0 +1,87 @@
+"""Export as an HDR histogram log (V2 encoding): what took how long in each interval, for HdrHistogram's own tools.
+
+A log holds a histogram an interval, and its users (HistogramLogProcessor, HistogramLogAnalyzer, hdr-plot) sum them over
+any span and derive percentiles.  A table of percentiles allows neither, so the log is what is written, by the library
+`hdrhistogram`, which is not a dependency: without it there is no log, and a sentence says so.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from sigma_train.errors import Failure, WrongInput
+from sigma_train.files import atomic_file
+
+from sigma_noise.trace import Series, Trace
+
+LOWEST_NS, HIGHEST_NS, DIGITS = (
+    1,
+    3_600_000_000_000,
+    3,
+)  # to an hour, as most logs, so that they can be summed
+
+
+def write(trace: Trace, to: Path, name: str | None = None, interval_s: float = 1.0) -> None:
+    """A line for each rank, name of quanta or detours, and interval in which any began; values in ns.
+
+    A line is tagged `rank0.spin`; its maximum is in ms, as the format has it; its times count from the first begin of
+    all, which `StartTime` and `BaseTime` hold in seconds of the trace's clock.
+
+    Raises: WrongInput if there is nothing to write or `interval_s` is not positive; Failure without the library;
+            OSError.
+    """
+    try:
+        import hdrh.histogram as hdr
+    except ModuleNotFoundError:
+        raise Failure(
+            "an HDR log wants the library hdrhistogram; pip install hdrhistogram brings it"
+        ) from None
+    if not interval_s > 0:
+        raise WrongInput(f"--interval must be positive, found {interval_s}")
+    chosen = {
+        key: series
+        for key, series in trace.rows.items()
+        if len(series) and key[1:] != ("event", "") and _is_wanted(key[1], key[2], name)
+    }
+    if not chosen:
+        raise WrongInput(f"no quanta or detours{f' called {name!r}' if name else ''} are in this measurement")
+    longest = max(int((s.end_ns - s.start_ns).max()) for s in chosen.values())
+    highest = max(HIGHEST_NS, 2 ** int(longest).bit_length())
+    cut = [
+        piece
+        for key, s in sorted(chosen.items())
+        for piece in _intervals(f"rank{key[0]}.{key[2]}", s, trace, interval_s)
+    ]
+    with atomic_file(to) as file:
+        file.write(_head(trace).encode())
+        for begin_s, tag, took in sorted(cut, key=lambda piece: piece[:2]):
+            histogram = hdr.HdrHistogram(LOWEST_NS, highest, DIGITS)
+            for value, count in zip(*(a.tolist() for a in np.unique(took, return_counts=True)), strict=True):
+                histogram.record_value(value, count)
+            line = f"Tag={tag},{begin_s:.3f},{interval_s:.3f},{took.max() / 1e6:.3f},{histogram.encode().decode()}\n"
+            file.write(line.encode())
+
+
+def _is_wanted(kind: str, own: str, name: str | None) -> bool:
+    return (kind == "quantum" or (kind, own) == ("event", "detour")) and name in (None, own)
+
+
+def _head(trace: Trace) -> str:
+    origin = f"{trace.origin_ns / 1e9:.3f}"
+    return (
+        "#[Durations in ns, exported by sigma noise]\n#[Histogram log format version 1.3]\n"
+        f"#[StartTime: {origin} (seconds since epoch), of the trace's clock]\n"
+        f"#[BaseTime: {origin} (seconds since epoch)]\n"
+        '"StartTimestamp","Interval_Length","Interval_Max","Interval_Compressed_Histogram"\n'
+    )
+
+
+def _intervals(
+    tag: str, series: Series, trace: Trace, interval_s: float
+) -> list[tuple[float, str, np.ndarray]]:
+    """Begin of the interval in s, tag without what ends one, durations in ns of what began in it."""
+    tag = "".join("_" if c.isspace() or c in ',"#=' else c for c in tag)
+    number = np.floor(series.since(trace.origin_ns) / interval_s).astype(np.int64)
+    took = series.end_ns - series.start_ns
+    cuts = np.flatnonzero(np.diff(number)) + 1
+    pieces = zip(np.split(number, cuts), np.split(took, cuts), strict=True)
+    return [(float(numbers[0] * interval_s), tag, lengths) for numbers, lengths in pieces]
