@@ -23,7 +23,8 @@ from sigma_noise.trace import Series, Trace
 
 OURS = "sigma."  # before the kind, in the categories of what `perfetto.write` wrote
 HEAD = "sigma_noise"
-LONGEST_US = 10**15  # 30 years
+KEPT = (HEAD, "baseTimeNanoseconds", "distributedInfo", "host_name")  # of the head, which may hold megabytes
+MOST_US = 10**16  # 317 years
 MAX_CATEGORIES = 1000
 
 
@@ -69,7 +70,7 @@ def read(path: Path, rank: int | None = None, events: Sequence[str] = ()) -> Tra
     with opened(path) as file, in_file(path):
         for name, value in members(file, "traceEvents"):
             if name is not None:
-                reader.head[name] = value
+                reader.head |= {name: value} if name in KEPT else {}
                 continue
             try:
                 reader.add(value)
@@ -172,11 +173,11 @@ def _fits(text: str, glob: str) -> bool:
 def nanoseconds(event: dict[str, Any], key: str) -> int:
     """Exactly; halves of a ns go to the even one.  Raises: ValueError if it is no finite number of microseconds."""
     us = event.get(key)
-    if isinstance(us, int) and not isinstance(us, bool) and abs(us) < LONGEST_US * 10:
+    if isinstance(us, int) and not isinstance(us, bool) and abs(us) < MOST_US:
         return us * 1000
     if isinstance(us, Number):
         exact = Decimal(us)
-        if exact.is_finite() and abs(exact) < LONGEST_US * 10:
+        if exact.is_finite() and abs(exact) < MOST_US:
             return int((exact * 1000).to_integral_value())
     raise ValueError(f"{key} must be a number of microseconds, found {str(us)[:40]!r}")
 
