@@ -79,6 +79,7 @@ def kineto(**changed: Any) -> dict[str, Any]:
         {**step, "name": "ProfilerStep#2", "ts": 4855857390010.125, "dur": 2000.5},
         {**step, "name": "ProfilerStep#1", "ts": 4855857388000.001, "dur": 2010.0},
         {**step, "cat": "gpu_user_annotation", "name": "ProfilerStep#1", "ts": 4855857388001.5, "dur": 1900},
+        {**step, "cat": "gpu_user_annotation", "name": "forward", "ts": 4855857388101.0, "dur": 499.0},
         {**step, "name": "forward", "ts": 4855857388100.25, "dur": 500.0},
         {**step, "name": "nccl:all_reduce", "ts": 4855857388700.0, "dur": 12.25},
         {**step, "cat": "cpu_op", "name": "aten::mm", "ts": 4855857388110.0, "dur": 33.0},

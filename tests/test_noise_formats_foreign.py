@@ -67,7 +67,7 @@ def test_steps_of_a_real_trace_are_those_of_the_profiler(tmp_path):
     assert [took / 1000 for _, took in steps] == pytest.approx(shown, abs=1e-3)
     assert len(trace.get(0, "quantum", "forward")) == 3
     assert len(trace.get(0, "quantum", "gloo:all_reduce")) >= 1
-    assert trace.ranks[0]["clock"] == "CLOCK_REALTIME"
+    assert trace.ranks[0]["clock"]["name"] == "CLOCK_REALTIME"
     operations = chrome.read(tmp_path / "t.json", events=["cpu_op/aten::lin*=linear"])
     assert operations.names() == ["linear"]
     assert len(operations.get(0, "quantum", "linear")) == 3
@@ -78,9 +78,13 @@ def test_events_of_a_gpu_job(tmp_path):
     path = tmp_path / "t.json.gz"
     path.write_bytes(gzip.compress(json.dumps(kineto()).encode()))
     trace = chrome.read(path)
-    assert trace.ranks == {3: {"host": "node7", "clock": "CLOCK_REALTIME"}}
+    assert list(trace.ranks) == [3]
+    assert trace.ranks[3]["host"] == "node7"
+    assert trace.ranks[3]["clock"] == {"name": "CLOCK_REALTIME", "identity": "node7"}
+    assert trace.ranks[3]["measured"]["step"] == {"mode": "spans"}
     assert trace.names() == [
         "forward",
+        "gpu:forward",
         "gpu:step",
         "nccl:all_reduce",
         "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgs)",
@@ -106,7 +110,7 @@ def test_stamps_of_the_epoch_keep_their_nanoseconds(tmp_path):
     assert rows(chrome.read(path), 5, "quantum", "a") == [(1795712909452323533, 2, 1.0)]
     trace = chrome.read(written(tmp_path / "t.json", f"[{event},\n{event.replace('9452', '9453')},"))
     assert rows(trace, 0, "quantum", "a") == [(1795712909452323533, 2, 1.0), (1795712909453323533, 2, 1.0)]
-    assert trace.ranks == {0: {"host": "unknown", "clock": "unknown"}}
+    assert trace.ranks[0]["clock"] == {"name": "unknown", "identity": "t.json"}
 
 
 def test_events_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
@@ -117,7 +121,7 @@ def test_events_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
     monkeypatch.undo()
     whole = chrome.read(tmp_path / "t.json")
     assert {key: rows(trace, *key) for key in trace.rows} == {key: rows(whole, *key) for key in whole.rows}
-    assert len(trace.rows) == 6
+    assert len(trace.rows) == 7
 
 
 def test_memory_does_not_grow_with_events_that_are_not_chosen(tmp_path):
@@ -138,8 +142,8 @@ def test_memory_does_not_grow_with_events_that_are_not_chosen(tmp_path):
 def test_lines_of_the_tracer(tmp_path):
     """Defends: gross for net, a stamp of the line for the start, a task's name cut at its colon, CPUs mixed up."""
     trace = rtla.read(written(tmp_path / "t.txt", TRACER))
-    assert rows(trace, 8, "event", "detour") == [(5789858404555, 8812, 2.0)]
-    assert rows(trace, 9, "event", "detour") == [(5789900001000, 7000, 0.0)]
+    assert rows(trace, 8, "event", "detour") == [(5789858404555, 8812, 8812e-9)]
+    assert rows(trace, 9, "event", "detour") == [(5789900001000, 7000, 7e-6)]
     assert rows(trace, 8, "event", "irq:local_timer") == [
         (5789857529929, 1845, 236.0),
         (5789858404871, 2848, 236.0),
@@ -148,7 +152,7 @@ def test_lines_of_the_tracer(tmp_path):
     assert rows(trace, 9, "event", "softirq:SCHED") == [(5789899990000, 992, 7.0)]
     assert rows(trace, 9, "event", "thread:Web Content:q") == [(5789899980000, 9, 77.0)]
     assert rows(trace, 9, "event", "nmi") == [(5789900000000, 512, 0.0)]
-    assert rows(trace, 8, "quantum", "osnoise") == [
+    assert rows(trace, 8, "quantum", "osnoise_ftq") == [
         (5789000001000, 10**9, 999_810.0),
         (5790000001000, 10**9, 999_344.0),
     ]
@@ -157,7 +161,9 @@ def test_lines_of_the_tracer(tmp_path):
         (5791000001000, 0, 2013.0),
     ]
     assert rows(trace, 8, "counter", "osnoise_noise_us")[-1] == (5791000001000, 0, 846.0)
-    assert {rank: facts.get("lost_events", 0) for rank, facts in trace.ranks.items()} == {8: 17, 9: 0}
+    assert {rank: facts["lost_events"] for rank, facts in trace.ranks.items()} == {8: 17, 9: 0}
+    assert trace.ranks[9]["measured"]["detour"]["window_ns"] == [5789899980000, 5789900008000]
+    assert trace.ranks[8]["measured"]["osnoise_ftq"]["mode"] == "ftq"
 
 
 def test_table_of_rtla_top(tmp_path):
@@ -165,7 +171,7 @@ def test_table_of_rtla_top(tmp_path):
     former = "\x1bc" + TOP.replace("304896", "0").replace("99.42580", "100.00000")
     for text in (TOP, former + "\x1bc\x1b[2;30;47m" + TOP.replace("CPU Period", "\x1b[2;30;47mCPU Period")):
         trace = rtla.read(written(tmp_path / "t.txt", text))
-        assert rows(trace, 0, "quantum", "osnoise") == [(0, 53_100_000_000, 53_100_000 - 304_896.0)]
+        assert rows(trace, 0, "quantum", "osnoise_ftq") == [(0, 53_100_000_000, 53_100_000 - 304_896.0)]
         assert rows(trace, 3, "counter", "osnoise_irq") == [(0, 0, 0.0), (53_100_000_000, 0, 53_156.0)]
         assert rows(trace, 0, "counter", "osnoise_noise_us")[1][2] == 304_896
         assert trace.ranks[3]["osnoise"] == {"periods": 59, "max_noise_us": 6251, "max_single_us": 33}
@@ -188,9 +194,13 @@ def test_table_of_rtla_hist(tmp_path):
 def test_netgauge(tmp_path):
     """Defends: a threshold in per cent for one in ns, decimals cut instead of rounded."""
     trace = netgauge.read(written(tmp_path / "noise.dat", NETGAUGE), rank=2)
-    assert rows(trace, 2, "event", "detour") == [(0, 1211, 0.0), (999871, 1403, 0.0), (2000004, 36, 0.0)]
-    assert trace.ranks[2]["threshold_ns"] == 24.5 * 9
-    assert trace.ranks[2]["window_ns"] == [0, 2000040]
+    assert rows(trace, 2, "event", "detour") == [
+        (0, 1211, 1.211e-6),
+        (999871, 1403, 1403e-9),
+        (2000004, 36, 36e-9),
+    ]
+    assert trace.ranks[2]["measured"]["detour"]["threshold_s"] == pytest.approx(24.5e-9 * 9)
+    assert trace.ranks[2]["measured"]["detour"]["window_ns"] == [0, 2000040]
 
 
 def test_formats_are_told_by_content_then_by_name(tmp_path):
@@ -254,7 +264,7 @@ GARBAGE = [
     (netgauge.read, "999999999999999999\t1\n9999999999999999999\t1\n", "line 2: wanted start<TAB>duration"),
     (netgauge.read, "# Fixed Work Quantum Benchmark\n0   100\n", "line 1: netgauge measured fixed quanta"),
     (netgauge.read, "# rank: x\n0\t1\n", "line 1: the rank must be a number, found 'x'"),
-    (netgauge.read, "# threshold_ns: -1\n0\t1\n", "line 1: wanted ns, found '-1'"),
+    (netgauge.read, "# threshold_s: -1\n0\t1\n", "line 1: wanted a number that is not negative, found '-1'"),
     (netgauge.read, b"0\t5\n\x00\x01\x02\x03", "line 2: this is no text, but binary"),
     (netgauge.read, "7" * 70_000, "line 1: this is no text, but binary"),
     (rtla.read, "", "no line of the osnoise tracer"),

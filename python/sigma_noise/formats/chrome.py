@@ -66,7 +66,7 @@ def read(path: Path, rank: int | None = None, events: Sequence[str] = ()) -> Tra
     Raises: WrongInput if it is not such a trace, or no event is chosen.
     Cost:   24 bytes an event that is chosen, and what `json_stream` holds.
     """
-    reader = _Reader([choice(text) for text in events])
+    reader = _Reader([choice(text) for text in events], path.name)
     with opened(path) as file, in_file(path):
         for name, value in members(file, "traceEvents"):
             if name is not None:
@@ -86,8 +86,8 @@ def _called(event: Any) -> str:
 
 
 class _Reader:
-    def __init__(self, choices: Sequence[Choice]) -> None:
-        self._choices = choices
+    def __init__(self, choices: Sequence[Choice], file: str) -> None:
+        self._choices, self._file = choices, file
         self.head: dict[str, Any] = {}
         self.seen = 0
         self._foreign, self._ours = Rows(), Rows()
@@ -138,8 +138,7 @@ class _Reader:
             raise ValueError(self._nothing())
         rank = self._rank() if rank is None else rank
         rows = {(rank, kind, name): _moved(s, base) for (_, kind, name), s in self._foreign.series().items()}
-        clock = "CLOCK_REALTIME" if base else "unknown"
-        return Trace({}, {rank: {"host": str(self.head.get("host_name", "unknown")), "clock": clock}}, rows)
+        return Trace({}, {rank: self._facts(base)}, rows)
 
     def _rank(self) -> int:
         info = self.head.get("distributedInfo")
@@ -147,6 +146,18 @@ class _Reader:
         if not isinstance(rank, int) or not 0 <= rank < 2**31:
             raise ValueError(f"distributedInfo.rank must be a rank, found {str(rank)[:40]!r}")
         return rank
+
+    def _facts(self, base: int) -> dict[str, Any]:
+        """Ranks of one host share its wall clock; of an unknown host, nothing is known to be shared."""
+        host = str(self.head.get("host_name", "unknown"))
+        shared = base and host != "unknown"
+        name = "CLOCK_REALTIME" if base else "unknown"
+        measured = {name: {"mode": "spans"} for _, _, name in self._foreign.names()}
+        return {
+            "host": host,
+            "clock": {"name": name, "identity": host if shared else self._file},
+            "measured": measured,
+        }
 
     def _nothing(self) -> str:
         if not self.seen:

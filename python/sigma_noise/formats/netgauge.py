@@ -14,13 +14,13 @@ from pathlib import Path
 from sigma_train.errors import WrongInput
 from sigma_train.files import atomic_file
 
-from sigma_noise.formats.detours import DETOUR, Detours, of
+from sigma_noise.formats.rank_detours import DETOUR, Detours, facts, of
 from sigma_noise.formats.rows import Rows, at
 from sigma_noise.formats.text import lines
 from sigma_noise.trace import Trace
 
 NUMBER = re.compile(r"\d{1,18}(\.\d{0,9})?")
-FACT = re.compile(r"# (rank|host|threshold_ns): (\S.{0,199})")
+FACT = re.compile(r"# (rank|host|threshold_s): (\S.{0,199})")
 MINIMUM = re.compile(r"# Minimal cycle length \[ns\]: *([\d.]+)")
 PERCENT = re.compile(r"# Threshold: \[% minimal cycle length\]: *(\d+)")
 NO_DETOURS = re.compile(r"# Fixed (Work|Time) Quantum Benchmark")
@@ -37,7 +37,7 @@ def write(
     detours = of(trace, rank, name, threshold_s)
     with atomic_file(to) as file:
         file.write(_head(detours, trace).encode())
-        starts, took = detours.start_ns - detours.window_ns[0], detours.duration_ns
+        starts, took = detours.start_ns - detours.window_ns[0], detours.length_ns
         for first in range(0, len(detours), BLOCK):
             rows = zip(
                 starts[first : first + BLOCK].tolist(), took[first : first + BLOCK].tolist(), strict=True
@@ -51,7 +51,7 @@ def _head(detours: Detours, trace: Trace) -> str:
         "rank": detours.rank,
         "host": trace.ranks.get(detours.rank, {}).get("host", "unknown"),
         "name": detours.name,
-        "threshold_ns": detours.threshold_ns,
+        "threshold_s": detours.threshold_s,
     }
     told = (
         f"# {key}: {' '.join(str(fact).split())[:200]}\n" for key, fact in facts.items() if fact is not None
@@ -60,31 +60,31 @@ def _head(detours: Detours, trace: Trace) -> str:
 
 
 @dataclass
-class _Facts:
+class _Learnt:
     rank: int = 0
     host: str = "unknown"
-    threshold_ns: float | None = None
+    threshold_s: float | None = None
     minimum_ns: float | None = None
 
 
 def read(path: Path, rank: int | None = None) -> Trace:
-    """Events called `detour`; stamps count from the begin of the window, which the rank's `window_ns` [2] tells.
+    """Events called `detour`, value their length in seconds; stamps count from the begin of the window.
 
     rank:   else that of a `# rank: ` line, else 0.
     Raises: WrongInput if a line is no detour, or starts do not rise.
     """
-    facts, rows = _Facts(), Rows()
+    learnt, rows = _Learnt(), Rows()
     before, last, window_end = -1, (0, 0), 0
     for number, line in lines(path):
         try:
             if line.startswith("#"):
-                _learn(facts, line)
+                _learn(learnt, line)
             elif line.strip():
                 start, took = _row(line)
                 if start <= before:
                     raise ValueError(f"starts must rise, found {start} ns after {before}")
                 if took:
-                    rows.add((0, "event", DETOUR), start, start + took, 0.0)
+                    rows.add((0, "event", DETOUR), start, start + took, took / 1e9)
                 before, last, window_end = start, (start, took), max(window_end, start + took)
         except ValueError as error:
             raise at(path, f"line {number}", error) from None
@@ -92,10 +92,12 @@ def read(path: Path, rank: int | None = None) -> Trace:
         raise WrongInput(f"{path}: no detour is in it, not even one of duration 0 that ends the window")
     if not last[1]:
         window_end = last[0]
-    rank = facts.rank if rank is None else rank
-    told = {"host": facts.host, "clock": "from the window's begin", "window_ns": [0, window_end]}
-    if facts.threshold_ns is not None:
-        told["threshold_ns"] = facts.threshold_ns
+    rank = learnt.rank if rank is None else rank
+    told = {
+        "host": learnt.host,
+        "clock": {"name": "from the begin of the window", "identity": path.name},
+        "measured": {DETOUR: facts((0, window_end), learnt.threshold_s)},
+    }
     found = {(rank, kind, name): series for (_, kind, name), series in rows.series().items()}
     return Trace({}, {rank: told}, found)
 
@@ -108,7 +110,7 @@ def _row(line: str) -> tuple[int, int]:
     return start, took
 
 
-def _learn(facts: _Facts, line: str) -> None:
+def _learn(learnt: _Learnt, line: str) -> None:
     if NO_DETOURS.match(line):
         raise ValueError(
             "netgauge measured fixed quanta, which have no stamps; its method selfish has detours"
@@ -118,18 +120,22 @@ def _learn(facts: _Facts, line: str) -> None:
             case "rank", text:
                 if not re.fullmatch(r"\d{1,9}", text):
                     raise ValueError(f"the rank must be a number, found {text[:40]!r}")
-                facts.rank = int(text)
-            case "threshold_ns", text:
-                facts.threshold_ns = _positive(text)
+                learnt.rank = int(text)
+            case "threshold_s", text:
+                learnt.threshold_s = _positive(text)
             case "host", text:
-                facts.host = text
+                learnt.host = text
     elif found := MINIMUM.match(line):
-        facts.minimum_ns = _positive(found[1])
-    elif (found := PERCENT.match(line)) and facts.minimum_ns is not None:
-        facts.threshold_ns = facts.minimum_ns * int(found[1]) / 100
+        learnt.minimum_ns = _positive(found[1])
+    elif (found := PERCENT.match(line)) and learnt.minimum_ns is not None:
+        learnt.threshold_s = learnt.minimum_ns * int(found[1]) / 100 / 1e9
 
 
 def _positive(text: str) -> float:
-    if not NUMBER.fullmatch(text):
-        raise ValueError(f"wanted ns, found {text[:40]!r}")
-    return float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"wanted a number that is not negative, found {text[:40]!r}")
+    return value

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, write_to_textfile
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from sigma_train.files import failed_writes_are_oserrors
 
-from sigma_noise.formats import detours
+from sigma_noise.formats import rank_detours
 from sigma_noise.trace import Trace
 
 PREFIX = "sigma_noise"
@@ -51,22 +51,22 @@ def measured(trace: Trace, threshold_s: float | None = None) -> dict[str, Figure
     """What quanta of fixed work say by themselves, by name; straggler and projection figures want the analysis.
 
     noise = sum_i max(0, T_i - b) / sum_i T_i, b the 5th percentile of T over the whole of a rank; detours and their
-    threshold as `formats.detours` has them, the threshold that of the rank with the highest.
+    threshold as `rank_detours` has them, the threshold that of the rank with the highest.
     """
     found: dict[str, Figures] = {}
     for name in trace.names():
         observed, noise, lengths, thresholds = {}, {}, [], []
         for rank in trace.ranks:
             quanta = trace.get(rank, "quantum", name)
-            if not len(quanta) or np.any(quanta.value != 1):
+            took = quanta.end_ns - quanta.start_ns
+            if not took.any() or not rank_detours.is_fixed_work(quanta):
                 continue
-            seconds = quanta.seconds
-            observed[rank] = float(seconds.sum())
-            over = np.maximum(seconds - np.quantile(seconds, detours.FLOOR), 0)
-            noise[rank] = float(over.sum()) / observed[rank] if observed[rank] else 0.0
-            each = detours.of(trace, rank, name, threshold_s)
-            lengths.append(each.duration_ns * 1e-9)
-            thresholds.append((each.threshold_ns or 0) * 1e-9)
+            over = np.maximum(took - rank_detours.floor_ns(took), 0)
+            observed[rank] = float(took.sum()) * 1e-9
+            noise[rank] = float(over.sum()) / float(took.sum())
+            each = rank_detours.of(trace, rank, name, threshold_s)
+            lengths.append(each.length_ns * 1e-9)
+            thresholds.append(each.threshold_s)
         if observed:
             found[name] = Figures(observed, noise, {}, {}, np.concatenate(lengths), max(thresholds))
     return found

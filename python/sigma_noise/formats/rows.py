@@ -39,6 +39,9 @@ class Rows:
         for column, item in zip(columns, (start_ns, end_ns, value), strict=True):
             column.append(item)
 
+    def names(self) -> list[Key]:
+        return sorted(self._columns)
+
     def series(self) -> dict[Key, Series]:
         """In order of their begin; rows that begin together stay in the order of the file."""
         return {key: _sorted(*columns) for key, columns in self._columns.items()}

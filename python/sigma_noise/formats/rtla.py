@@ -4,11 +4,11 @@ The tracer's lines (include/trace/events/osnoise.h of Linux):
 
 | line | becomes |
 |---|---|
-| `sample_threshold: start S duration D ns interference I` | an event `detour`, value I: what its loop saw |
+| `sample_threshold: start S duration D ns interference I` | an event `detour`, value D in seconds |
 | `irq_noise: NAME:VECTOR start S duration D ns`, `softirq_noise` | an event `irq:NAME`, `softirq:NAME`, value VECTOR |
 | `thread_noise: NAME:PID start S duration D ns` | an event `thread:NAME`, value PID |
 | `nmi_noise: start S duration D ns` | an event `nmi` |
-| a period's sum: runtime, noise, available, max single, counts | a quantum `osnoise`, value its quiet us; counters |
+| a period's sum: runtime, noise, available, max single, counts | quantum `osnoise_ftq`, value its quiet us; counters |
 
 Durations of causes are net, without what interrupted them in turn, so end stamps are begin + net.  The tables of
 `rtla osnoise top -q` and `hist` have no stamps: see `rtla_tables`.
@@ -22,12 +22,11 @@ from pathlib import Path
 from sigma_train.errors import WrongInput
 
 from sigma_noise.formats import rtla_tables
-from sigma_noise.formats.detours import DETOUR
+from sigma_noise.formats.rank_detours import DETOUR, facts
 from sigma_noise.formats.rows import Rows, at
 from sigma_noise.formats.text import lines
 from sigma_noise.trace import Trace
 
-QUANTUM = "osnoise"
 COUNTS = ("hw", "nmi", "irq", "softirq", "thread")  # interferences, in the order of the tracer and of rtla
 
 # TASK-PID (TGID) [CPU] FLAGS STAMP: REST; trace-cmd has no flags, and a task's name may hold anything
@@ -66,18 +65,22 @@ def read(path: Path) -> Trace:
         raise WrongInput(
             f"{path}: no line of the osnoise tracer and no row of a table of rtla osnoise is in it"
         )
-    ranks |= {
-        cpu: {"host": "unknown", "clock": "of the tracer", "cpu": cpu} for cpu in reader.cpus - ranks.keys()
-    }
-    for cpu, lost in reader.lost.items():
-        ranks[cpu] = {**ranks.get(cpu, {"host": "unknown", "cpu": cpu}), "lost_events": lost}
+    for cpu in sorted({cpu for cpu, _, _ in rows} - ranks.keys()):
+        own = [series for key, series in rows.items() if key[0] == cpu]
+        window = min(int(s.start_ns[0]) for s in own), max(int(s.end_ns.max()) for s in own)
+        ranks[cpu] = {
+            "host": "unknown",
+            "clock": {"name": "of the tracer", "identity": path.name},
+            "cpu": cpu,
+            "measured": rtla_tables.MEASURED | {DETOUR: facts(window, None)},
+            "lost_events": reader.lost[cpu],
+        }
     return Trace({}, dict(sorted(ranks.items())), rows)
 
 
 @dataclass
 class _Reader:
     rows: Rows
-    cpus: set[int] = field(default_factory=set)
     lost: Counter[int] = field(default_factory=Counter)
     _sums: Counter[tuple[int, str]] = field(default_factory=Counter)
 
@@ -98,9 +101,6 @@ class _Reader:
             self._sample(cpu, rest.removeprefix("sample_threshold: ").strip())
         elif period := PERIOD.fullmatch(rest.strip()):
             self._period(cpu, stamp, period)
-        else:
-            return
-        self.cpus.add(cpu)
 
     def _cause(self, cpu: int, kind: str, text: str) -> None:
         found = CAUSE.fullmatch(text.strip())
@@ -119,14 +119,16 @@ class _Reader:
                 f"wanted sample_threshold: start S.NS duration D ns interference I, found {text[:80]!r}"
             )
         begin = int(found[1]) * 10**9 + int(found[2])
-        self.rows.add((cpu, "event", DETOUR), begin, begin + int(found[3]), float(found[4]))
+        self.rows.add((cpu, "event", DETOUR), begin, begin + int(found[3]), int(found[3]) / 1e9)
 
     def _period(self, cpu: int, stamp: str, found: re.Match[str]) -> None:
         seconds, _, fraction = stamp.partition(".")
         end = int(seconds) * 10**9 + int(fraction.ljust(9, "0"))
         runtime_us, noise_us = int(found[1]), int(found[2])
         rtla_tables.check_available(runtime_us, noise_us, found[3])
-        self.rows.add((cpu, "quantum", QUANTUM), end - runtime_us * 1000, end, float(runtime_us - noise_us))
+        self.rows.add(
+            (cpu, "quantum", rtla_tables.QUANTUM), end - runtime_us * 1000, end, float(runtime_us - noise_us)
+        )
         said = dict(zip(COUNTS, map(int, found[5].split()), strict=True)) | {"noise_us": noise_us}
         for name, n in said.items():
             self._sums[cpu, name] += n

@@ -1,8 +1,8 @@
 """The tables of `rtla osnoise top -q`, `rtla hwnoise` and `rtla osnoise hist`, as tools/tracing/rtla prints them.
 
-They have no stamps, so time begins at 0.  Of `top` a CPU gives one quantum `osnoise` as long as its runtime, value the
-microseconds without noise, and its counts as counters from 0; the longest noise is in the rank's facts.  Of `hist` a
-CPU gives a counter `detours` over the duration, and the histogram in the rank's facts under `histogram`: `unit_ns`,
+They have no stamps, so time begins at 0.  Of `top` a CPU gives one quantum `osnoise_ftq` as long as its runtime, value
+the microseconds without noise, and its counts as counters from 0; the longest noise is in the rank's facts.  Of `hist`
+a CPU gives a counter `detours` over the duration, and the histogram in the rank's facts under `histogram`: `unit_ns`,
 `edges` [n], the lower ends of buckets, `counts` [n], and `over`, `count`, `min`, `avg`, `max`.
 """
 
@@ -18,6 +18,10 @@ TOP_ROW = re.compile(r" *(\d{1,6}) #(\d{1,9}) +(\d{1,18}) +(\d{1,18}) +(\d{1,3}\
 DURATION = re.compile(r"(?:# D|d)uration: +(\d+) (\d\d):(\d\d):(\d\d)(?: \| time is in us)?")
 SUMMARY = ("over", "count", "min", "avg", "max")
 NUMBER = re.compile(r"\d{1,18}(\.\d{1,9})?")
+
+
+QUANTUM = "osnoise_ftq"  # of fixed time
+MEASURED = {QUANTUM: {"mode": "ftq", "kernel": "osnoise"}}
 
 
 class Table(Protocol):
@@ -42,6 +46,10 @@ def check_available(runtime_us: int, noise_us: int, percent: str) -> None:
         raise ValueError(
             f"noise {noise_us} us of {runtime_us} us is not {percent} % available; wrong columns?"
         )
+
+
+def _unstamped(cpu: int) -> dict[str, Any]:
+    return {"host": "unknown", "clock": {"name": "none", "identity": f"cpu {cpu}"}, "cpu": cpu}
 
 
 class _Top:
@@ -71,7 +79,7 @@ class _Top:
         ranks = {}
         for cpu, (periods, runtime, noise, (max_noise, max_single, *counts)) in self._cpus.items():
             end = runtime * 1000
-            rows.add((cpu, "quantum", "osnoise"), 0, end, float(runtime - noise))
+            rows.add((cpu, "quantum", QUANTUM), 0, end, float(runtime - noise))
             said = dict(zip(("hw", "nmi", "irq", "softirq", "thread"), counts, strict=False)) | {
                 "noise_us": noise
             }
@@ -79,7 +87,7 @@ class _Top:
                 for at, value in ((0, 0.0), (end, float(n))):
                     rows.add((cpu, "counter", f"osnoise_{name}"), at, at, value)
             told = {"periods": periods, "max_noise_us": max_noise, "max_single_us": max_single}
-            ranks[cpu] = {"host": "unknown", "clock": "none", "cpu": cpu, "osnoise": told}
+            ranks[cpu] = {**_unstamped(cpu), "measured": MEASURED, "osnoise": told}
         return ranks
 
 
@@ -145,7 +153,7 @@ class _Hist:
                     f"the buckets of CPU {cpu} sum to {sum(counts)}, its count is {summary['count']:g}"
                 )
             histogram = {"unit_ns": self._unit_ns, "edges": self._edges, "counts": counts, **summary}
-            ranks[cpu] = {"host": "unknown", "clock": "none", "cpu": cpu, "histogram": histogram}
+            ranks[cpu] = {**_unstamped(cpu), "histogram": histogram}
             for at, n in ((0, 0.0), (self._duration_ns, summary["count"])):
                 rows.add((cpu, "counter", "detours"), at, at, n)
         return ranks
