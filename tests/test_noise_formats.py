@@ -172,6 +172,26 @@ def test_detours_of_quanta_are_what_they_took_over_their_floor(tmp_path):
     assert found.length_ns.tolist() == [20_000]
 
 
+def test_detours_of_a_loop_are_shorter_than_its_gaps(tmp_path):
+    """Defends: gaps for lengths; a window of what else the rank measured; one that ends at the last detour."""
+    gaps = Series(np.array([5_000, 90_000]), np.array([5_120, 95_000]), np.array([100e-9, 4_980e-9]))
+    told = {"measured": {"detour": {"mode": "detours", "threshold_s": 1e-7, "observed_s": 0.002}}}
+    rows = {(0, "event", "detour"): gaps, (0, "quantum", "spin"): quanta([10_000] * 900, begin_ns=10**9)}
+    trace = Trace({}, {0: told}, rows)
+    netgauge.write(trace, tmp_path / "t.tsv")
+    assert as_loggopsim_reads((tmp_path / "t.tsv").read_text()) == [(0, 100), (85_000, 4_980), (2_000_000, 0)]
+    netgauge.write(trace, tmp_path / "t.tsv", threshold_s=1e-6)
+    assert as_loggopsim_reads((tmp_path / "t.tsv").read_text()) == [(85_000, 4_980), (2_000_000, 0)]
+    figures = prometheus.measured(trace)
+    assert list(figures) == ["spin", "detour"]
+    assert figures["detour"].noise_ratio == {0: pytest.approx(5_080e-9 / 0.002)}
+    assert figures["detour"].threshold_s == 1e-7
+    assert figures["detour"].detours_s.tolist() == pytest.approx([100e-9, 4_980e-9])
+    broken = Series(gaps.start_ns, gaps.end_ns, np.array([1.0, np.nan]))
+    with pytest.raises(WrongInput, match="a detour must last 0 s or more, found \\[nan\\] s"):
+        netgauge.write(Trace({}, {0: told}, {(0, "event", "detour"): broken}), tmp_path / "t.tsv")
+
+
 def test_which_detours_is_asked_where_it_is_not_plain(tmp_path):
     """Defends: a rank or kernel that is chosen silently."""
     two = Trace(
@@ -311,8 +331,12 @@ def test_hdr_log_is_read_by_its_library(tmp_path):
         ("rank0.a_b_c", 2, 3, 50),
     ]
     assert [row[4] for row in found] == pytest.approx([0.01, 0.01, 7200, 0.01], rel=1e-3)
-    hdr.write(trace, tmp_path / "t.hlog", name="x", interval_s=60)
-    assert (tmp_path / "t.hlog").read_text().count("Tag=") == 1
+    detour = Series(np.array([7]), np.array([207]), np.array([150e-9]))
+    trace.rows[1, "event", "detour"] = trace.rows[1, "event", "gc"] = detour
+    hdr.write(trace, tmp_path / "t.hlog", name="detour", interval_s=60)
+    lines = [line for line in (tmp_path / "t.hlog").read_text().splitlines() if line.startswith("Tag=")]
+    assert [line.rpartition(",")[0] for line in lines] == ["Tag=rank1.detour,0.000000,60.000000,0.000"]
+    assert HdrHistogram.decode(lines[0].rpartition(",")[2]).get_max_value() == 150
 
 
 def test_hdr_log_wants_its_library_and_something_to_write(tmp_path, monkeypatch):

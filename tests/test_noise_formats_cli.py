@@ -100,9 +100,9 @@ def test_noise_of_linux_goes_on_to_loggopsim(tmp_path):
 
 
 def test_export_for_prometheus(tmp_path):
-    """Defends: a threshold in us taken for seconds; noise that misses the injected 1 % of 400 us."""
+    """Defends: a threshold that goes nowhere; noise that misses the injected 1 % of 400 us."""
     measurement().write(tmp_path / "m.parquet")
-    run("export", tmp_path / "m.parquet", tmp_path / "n.prom", "--threshold-us", 100, "--per-rank")
+    run("export", tmp_path / "m.parquet", tmp_path / "n.prom", "--threshold", 1e-4, "--per-rank")
     families = {f.name: f for f in text_string_to_metric_families((tmp_path / "n.prom").read_text())}
     threshold = families["sigma_noise_detour_threshold_seconds"].samples
     assert [s.value for s in threshold] == pytest.approx([1e-4])
@@ -137,15 +137,13 @@ def test_what_does_not_apply_or_fit_is_refused(tmp_path):
     assert "--per-rank does not apply to the format hdr" in refused(
         "export", m, tmp_path / "a.hdr", "--per-rank"
     )
-    assert "--threshold-us does not apply to the format chrome" in refused(
-        "export", m, tmp_path / "a.json", "--threshold-us", 1
+    assert "--threshold does not apply to the format chrome" in refused(
+        "export", m, tmp_path / "a.json", "--threshold", 1
     )
     assert "--interval does not apply to the format netgauge" in refused(
         "export", m, tmp_path / "a.tsv", "--interval", 1
     )
-    assert "--threshold-us must not be negative" in refused(
-        "export", m, tmp_path / "a.tsv", "--threshold-us", -1
-    )
+    assert "--threshold must not be negative" in refused("export", m, tmp_path / "a.tsv", "--threshold", -1)
     assert "--format wants one of chrome, rtla, netgauge, found 'hdr'" in refused(
         "import", trace, x, "--format", "hdr"
     )

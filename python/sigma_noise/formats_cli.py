@@ -45,7 +45,9 @@ def export(
     format: Annotated[str | None, FORMAT] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="of netgauge's: whose detours")] = None,
     name: Annotated[str | None, typer.Option(help="of netgauge's and hdr: which quanta, or detour")] = None,
-    threshold_us: Annotated[float | None, typer.Option(help="what lasts longer is a detour")] = None,
+    threshold_s: Annotated[
+        float | None, typer.Option("--threshold", help="seconds above the floor that make a detour")
+    ] = None,
     per_rank: Annotated[
         bool, typer.Option("--per-rank", help="of prometheus: a label for each rank")
     ] = False,
@@ -60,8 +62,8 @@ def export(
     from sigma_noise.formats import told_by
     from sigma_noise.trace import read
 
-    if threshold_us is not None and not 0 <= threshold_us < float("inf"):
-        raise WrongInput(f"--threshold-us must not be negative, found {threshold_us}")
+    if threshold_s is not None and not 0 <= threshold_s < float("inf"):
+        raise WrongInput(f"--threshold must not be negative, found {threshold_s}")
     chosen = told_by(to, format, to_write=True)
     options = _applying(
         chosen,
@@ -69,7 +71,7 @@ def export(
         {
             "rank": rank,
             "name": name,
-            "threshold_s": None if threshold_us is None else threshold_us * 1e-6,
+            "threshold_s": threshold_s,
             "per_rank": per_rank or None,
             "interval_s": interval_s,
         },
@@ -99,8 +101,8 @@ def _applying(chosen: "Format", known: tuple[str, ...], options: dict[str, Any])
     given = {key: value for key, value in options.items() if value is not None}
     if strange := [key for key in given if key not in known]:
         called = next(key for key, each in FORMATS.items() if each is chosen)
-        option = {"threshold_s": "threshold-us", "interval_s": "interval"}.get(strange[0], strange[0])
-        raise WrongInput(f"--{option.replace('_', '-')} does not apply to the format {called}")
+        option = strange[0].removesuffix("_s").replace("_", "-")
+        raise WrongInput(f"--{option} does not apply to the format {called}")
     return given
 
 

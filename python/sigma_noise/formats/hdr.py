@@ -8,9 +8,11 @@ any span and derive percentiles.  A table of percentiles allows neither, so the 
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from sigma_train.errors import Failure, WrongInput
 from sigma_train.files import atomic_file
 
+from sigma_noise.formats.rank_detours import DETOUR, lengths_ns
 from sigma_noise.trace import Series, Trace
 
 LOWEST_NS, HIGHEST_NS, DIGITS = (
@@ -37,32 +39,24 @@ def write(trace: Trace, to: Path, name: str | None = None, interval_s: float = 1
         ) from None
     if not interval_s > 0:
         raise WrongInput(f"--interval must be positive, found {interval_s}")
-    chosen = {
-        key: series
-        for key, series in trace.rows.items()
-        if len(series) and key[1:] != ("event", "") and _is_wanted(key[1], key[2], name)
-    }
-    if not chosen:
-        raise WrongInput(f"no quanta or detours{f' called {name!r}' if name else ''} are in this measurement")
-    longest = max(int((s.end_ns - s.start_ns).max()) for s in chosen.values())
-    highest = max(HIGHEST_NS, 2 ** int(longest).bit_length())
-    cut = [
+    pieces = [
         piece
-        for key, s in sorted(chosen.items())
-        for piece in _intervals(f"rank{key[0]}.{key[2]}", s, trace, interval_s)
+        for (rank, kind, own), series in trace.rows.items()
+        if len(series) and name in (None, own) and (kind == "quantum" or (kind, own) == ("event", DETOUR))
+        for piece in _intervals(f"rank{rank}.{own}", kind, series, trace.origin_ns, interval_s)
     ]
+    if not pieces:
+        raise WrongInput(f"no quanta or detours{f' called {name!r}' if name else ''} are in this measurement")
+    longest = max(int(took.max()) for _, _, took in pieces)
+    highest = max(HIGHEST_NS, 2 ** longest.bit_length())
     with atomic_file(to) as file:
         file.write(_head(trace).encode())
-        for begin_s, tag, took in sorted(cut, key=lambda piece: piece[:2]):
+        for begin_s, tag, took in sorted(pieces, key=lambda piece: piece[:2]):
             histogram = hdr.HdrHistogram(LOWEST_NS, highest, DIGITS)
             for value, count in zip(*(a.tolist() for a in np.unique(took, return_counts=True)), strict=True):
                 histogram.record_value(value, count)
-            line = f"Tag={tag},{begin_s:.3f},{interval_s:.3f},{took.max() / 1e6:.3f},{histogram.encode().decode()}\n"
+            line = f"Tag={tag},{begin_s:.6f},{interval_s:.6f},{took.max() / 1e6:.3f},{histogram.encode().decode()}\n"
             file.write(line.encode())
-
-
-def _is_wanted(kind: str, own: str, name: str | None) -> bool:
-    return (kind == "quantum" or (kind, own) == ("event", "detour")) and name in (None, own)
 
 
 def _head(trace: Trace) -> str:
@@ -76,12 +70,12 @@ def _head(trace: Trace) -> str:
 
 
 def _intervals(
-    tag: str, series: Series, trace: Trace, interval_s: float
-) -> list[tuple[float, str, np.ndarray]]:
-    """Begin of the interval in s, tag without what ends one, durations in ns of what began in it."""
+    tag: str, kind: str, series: Series, origin_ns: int, interval_s: float
+) -> list[tuple[float, str, NDArray[np.int64]]]:
+    """Begin of each interval in s, tag without what would end one, lengths in ns of what began in it."""
     tag = "".join("_" if c.isspace() or c in ',"#=' else c for c in tag)
-    number = np.floor(series.since(trace.origin_ns) / interval_s).astype(np.int64)
-    took = series.end_ns - series.start_ns
+    took = series.end_ns - series.start_ns if kind == "quantum" else lengths_ns(series)
+    number = np.floor(series.since(origin_ns) / interval_s).astype(np.int64)
     cuts = np.flatnonzero(np.diff(number)) + 1
     pieces = zip(np.split(number, cuts), np.split(took, cuts), strict=True)
     return [(float(numbers[0] * interval_s), tag, lengths) for numbers, lengths in pieces]

@@ -48,28 +48,46 @@ class Figures:
 
 
 def measured(trace: Trace, threshold_s: float | None = None) -> dict[str, Figures]:
-    """What quanta of fixed work say by themselves, by name; straggler and projection figures want the analysis.
+    """What quanta of fixed work and detours say by themselves, by name; stragglers and projections want the analysis.
 
-    noise = sum_i max(0, T_i - b) / sum_i T_i, b the 5th percentile of T over the whole of a rank; detours and their
-    threshold as `rank_detours` has them, the threshold that of the rank with the highest.
+    Quanta: noise = sum_i max(0, T_i - b) / sum_i T_i, b the 5th percentile of T over the whole of a rank.  Detours:
+    their sum over the window.  Thresholds as `rank_detours` has them, of the ranks the highest.
     """
     found: dict[str, Figures] = {}
-    for name in trace.names():
-        observed, noise, lengths, thresholds = {}, {}, [], []
+    for name in [*trace.names(), rank_detours.DETOUR]:
+        observed, noise, detours = {}, {}, []
         for rank in trace.ranks:
-            quanta = trace.get(rank, "quantum", name)
-            took = quanta.end_ns - quanta.start_ns
-            if not took.any() or not rank_detours.is_fixed_work(quanta):
-                continue
-            over = np.maximum(took - rank_detours.floor_ns(took), 0)
-            observed[rank] = float(took.sum()) * 1e-9
-            noise[rank] = float(over.sum()) / float(took.sum())
-            each = rank_detours.of(trace, rank, name, threshold_s)
-            lengths.append(each.length_ns * 1e-9)
-            thresholds.append(each.threshold_s)
-        if observed:
-            found[name] = Figures(observed, noise, {}, {}, np.concatenate(lengths), max(thresholds))
+            one = _of_rank(trace, rank, name, threshold_s)
+            if one is not None:
+                observed[rank], noise[rank], each = one
+                detours.append(each)
+        if detours:
+            lengths_s = np.concatenate([each.length_ns for each in detours]) / 1e9
+            thresholds = [each.threshold_s for each in detours if each.threshold_s is not None]
+            found[name] = Figures(observed, noise, {}, {}, lengths_s, max(thresholds, default=None))
     return found
+
+
+def _of_rank(
+    trace: Trace, rank: int, name: str, threshold_s: float | None
+) -> tuple[float, float, rank_detours.Detours] | None:
+    """Seconds watched, noise ratio, detours; None where there is nothing of that name to tell them."""
+    if name == rank_detours.DETOUR:
+        if name not in trace.ranks[rank].get("measured", {}):
+            return None
+        detours = rank_detours.of(trace, rank, name, threshold_s)
+        window = detours.window_ns[1] - detours.window_ns[0]
+        return (window / 1e9, float(detours.length_ns.sum() / window), detours) if window else None
+    quanta = trace.get(rank, "quantum", name)
+    took = quanta.end_ns - quanta.start_ns
+    if not took.any() or not rank_detours.is_fixed_work(quanta):
+        return None
+    over = np.maximum(took - rank_detours.floor_ns(took), 0)
+    return (
+        float(took.sum()) / 1e9,
+        float(over.sum() / took.sum()),
+        rank_detours.of(trace, rank, name, threshold_s),
+    )
 
 
 def write(figures: Mapping[str, Figures], to: Path, per_rank: bool = False) -> None:

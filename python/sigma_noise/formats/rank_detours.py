@@ -16,6 +16,7 @@ DETOUR = (
 MAD_TO_SIGMA = 1.4826
 FLOOR = 0.05  # the quantile of durations that counts as free of noise
 LEAST_NS = 2_000
+MOST_S = 2**33  # 272 years: what 64 bits of ns hold
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,15 @@ def of(
     return _over_floor(quanta, rank, name, threshold_s)
 
 
+def lengths_ns(detours: Series) -> NDArray[np.int64]:
+    """What their values say in seconds: a gap between two readings of a clock is longer by the least gap of all."""
+    if not np.all((detours.value >= 0) & (detours.value < MOST_S)):
+        raise WrongInput(
+            f"a detour must last 0 s or more, found {detours.value[~(detours.value >= 0)][:1]} s"
+        )
+    return np.rint(detours.value * 1e9).astype(np.int64)
+
+
 def is_fixed_work(quanta: Series) -> bool:
     return bool(np.all(quanta.value == 1))
 
@@ -87,9 +97,7 @@ def _the_only(what: str, wanted: Any, there: list[Any]) -> Any:
 
 def _measured(series: Series, rank: int, told: Mapping[str, Any], threshold_s: float | None) -> Detours:
     """The window is as told; where its length alone is known, it begins with the first detour, as in netgauge."""
-    if not np.all(np.isfinite(series.value) & (np.abs(series.value) < 2**33)):
-        raise WrongInput(f"detours of rank {rank} have a length that is no number of seconds")
-    length_ns = np.rint(series.value * 1e9).astype(np.int64)
+    length_ns = lengths_ns(series)
     begin = int(series.start_ns[0]) if len(series) else 0
     last = int(series.end_ns.max()) if len(series) else 0
     end = max(last, begin + round(told.get("observed_s", 0) * 1e9))
