@@ -164,6 +164,9 @@ def test_lines_of_the_tracer(tmp_path):
     assert {rank: facts["lost_events"] for rank, facts in trace.ranks.items()} == {8: 17, 9: 0}
     assert trace.ranks[9]["measured"]["detour"]["window_ns"] == [5789899980000, 5789900008000]
     assert trace.ranks[8]["measured"]["osnoise_ftq"]["mode"] == "ftq"
+    assert "osnoise_ftq" not in trace.ranks[9]["measured"]
+    causes = "\n".join(line for line in TRACER.splitlines() if "sample_threshold" not in line)
+    assert "detour" not in rtla.read(written(tmp_path / "t.txt", causes)).ranks[8]["measured"]
 
 
 def test_table_of_rtla_top(tmp_path):
@@ -277,6 +280,7 @@ GARBAGE = [
     (rtla.read, TOP.replace("304896", "305896"), "line 4: noise 305896 us of 53100000 us is not 99.42580 %"),
     (rtla.read, TOP.replace("        1590           13", ""), "line 4: wanted 10 numbers after #PERIODS, found 8"),
     (rtla.read, TOP.replace("#59         5", "#59         -"), "line 4: wanted CPU #PERIODS and 10 numbers"),
+    (rtla.read, TOP.replace("           13\n", "1" * 300 + "x\n"), "line 4: wanted CPU #PERIODS and 10 numbers"),
     (rtla.read, HIST.replace("count:    55215     54829\n", ""), "its last table: a histogram wants all of over"),
     (rtla.read, HIST.replace("42982", "42983"), "the buckets of CPU 0 sum to 55215, its count is 55215"),
     (rtla.read, HIST.replace("      2413", ""), "line 6: wanted 2 numbers after 10, found 12224"),

@@ -32,7 +32,7 @@ def write(
 ) -> None:
     """The detours of one rank and name.
 
-    Raises: WrongInput as `detours.of`; OSError.
+    Raises: WrongInput as `rank_detours.of`; OSError.
     """
     detours = of(trace, rank, name, threshold_s)
     with atomic_file(to) as file:
@@ -47,14 +47,14 @@ def write(
 
 
 def _head(detours: Detours, trace: Trace) -> str:
-    facts: dict[str, object] = {
+    known: dict[str, object] = {
         "rank": detours.rank,
         "host": trace.ranks.get(detours.rank, {}).get("host", "unknown"),
         "name": detours.name,
         "threshold_s": detours.threshold_s,
     }
     told = (
-        f"# {key}: {' '.join(str(fact).split())[:200]}\n" for key, fact in facts.items() if fact is not None
+        f"# {key}: {' '.join(str(fact).split())[:200]}\n" for key, fact in known.items() if fact is not None
     )
     return "".join(["# Noise trace of sigma noise for LogGOPSim\n", *told, "# start [ns]\tduration [ns]\n"])
 

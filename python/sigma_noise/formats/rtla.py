@@ -68,11 +68,14 @@ def read(path: Path) -> Trace:
     for cpu in sorted({cpu for cpu, _, _ in rows} - ranks.keys()):
         own = [series for key, series in rows.items() if key[0] == cpu]
         window = min(int(s.start_ns[0]) for s in own), max(int(s.end_ns.max()) for s in own)
+        measured = rtla_tables.MEASURED if (cpu, "quantum", rtla_tables.QUANTUM) in rows else {}
+        if (cpu, "event", DETOUR) in rows:  # without its loop's samples nobody knows what it missed
+            measured = measured | {DETOUR: facts(window, None)}
         ranks[cpu] = {
             "host": "unknown",
             "clock": {"name": "of the tracer", "identity": path.name},
             "cpu": cpu,
-            "measured": rtla_tables.MEASURED | {DETOUR: facts(window, None)},
+            "measured": measured,
             "lost_events": reader.lost[cpu],
         }
     return Trace({}, dict(sorted(ranks.items())), rows)

@@ -14,7 +14,9 @@ from sigma_noise.formats.rows import Rows
 TOP_HEAD = re.compile(
     r" *CPU Period +Runtime +Noise +% CPU Aval +Max Noise +Max Single +HW +NMI( +IRQ +Softirq +Thread)?"
 )
-TOP_ROW = re.compile(r" *(\d{1,6}) #(\d{1,9}) +(\d{1,18}) +(\d{1,18}) +(\d{1,3}\.\d{5}) *((?:\d{1,18} *)+)")
+TOP_ROW = re.compile(
+    r" *(\d{1,6}) #(\d{1,9}) +(\d{1,18}) +(\d{1,18}) +(\d{1,3}\.\d{5}) +((?:\d{1,18} +)*\d{1,18})"
+)
 DURATION = re.compile(r"(?:# D|d)uration: +(\d+) (\d\d):(\d\d):(\d\d)(?: \| time is in us)?")
 SUMMARY = ("over", "count", "min", "avg", "max")
 NUMBER = re.compile(r"\d{1,18}(\.\d{1,9})?")
