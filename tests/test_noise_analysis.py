@@ -33,7 +33,14 @@ def quanta(seed: int, n: int, *, slow: float = 1.0, tail: float = 0.0, train_ns:
 
 def measured(ranks: dict[int, Series]) -> Trace:
     about = {r: {"host": f"node{r}", "warnings": [], "measured": {"spin": {"mode": "fwq"}}} for r in ranks}
-    run = {"kernels": ["spin"], "modes": ["fwq"], "quantum_s": 1e-3, "threads": 1, "sizes": {}, "backend": "cpu"}
+    run = {
+        "kernels": ["spin"],
+        "modes": ["fwq"],
+        "quantum_s": 1e-3,
+        "threads": 1,
+        "sizes": {},
+        "backend": "cpu",
+    }
     return Trace(run, about, {(r, "quantum", "spin"): s for r, s in ranks.items()})
 
 
@@ -104,7 +111,18 @@ def test_project_refuses_and_flags(tmp_path):
     assert result.exit_code == 0, result.output
     assert "extrapolated" in result.output
     assert "lies beyond all" in " ".join(result.output.split())
-    result = invoke("project", tmp_path / "run", "--window", "1ms", "--model", "ecdf", "--ranks", "8", "--budget", "1.0001")
+    result = invoke(
+        "project",
+        tmp_path / "run",
+        "--window",
+        "1ms",
+        "--model",
+        "ecdf",
+        "--ranks",
+        "8",
+        "--budget",
+        "1.0001",
+    )
     assert result.exit_code == 1
     assert "over the budget" in result.output
 

@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 from sigma_noise.attribution import COUNTER_CAUSES, NAMED_FROM, STOPPED, attribute, attribute_trace
-from sigma_noise.spans import covered, match, overlap_s, union
 from sigma_noise.lost import Lost
+from sigma_noise.spans import covered, match, overlap_s, union
 from sigma_noise.trace import Series, Trace
 
 FRESH = int(os.environ.get("SIGMA_FRESH_SEED", "0"))

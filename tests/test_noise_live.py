@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from sigma_noise.attribution import STOPPED, Attribution, attribute
 from sigma_noise.fitness import BASELINE, baseline_noise
-from sigma_noise.spans import match
 from sigma_noise.loops import detours, fixed_work
 from sigma_noise.lost import Lost
 from sigma_noise.sampler import Sampler
 from sigma_noise.selftest import curve, injecting, limits, since
+from sigma_noise.spans import match
 from sigma_noise.trace import Series, read
 
 AUTOGROUP = Path(

@@ -8,15 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import lfilter
-from sigma_noise.intervals import autocorrelation_time
-from sigma_noise.resample import block_length
 from sigma_noise.budget import regained
 from sigma_noise.expected_max import bernoulli_slowdown, pareto_max, sample_max
+from sigma_noise.intervals import autocorrelation_time
 from sigma_noise.pareto import quantile
 from sigma_noise.pool import Draws, Pool, make_pool
 from sigma_noise.project import Work, project, project_replay
 from sigma_noise.replay import Detours
-from sigma_noise.resample import bias_corrected, over_hosts, over_time
+from sigma_noise.resample import bias_corrected, block_length, over_hosts, over_time
 from sigma_noise.step import FLAGS, Barrier, moe_step
 
 FRESH = int(os.environ.get("SIGMA_FRESH_SEED", "0"))

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from sigma_cli import AGAIN_S
 from sigma_noise import host, loops
-from sigma_noise.cli import seconds
 from sigma_noise.measure import Plan, measure
+from sigma_noise.options import seconds
 from sigma_noise.run import rows, time_of
 from sigma_noise.trace import Series, Trace, read
 from sigma_train.errors import WrongInput

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.signal import lfilter
 from scipy.stats import binom
 from sigma_noise.blocks import draw, quantiles
-from sigma_noise.intervals import autocorrelation_time
 from sigma_noise.flags import contest, flag
+from sigma_noise.intervals import autocorrelation_time
 from sigma_noise.losses import Losses
 from sigma_noise.nvrx import THRESHOLD, nvrx_score
 from sigma_noise.outliers import cut, robust_z

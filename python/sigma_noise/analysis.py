@@ -95,7 +95,9 @@ class Analysis:
         for row, host in zip(self.windows, self.hosts.values(), strict=True):
             by_host.setdefault(host, []).append(row)
         least = {host: min(map(len, rows)) for host, rows in by_host.items()}
-        return np.concatenate([np.max([row[: least[host]] for row in rows], axis=0) for host, rows in by_host.items()])
+        return np.concatenate(
+            [np.max([row[: least[host]] for row in rows], axis=0) for host, rows in by_host.items()]
+        )
 
     @property
     def worst(self) -> OfRank | None:
@@ -134,7 +136,9 @@ def analyze(
         for rank in trace.ranks
         if len(trace.get(rank, "quantum", name)) >= FEW_SAMPLES
     )
-    gaps = tuple(found for rank in trace.ranks if (found := gaps_of(trace, rank, tau_s, own, seed)) is not None)
+    gaps = tuple(
+        found for rank in trace.ranks if (found := gaps_of(trace, rank, tau_s, own, seed)) is not None
+    )
     collectives = collectives_of(trace)
     ranked, windows = barriers(trace, kernel, collectives, window_s)
     scores = scored(windows, alpha, seed)
@@ -216,9 +220,7 @@ def of_fixed_time(
     return OfRank(rank, kernel, len(series), median, noise, share, (), rhythm)
 
 
-def gaps_of(
-    trace: Trace, rank: int, tau_s: float | None, own: Mapping[str, float], seed: int
-) -> Gaps | None:
+def gaps_of(trace: Trace, rank: int, tau_s: float | None, own: Mapping[str, float], seed: int) -> Gaps | None:
     about = trace.ranks[rank].get("measured", {}).get("detour")
     if about is None:
         return None
@@ -228,7 +230,9 @@ def gaps_of(
     start_s = series.since(first)
     least = max(tau_s or 0.0, float(about["threshold_s"]))
     noise = detours.gaps(start_s, series.seconds, g0_s, observed_s, least)
-    return Gaps(rank, noise, rhythm_of(noise, max(observed_s, float(start_s[-1]) if len(series) else 0.0), own, seed))
+    return Gaps(
+        rank, noise, rhythm_of(noise, max(observed_s, float(start_s[-1]) if len(series) else 0.0), own, seed)
+    )
 
 
 def rhythm_of(noise: Noise, window_s: float, own: Mapping[str, float], seed: int) -> tuple[Period, ...]:
@@ -240,7 +244,13 @@ def rhythm_of(noise: Noise, window_s: float, own: Mapping[str, float], seed: int
         return ()
     inside = at <= window_s
     found = periods.find(
-        at[inside], window_s, length_s=noise.detours.length_s[inside], low_hz=low, high_hz=high, own=dict(own), seed=seed
+        at[inside],
+        window_s,
+        length_s=noise.detours.length_s[inside],
+        low_hz=low,
+        high_hz=high,
+        own=dict(own),
+        seed=seed,
     )
     return tuple(found)
 
@@ -251,9 +261,17 @@ def collectives_of(trace: Trace) -> Collectives | None:
         return None
     series = [trace.get(rank, "quantum", COLLECTIVE) for rank in ranks]
     offset, residual = zip(*(clock_of(trace, rank) for rank in ranks), strict=True)
-    begin = [int(trace.get(rank, "quantum", LOCAL).start_ns[0]) for rank in ranks] if LOCAL in trace.names() else None
+    begin = (
+        [int(trace.get(rank, "quantum", LOCAL).start_ns[0]) for rank in ranks]
+        if LOCAL in trace.names()
+        else None
+    )
     return split(
-        [s.start_ns for s in series], [s.end_ns for s in series], begin_ns=begin, offset_ns=offset, residual_ns=residual
+        [s.start_ns for s in series],
+        [s.end_ns for s in series],
+        begin_ns=begin,
+        offset_ns=offset,
+        residual_ns=residual,
     )
 
 
@@ -304,7 +322,9 @@ def projected(
 
 def warnings(trace: Trace, series: Sequence[OfRank], names: Sequence[str]) -> tuple[str, ...]:
     """Each with its remedy."""
-    found = [f"rank {rank}: {text}" for rank, about in trace.ranks.items() for text in about.get("warnings", ())]
+    found = [
+        f"rank {rank}: {text}" for rank, about in trace.ranks.items() for text in about.get("warnings", ())
+    ]
     seen = {(s.rank, s.kernel) for s in series}
     found += [
         f"rank {rank}: fewer than {FEW_SAMPLES} quanta of {name}; measure longer"

@@ -29,7 +29,9 @@ def analyze(
     ] = 0.01,
     seed: Annotated[int, typer.Option(min=0, help="of resamples")] = 0,
     truth: Annotated[Path | None, typer.Option(help="log of `sigma noise inject`, as a cause")] = None,
-    report: Annotated[Path | None, typer.Option(help="folder for report.html, PNGs and analysis.json")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="folder for report.html, PNGs and analysis.json")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="file for all numbers")] = None,
 ) -> None:
     """Say what a measurement shows: noise, rhythm, causes, ranks, and many ranks."""

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sigma_noise.spans import covered, union
 from sigma_noise.lost import Lost
+from sigma_noise.spans import covered, union
 from sigma_noise.trace import Series, Trace
 
 NAMED_FROM = 0.8

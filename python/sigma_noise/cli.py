@@ -1,18 +1,22 @@
 """`sigma noise`: its verbs.  Heavy imports wait until one runs; what it raises becomes an exit code in `sigma_cli`."""
 
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sigma_noise import inject_cli
-from sigma_noise.seconds import seconds
+from sigma_noise import analyze_cli, formats_cli, inject_cli
+from sigma_noise.options import names, seconds, sizes, whole_numbers
 
 app = typer.Typer(
     no_args_is_help=True, help="How noisy this machine is, why, and what that costs on many ranks."
 )
+app.command()(analyze_cli.analyze)
+app.command()(analyze_cli.project)
+app.command()(analyze_cli.compare)
+app.command("import")(formats_cli.import_)
+app.command()(formats_cli.export)
 app.command()(inject_cli.inject)
 app.command()(inject_cli.doctor)
 app.command()(inject_cli.selftest)
@@ -86,30 +90,3 @@ def run(
         return
     with joined(RANK_TIMEOUT_S + 2 * plan.duration_s) as ranks:
         run_plan(plan, ranks, out)
-
-
-def names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
-
-
-def whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
-    from sigma_train.errors import WrongInput
-
-    if text is None:
-        return ()
-    if not all(part.isdecimal() for part in names(text)):
-        raise WrongInput(f"--{option} must be whole numbers by commas, found {text!r}")
-    return tuple(int(part) for part in names(text))
-
-
-def sizes(texts: list[str]) -> dict[str, dict[str, int]]:
-    """`grouped.E=96` and its like, by kernel."""
-    from sigma_train.errors import WrongInput
-
-    found: dict[str, dict[str, int]] = {}
-    for text in texts:
-        match = re.fullmatch(r"(\w+)\.(\w+)=([0-9]+)", text)
-        if match is None or int(match[3]) < 1:
-            raise WrongInput(f"--size must be like grouped.E=96, found {text!r}")
-        found.setdefault(match[1], {})[match[2]] = int(match[3])
-    return found

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from sigma_train.errors import Failure, Stopped, WrongInput, verdict
 
-from sigma_noise.seconds import seconds
+from sigma_noise.options import seconds
 
 UNFIT = 4
 BEGINS = "begins"  # the line of the standard error that a caller can wait for

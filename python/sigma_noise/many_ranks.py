@@ -100,5 +100,3 @@ def show(found: Sequence[Projection]) -> None:
         console.print(table)
     for flag in sorted({flag for p in found for flags in p.flags for flag in flags}):
         console.print(f"{flag}: {FLAGS[flag]}", highlight=False, soft_wrap=True)
-
-

@@ -96,7 +96,10 @@ def folded(found: Analysis) -> Figure | None:
     cycles = max(1.0, noise.observed_s / period.period_s)
     figure, axes = plt.subplots(figsize=(7, 3.4))
     axes.bar(
-        (phase - period.period_s / 2) * 1e3, lost / cycles * 1e3, width=period.period_s * 1e3 / len(phase), color=BLUE
+        (phase - period.period_s / 2) * 1e3,
+        lost / cycles * 1e3,
+        width=period.period_s * 1e3 / len(phase),
+        color=BLUE,
     )
     named = f" ({' or '.join(period.sources)})" if period.sources else ""
     axes.set(
@@ -117,7 +120,12 @@ def rank_bars(found: Analysis) -> Figure | None:
     flagged = set(found.scores.flagged)
     axes.barh(y, value, color=[RED if r.rank in flagged else GREY for r in shown])
     axes.errorbar(
-        value, y, xerr=[np.maximum(0, value - low), np.maximum(0, high - value)], fmt="none", ecolor="black", capsize=3
+        value,
+        y,
+        xerr=[np.maximum(0, value - low), np.maximum(0, high - value)],
+        fmt="none",
+        ecolor="black",
+        capsize=3,
     )
     axes.set_yticks(y, [f"rank {r.rank}: {r.kind}" for r in shown])
     axes.invert_yaxis()
@@ -158,7 +166,9 @@ def fan(found: Analysis) -> Figure | None:
         axes.plot(N, projected.slowdown[known], "o-", color=color, label=projected.model)
         axes.fill_between(N, projected.low[known], projected.high[known], color=color, alpha=0.2, linewidth=0)
         doubted = [i for i in known if "extrapolated" in projected.flags[i]]
-        axes.plot([projected.ranks[i] for i in doubted], projected.slowdown[doubted], "o", mfc="white", mec=color)
+        axes.plot(
+            [projected.ranks[i] for i in doubted], projected.slowdown[doubted], "o", mfc="white", mec=color
+        )
         drawn = True
     if not drawn:
         plt.close(figure)
@@ -185,7 +195,9 @@ def tail(found: Analysis) -> Figure | None:
     law = fitted.share * np.exp(pareto.log_survival(y, np.float64(fitted.shape), np.float64(fitted.scale)))
     figure, axes = plt.subplots(figsize=(7, 4.2))
     axes.step(x * 1e3, beyond, where="post", color=BLUE, label="measured")
-    axes.plot((fitted.threshold + y) * 1e3, law, color=RED, label=f"generalised Pareto, shape {fitted.shape:.2f}")
+    axes.plot(
+        (fitted.threshold + y) * 1e3, law, color=RED, label=f"generalised Pareto, shape {fitted.shape:.2f}"
+    )
     axes.axvline(fitted.threshold * 1e3, color=GREY, linewidth=0.8, linestyle=":")
     axes.set(yscale="log", xlabel="window, ms", ylabel="share of windows at least so long")
     axes.set_ylim(bottom=0.3 / len(x))

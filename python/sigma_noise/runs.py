@@ -35,7 +35,7 @@ def judged(
     """Raises: WrongInput for a folder without runs, a metric or margin that is none, or runs that differ in what
     they measured.
     """
-    given = {name: value for name, value in map(as_margin, margins)}
+    given = dict(map(as_margin, margins))
     if wrong := [name for name in metrics or () if name not in MARGINS]:
         raise WrongInput(f"--metric must be one of {', '.join(MARGINS)}, found {wrong[0]!r}")
     arms = [numbers(runs_of(folder), kernel) for folder in (base, new)]
@@ -67,7 +67,9 @@ def as_margin(text: str) -> tuple[str, float]:
 
 def runs_of(folder: Path) -> list[Path]:
     """Folders of measurements in a folder; it may be one itself."""
-    found = sorted(path for path in folder.iterdir() if any(path.glob("*.parquet"))) if folder.is_dir() else []
+    found = (
+        sorted(path for path in folder.iterdir() if any(path.glob("*.parquet"))) if folder.is_dir() else []
+    )
     if not found and folder.is_dir() and any(folder.glob("*.parquet")):
         found = [folder]
     if not found:
@@ -85,13 +87,17 @@ def numbers(runs: Sequence[Path], kernel: str | None) -> Numbers:
     return {name: [one[name] for one, _ in found] for name in names}
 
 
-def metrics_of(measured: Trace, kernel: str | None, path: Path) -> tuple[dict[str, float], Mapping[str, object]]:
+def metrics_of(
+    measured: Trace, kernel: str | None, path: Path
+) -> tuple[dict[str, float], Mapping[str, object]]:
     """Means over ranks of fixed work; S(2048) of windows of one quantum, by a tail, where it can be had."""
     names = [n for n in measured.names() if not n.endswith("_ftq") and n != "a2a"]
     asked = [n for n in (*measured.run.get("kernels", ()), *names) if n in names]
     name = kernel or next(iter(asked), None)
     if name not in names:
-        raise WrongInput(f"{path}: no fixed work of {name or 'any kernel'} here, of {', '.join(names) or 'none'}")
+        raise WrongInput(
+            f"{path}: no fixed work of {name or 'any kernel'} here, of {', '.join(names) or 'none'}"
+        )
     of_rank: list[dict[str, float]] = []
     rows = []
     for rank in measured.ranks:

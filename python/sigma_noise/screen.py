@@ -149,9 +149,7 @@ def projection(found: Analysis) -> Iterator[str]:
 
 def one_of(projected: Projection, i: int) -> str:
     flags = f" ({', '.join(projected.flags[i])})" if projected.flags[i] else ""
-    return (
-        f"{projected.ranks[i]:,}: {projected.slowdown[i]:.3f} [{projected.low[i]:.3f}, {projected.high[i]:.3f}]{flags}"
-    )
+    return f"{projected.ranks[i]:,}: {projected.slowdown[i]:.3f} [{projected.low[i]:.3f}, {projected.high[i]:.3f}]{flags}"
 
 
 def percents(x: Interval) -> str:

@@ -21,8 +21,8 @@ from scipy.stats import binomtest
 from sigma_train.errors import Failure
 
 from sigma_noise.inject_cli import BEGINS
-from sigma_noise.spans import match
 from sigma_noise.loops import detours
+from sigma_noise.spans import match
 from sigma_noise.trace import Series, read
 
 GOOD = 0.95

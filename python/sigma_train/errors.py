@@ -5,7 +5,9 @@ import signal
 
 LACK_OF_MEMORY = re.compile("can't allocate memory|not enough memory|Storage size calculation overflowed")
 
-EXTRAS = {"triton": "triton"} | dict.fromkeys(("psutil", "pyarrow", "ruptures", "scipy"), "noise")  # else train
+EXTRAS = {"triton": "triton"} | dict.fromkeys(
+    ("psutil", "pyarrow", "ruptures", "scipy"), "noise"
+)  # else train
 
 
 class WrongInput(ValueError):
