@@ -117,17 +117,20 @@ def ranks_of(found: Analysis) -> Iterator[str]:
     )
     if found.collectives is not None:
         times = found.collectives.times_last
-        who = int(times.argmax())
-        decided = max(1, int(times.sum()))
+        who, decided = int(times.argmax()), max(1, int(times.sum()))
+        wait, transfer = (
+            time_of(float(x.mean())) for x in (found.collectives.wait_s, found.collectives.transfer_s)
+        )
         yield (
-            f"collective  rank {list(found.hosts)[who]} arrived last in {times[who] / decided:.0%} of {decided:,}; mean wait "
-            f"{time_of(float(found.collectives.wait_s.mean()))}, transfer {time_of(float(found.collectives.transfer_s.mean()))}"
+            f"collective  rank {list(found.hosts)[who]} arrived last in {times[who] / decided:.0%} of {decided:,}; mean "
+            f"wait {wait}, transfer {transfer}"
         )
 
 
 def rank_line(r: RankScore) -> str:
+    low, high = r.what_if_interval
     return (
-        f"{r.kind}: without it S falls by {r.what_if:.4f} [{r.what_if_interval.low:.4f}, {r.what_if_interval.high:.4f}], "
+        f"{r.kind}: without it S falls by {r.what_if:.4f} [{low:.4f}, {high:.4f}], "
         f"location {r.location:.3f}, tail {r.tail:.3f}, blame {share_of(r.blame)}"
     )
 
@@ -149,7 +152,8 @@ def projection(found: Analysis) -> Iterator[str]:
 
 def one_of(projected: Projection, i: int) -> str:
     flags = f" ({', '.join(projected.flags[i])})" if projected.flags[i] else ""
-    return f"{projected.ranks[i]:,}: {projected.slowdown[i]:.3f} [{projected.low[i]:.3f}, {projected.high[i]:.3f}]{flags}"
+    figure, low, high = projected.slowdown[i], projected.low[i], projected.high[i]
+    return f"{projected.ranks[i]:,}: {figure:.3f} [{low:.3f}, {high:.3f}]{flags}"
 
 
 def percents(x: Interval) -> str:
