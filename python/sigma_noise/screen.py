@@ -122,8 +122,8 @@ def ranks_of(found: Analysis) -> Iterator[str]:
             time_of(float(x.mean())) for x in (found.collectives.wait_s, found.collectives.transfer_s)
         )
         yield (
-            f"collective  rank {list(found.hosts)[who]} arrived last in {times[who] / decided:.0%} of {decided:,}; mean "
-            f"wait {wait}, transfer {transfer}"
+            f"collective  rank {list(found.hosts)[who]} arrived last in {times[who] / decided:.0%} of {decided:,}; "
+            f"mean wait {wait}, transfer {transfer}"
         )
 
 
