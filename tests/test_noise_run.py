@@ -16,7 +16,7 @@ from sigma_cli import AGAIN_S
 from sigma_noise import host, loops
 from sigma_noise.cli import seconds
 from sigma_noise.measure import Plan, measure
-from sigma_noise.run import rows
+from sigma_noise.run import rows, time_of
 from sigma_noise.trace import Series, Trace, read
 from sigma_train.errors import WrongInput
 from sigma_train.ranks import Ranks
@@ -240,6 +240,14 @@ def test_ranks_take_their_cpus_in_turn(monkeypatch):
         found.append(host.cpu_of((first + 1, first)))
     assert found == [first + 1, first, first + 1]
     assert host.cpu_of(()) is None
+
+
+@pytest.mark.parametrize(
+    "value, want", [(0, "0 s"), (1.2345e-3, "1.23 ms"), (9.999e-4, "1 ms"), (0.9994, "999 ms"), (61.0, "61 s"),
+                    (2e-8, "20 ns")]
+)  # fmt: skip
+def test_times_in_the_table(value, want):
+    assert time_of(value) == want
 
 
 def test_the_table_says_the_worst_of_each_kind():

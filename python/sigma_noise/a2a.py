@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
-from sigma_train.errors import Failure
+from sigma_train.errors import Failure, WrongInput
 from sigma_train.ranks import Ranks
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from sigma_noise.trace import Series
 from sigma_noise.work import Work, reserved
 
 FIRST_ROUNDS = 8  # by which the others are counted
+MOST_ROUNDS = MOST_QUANTA // 4
 
 
 class AllToAll:
@@ -38,12 +39,23 @@ class AllToAll:
         return torch.from_numpy(rng.standard_normal(self.ranks.size * self.count, np.float32))
 
     def measure(self, duration_s: float, warm_up_s: float) -> tuple[Series, Series]:
-        """Local quanta and collectives, as many on each rank.  What comes before is not stored."""
+        """Local quanta and collectives, as many on each rank.  What comes before is not stored.  Raises: WrongInput."""
+        self.rounds(FIRST_ROUNDS)  # in which connections are made
+        round_s = self._timed(FIRST_ROUNDS)
+        round_s = self._timed(max(FIRST_ROUNDS, math.ceil(warm_up_s / round_s)))
+        n = math.ceil(duration_s / round_s)
+        if n > MOST_ROUNDS:
+            raise WrongInput(
+                f"--duration must be at most {MOST_ROUNDS * round_s:.3g} with rounds of {round_s:.2g} s, whose stamps "
+                f"then take {MOST_ROUNDS * 32 >> 20} MiB, found {duration_s:g}"
+            )
+        return self.rounds(n)
+
+    def _timed(self, n: int) -> float:
+        """Seconds of one of so many rounds, the same number on every rank."""
         began = time.perf_counter()
-        self.rounds(FIRST_ROUNDS)
-        round_s = self.ranks.first((time.perf_counter() - began) / FIRST_ROUNDS)
-        self.rounds(max(1, math.ceil(warm_up_s / round_s)))
-        return self.rounds(min(MOST_QUANTA // 4, math.ceil(duration_s / round_s)))
+        self.rounds(n)
+        return self.ranks.first((time.perf_counter() - began) / n)
 
     def rounds(self, n: int) -> tuple[Series, Series]:
         """Raises: Failure if what came is not what was sent."""

@@ -100,8 +100,8 @@ def measure(plan: Plan, ranks: Ranks, gpu: Gpu | None = None) -> Trace:
     if plan.threads > 1 or plan.threshold_s is not None:
         option = "threads" if plan.threads > 1 else "threshold"
         raise WrongInput(f"--{option} is of the CPU alone; --backend cuda has no use for it")
-    about: dict[str, Any] = host.described(loops.clock_cost()) | {"gpu": gpu.about, "warnings": []}
-    about["cpu"]["pinned"] = cpu = agreed(ranks, lambda: host.cpu_of(plan.pin))
+    cpu = agreed(ranks, lambda: host.cpu_of(plan.pin))
+    about: dict[str, Any] = host.described(loops.clock_cost(), cpu) | {"gpu": gpu.about, "warnings": []}
     rows, measured = {}, {}
     with host.pinned(cpu), host.without_gc(), watching(plan.attribute, plan.seed) as watch:
         for kernel in plan.kernels:

@@ -19,9 +19,9 @@ from sigma_noise.loops import ClockCost
 FAST_CLOCKS = ("tsc", "arch_sys_counter")  # read without a system call
 
 
-def described(cost: ClockCost) -> dict[str, Any]:
-    """What the file says of a rank, as JSON; None for what this system does not tell."""
-    allowed = sorted(os.sched_getaffinity(0))
+def described(cost: ClockCost, cpu: int | None) -> dict[str, Any]:
+    """What the file says of a rank that is pinned to `cpu`, as JSON; None for what this system does not tell."""
+    usual = min(os.sched_getaffinity(0))
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -35,8 +35,9 @@ def described(cost: ClockCost) -> dict[str, Any]:
         },
         "cpu": {
             "model": cpu_model(),
-            "allowed": allowed,
-            "governor": _read(f"/sys/devices/system/cpu/cpu{allowed[0]}/cpufreq/scaling_governor"),
+            "count": os.cpu_count(),
+            "pinned": cpu,
+            "governor": _read(f"/sys/devices/system/cpu/cpu{usual}/cpufreq/scaling_governor"),
             "isa": _C.isa(),
         },
         "versions": {

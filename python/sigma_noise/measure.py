@@ -91,11 +91,9 @@ class Plan:
 def measure(plan: Plan, ranks: Ranks) -> Trace:
     """The trace of this rank; a collective.  Raises: WrongInput, Failure."""
     plan.check(ranks.size)
-    measuring = Measuring(plan, ranks)
     cpu = agreed(ranks, lambda: host.cpu_of(plan.pin))
     with host.pinned(cpu), host.without_gc(), watching(plan.attribute, plan.seed) as watch:
-        trace = measuring.all()
-    trace.ranks[ranks.rank]["cpu"]["pinned"] = cpu
+        trace = Measuring(plan, ranks).all(cpu)
     return watch.into(trace, ranks.rank) if watch else trace
 
 
@@ -129,9 +127,9 @@ class Measuring:
         self.measured: dict[str, dict[str, Any]] = {}
         self.warnings: list[str] = []
 
-    def all(self) -> Trace:
+    def all(self, cpu: int | None) -> Trace:
         cost = loops.clock_cost()
-        about = host.described(cost)
+        about = host.described(cost, cpu)
         clock = about["clock"]
         if clock["source"] not in (None, *host.FAST_CLOCKS):
             self.warn(f"the clock source is {clock['source']}, which is slow to read; tsc would disturb less")
@@ -159,16 +157,15 @@ class Measuring:
         plan = self.plan
         made = self.made(kernel)
         if "fwq" in plan.modes:
-            calibrated = agreed(self.ranks, partial(loops.calibrate, made, plan.quantum_s))
-            self.warm_up(made)
+            calibrated = self.calibrated(made, partial(loops.calibrate, made, plan.quantum_s))
             try:
                 series = loops.run_fixed_work(made, quantum_s=plan.quantum_s, duration_s=plan.duration_s)
             except RuntimeError as error:
                 raise Failure(str(error)) from None
             self.keep(kernel, series, made, "fwq", asdict(calibrated))
         if "ftq" in plan.modes:
-            chunk = loops.calibrate(made, plan.quantum_s / loops.CHUNKS, is_least=False)
-            self.warm_up(made)
+            chunk_s = plan.quantum_s / loops.CHUNKS
+            chunk = self.calibrated(made, partial(loops.calibrate, made, chunk_s, is_least=False))
             series, info = loops.run_fixed_time(made, chunk, plan.quantum_s, plan.duration_s)
             self.keep(kernel + FIXED_TIME, series, made, "ftq", asdict(info))
             chunks = plan.quantum_s / max(chunk.quantum_s, 1e-9)
@@ -183,7 +180,7 @@ class Measuring:
         plan = self.plan
         num_bytes = plan.sizes.get("a2a", {}).get("bytes", A2A_BYTES)
         made = self.made("spin")
-        calibrated = agreed(self.ranks, partial(loops.calibrate, made, plan.quantum_s))
+        calibrated = self.calibrated(made, partial(loops.calibrate, made, plan.quantum_s))
         exchange = AllToAll(self.ranks, made, num_bytes, plan.seed)
         local, collective = exchange.measure(plan.duration_s, plan.warm_up_s)
         self.keep("a2a_local", local, made, "fwq", asdict(calibrated))
@@ -208,12 +205,19 @@ class Measuring:
             sizes.setdefault("threads", self.plan.threads)
         return work(kernel, seed=self.plan.seed, **sizes)
 
-    def warm_up(self, made: Work) -> None:
-        """As long as asked, on all ranks, which then begin together."""
-        deadline_ns = loops.now_ns() + round(self.plan.warm_up_s * 1e9)
-        while loops.now_ns() < deadline_ns:
-            loops.time_quanta(made, WARM_UP_QUANTA, deadline_ns)
+    def calibrated(self, made: Work, calibrate: Callable[[], loops.Calibration]) -> loops.Calibration:
+        """Once to warm up, as long as asked, and again when warm; all ranks then begin together."""
+
+        def warm() -> loops.Calibration:
+            calibrate()
+            deadline_ns = loops.now_ns() + round(self.plan.warm_up_s * 1e9)
+            while loops.now_ns() < deadline_ns:
+                loops.time_quanta(made, WARM_UP_QUANTA, deadline_ns)
+            return calibrate()
+
+        found = agreed(self.ranks, warm)
         self.together()
+        return found
 
     def together(self) -> None:
         if self.ranks.size > 1:
@@ -221,10 +225,10 @@ class Measuring:
 
     def keep(self, name: str, series: Series, made: Work, mode: str, how: dict[str, Any]) -> None:
         self.rows[self.ranks.rank, "quantum", name] = series
-        histogram = {"tokens_of_expert": list(made.tokens_of_expert)} if made.tokens_of_expert else {}
+        histogram = {"tokens_of_expert": list(made.tokens_of_expert)} if "E" in made.sizes else {}
         self.measured[name] = {
             "mode": mode, "kernel": made.kernel, "sizes": dict(made.sizes), **histogram, **how,
-            "checksum": made.checksum(),
+            "checksum": f"{made.checksum():016x}",
         }  # fmt: skip
 
     def warn(self, sentence: str) -> None:

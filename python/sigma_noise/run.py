@@ -140,7 +140,8 @@ def table(title: str, columns: tuple[str, ...], form: Callable[[float], str], sh
 
 def time_of(seconds: float) -> str:
     """Three digits and a unit."""
+    rounded = float(f"{seconds:.3g}")  # first, so that 999.9 us is 1 ms
     for unit, name in UNITS:
-        if abs(seconds) >= unit:
-            return f"{seconds / unit:.3g} {name}"
+        if rounded >= unit:
+            return f"{rounded / unit:.4g} {name}"
     return "0 s"
