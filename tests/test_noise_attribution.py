@@ -160,6 +160,11 @@ def test_events_claim_before_counters_and_by_exact_overlap():
     assert found.share("run-queue wait") == pytest.approx(0.25, abs=0.02)
     twice = attribute(lost_in(collections, waits), {}, {"gc": collections, "log": collections})
     assert twice.share("log") == 0.0
+    quantum = Lost.over_floor(series([(T0, T0 + 100 * MS), (T0 + 100 * MS, T0 + 140 * MS)]), 0.04)
+    pause = series([(T0 + 10 * MS, T0 + 40 * MS)])
+    once = attribute(quantum, {}, {"gc": pause, "log": pause})  # 60 ms lost, of which 30 are explained
+    assert once.share("gc") == pytest.approx(0.5)
+    assert once.unknown.share == pytest.approx(0.5)
     apart = attribute(lost_in(waits), {}, {"gc": collections})
     assert apart.share("gc") == 0.0
 
