@@ -53,7 +53,7 @@ def test_a_run_writes_all_that_was_asked_for(cache, tmp_path):
     for name in trace.names():
         series = trace.get(0, "quantum", name)
         assert series.start_ns[0] > before
-        assert series.end_ns[-1] - series.start_ns[0] >= 0.029e9
+        assert series.end_ns[-1] - series.start_ns[0] >= 0.03e9
         assert len(series) == 150 or not name.endswith("_ftq")
     assert trace.run["seed"] == 7
     assert trace.run["quantum_s"] == 200e-6
@@ -171,7 +171,7 @@ def test_a_stopped_run_leaves_nothing(tmp_path, cache, number):
         (["--pin", "0", "--threads", "2"], "--threads 2 would share the one CPU of --pin"),
         (
             ["--quantum", "1ms", "--duration", "10h"],
-            "--duration must be at most 3.36e+04 with quanta of 0.001 s",
+            "--duration must be at most 1.68e+04 with quanta of 0.001 s",
         ),
         (["--quantum", "0"], "--quantum must be seconds above 0, found 0.0"),
         (

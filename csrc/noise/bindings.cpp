@@ -25,8 +25,8 @@ template <class Work>
 void bind_loops(py::module_& m) {
   m.def(
       "fixed_work",
-      [](Work& work, FixedWork& f, int64_t deadline_ns, Address stop) {
-        fixed_work(work, f, deadline_ns, at<uint8_t>(stop));
+      [](Work& work, FixedWork& f, int64_t duration_ns, Address stop) {
+        fixed_work(work, f, duration_ns, at<uint8_t>(stop));
       },
       no_gil());
   m.def(
@@ -104,7 +104,7 @@ void bind(py::module_& m) {
       .def_readonly("last_ns", &Detours::last_ns);
   m.def(
       "detours",
-      [](Detours& d, int64_t deadline_ns, Address stop) { detours(d, deadline_ns, at<uint8_t>(stop)); },
+      [](Detours& d, int64_t duration_ns, Address stop) { detours(d, duration_ns, at<uint8_t>(stop)); },
       no_gil());
   bind_work(m);
 }

@@ -24,13 +24,14 @@ struct FixedWork {
   bool has_begun = false;
 };
 
-// Until `capacity` quanta are done or one ends at or after the deadline.
+// Until `capacity` quanta are done or one ends at or after `duration_ns` from the first edge.
 template <class Work>
-void fixed_work(Work& work, FixedWork& f, int64_t deadline_ns, Stop stop) {
+void fixed_work(Work& work, FixedWork& f, int64_t duration_ns, Stop stop) {
   if (!f.has_begun) f.edges_ns[0] = now_ns();
   f.has_begun = true;
+  const int64_t deadline = f.edges_ns[0] + duration_ns;
   int64_t done = f.done, t = f.edges_ns[done];
-  while (done < f.capacity && t < deadline_ns && !is_set(stop)) {
+  while (done < f.capacity && t < deadline && !is_set(stop)) {
     work();
     t = now_ns();
     f.edges_ns[++done] = t;
@@ -83,6 +84,7 @@ struct Detours {
   int64_t first_ns = 0, last_ns = 0;  // readings: what was observed lies between
 };
 
-void detours(Detours& d, int64_t deadline_ns, Stop stop);
+// For `duration_ns` from the first reading.
+void detours(Detours& d, int64_t duration_ns, Stop stop);
 
 }  // namespace sigma::noise

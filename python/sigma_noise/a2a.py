@@ -18,12 +18,12 @@ from sigma_train.ranks import Ranks
 from torch import Tensor
 
 from sigma_kernels import _C
-from sigma_noise.loops import MOST_QUANTA, NEVER_NS
+from sigma_noise.loops import EVER_NS, MOST_QUANTA
 from sigma_noise.trace import Series
 from sigma_noise.work import Work, reserved
 
 FIRST_ROUNDS = 8  # by which the others are counted
-MOST_ROUNDS = MOST_QUANTA // 4
+MOST_ROUNDS = MOST_QUANTA // 2
 
 
 class AllToAll:
@@ -65,7 +65,7 @@ class AllToAll:
         now_ns, stop = _C.noise.now_ns, never.ctypes.data
         dist.barrier()
         for i in range(n):
-            run(_C.noise.FixedWork(1, address + i * row), NEVER_NS, stop)
+            run(_C.noise.FixedWork(1, address + i * row), EVER_NS, stop)
             stamps[i, 2] = now_ns()
             dist.all_to_all_single(self.received, self.sent)
             stamps[i, 3] = now_ns()

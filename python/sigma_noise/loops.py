@@ -21,8 +21,11 @@ from sigma_noise.trace import Series
 from sigma_noise.work import Work, reserved, work
 
 now_ns = _C.noise.now_ns
-NEVER_NS = 1 << 62
-MOST_QUANTA = 1 << 25  # of one loop: 256 MiB of stamps
+EVER_NS = 1 << 61
+MOST_QUANTA = 1 << 24  # of one loop
+ROOM = (
+    3  # times the quanta that are to be expected: so much faster a machine may become once it is calibrated
+)
 TRIES = 7  # quanta whose least is taken for what the work takes undisturbed
 LONG_ENOUGH_S = 5e-3  # of a quantum, for its steps to be counted by it
 CHUNKS = 1000  # of a quantum of fixed time, so that one is 0.1 % of it
@@ -77,7 +80,7 @@ def fixed_work(kernel: str, *, quantum_s: float, duration_s: float, seed: int = 
 
     Args:    kernel: spin, copy, gemm or grouped; its sizes as `sigma_noise.work` names them.
     Raises:  ValueError for wrong arguments, a quantum shorter than one step, or more than MOST_QUANTA quanta;
-             RuntimeError if the machine turns out twice as fast as when the work was calibrated.
+             RuntimeError if the machine turns out ROOM times as fast as when the work was calibrated.
     """
     check_quanta(quantum_s, duration_s)
     made = work(kernel, seed=seed, **sizes)
@@ -103,23 +106,22 @@ def fixed_time(
 
 def run_fixed_work(made: Work, *, quantum_s: float, duration_s: float) -> Series:
     """As `fixed_work`, of work that is calibrated."""
-    capacity = 2 * math.ceil(duration_s / quantum_s) + 16
-    deadline_ns = _C.noise.now_ns() + round(duration_s * 1e9)
-    series = time_quanta(made, capacity, deadline_ns)
-    if len(series) == capacity and int(series.end_ns[-1]) < deadline_ns:
+    capacity, duration_ns = ROOM * math.ceil(duration_s / quantum_s) + 16, round(duration_s * 1e9)
+    series = time_quanta(made, capacity, duration_ns)
+    if len(series) == capacity and series.end_ns[-1] - series.start_ns[0] < duration_ns:
         raise RuntimeError(
-            f"{made.kernel}: all {capacity} quanta that {duration_s:g} s have room for were over after "
-            f"{(series.end_ns[-1] - series.start_ns[0]) * 1e-9:.3g} s: the machine is twice as fast as when the "
-            "work was calibrated; measure again"
+            f"{made.kernel}: {capacity} quanta were over after "
+            f"{(series.end_ns[-1] - series.start_ns[0]) * 1e-9:.3g} of {duration_s:g} s: the machine is {ROOM} times "
+            "as fast as when the work was calibrated; measure again"
         )
     return series
 
 
-def time_quanta(made: Work, quanta: int, deadline_ns: int = NEVER_NS) -> Series:
-    """So many quanta, or fewer where one ends after the deadline."""
+def time_quanta(made: Work, quanta: int, duration_ns: int = EVER_NS) -> Series:
+    """So many quanta, or fewer where one ends when the time is over."""
     edges = reserved(quanta + 1)
     state = _C.noise.FixedWork(quanta, edges.ctypes.data)
-    _through_signals(partial(_C.noise.fixed_work, made.native, state, deadline_ns))
+    _through_signals(partial(_C.noise.fixed_work, made.native, state, duration_ns))
     n = state.done
     return Series(edges[:n], edges[1 : n + 1], np.ones(n))
 
@@ -151,7 +153,7 @@ def detours(*, duration_s: float, threshold_s: float, capacity: int = 1 << 20) -
         raise ValueError(f"capacity must lie in 1..{MOST_QUANTA}, found {capacity}")
     begin, end = reserved(capacity), reserved(capacity)
     state = _C.noise.Detours(round(threshold_s * 1e9), capacity, begin.ctypes.data, end.ctypes.data)
-    _through_signals(partial(_C.noise.detours, state, _C.noise.now_ns() + round(duration_s * 1e9)))
+    _through_signals(partial(_C.noise.detours, state, round(duration_s * 1e9)))
     kept = np.arange(max(0, state.found - capacity), state.found) % capacity
     start_ns, end_ns = begin[kept], end[kept]
     info = DetourInfo(
@@ -210,7 +212,7 @@ def check_quanta(quantum_s: float, duration_s: float) -> None:
     if duration_s / quantum_s > MOST_QUANTA:
         raise ValueError(
             f"duration_s must be at most {MOST_QUANTA * quantum_s:.3g} with quanta of {quantum_s:g} s, whose "
-            f"stamps then take {MOST_QUANTA * 8 >> 20} MiB, found {duration_s:g}"
+            f"stamps then take {ROOM * MOST_QUANTA * 8 >> 20} MiB, found {duration_s:g}"
         )
 
 

@@ -211,8 +211,8 @@ class Measuring:
         def warm() -> loops.Calibration:
             calibrate()
             deadline_ns = loops.now_ns() + round(self.plan.warm_up_s * 1e9)
-            while loops.now_ns() < deadline_ns:
-                loops.time_quanta(made, WARM_UP_QUANTA, deadline_ns)
+            while (left_ns := deadline_ns - loops.now_ns()) > 0:
+                loops.time_quanta(made, WARM_UP_QUANTA, left_ns)
             return calibrate()
 
         found = agreed(self.ranks, warm)
