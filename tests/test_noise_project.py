@@ -147,8 +147,8 @@ def test_a_constant_trace_costs_nothing(value):
     found = project(np.full((4, 3000), value), [1, 4, 7, 2048], hosts=[0, 0, 1, 1], **QUICK)
     for field in (found.slowdown, found.low, found.high, found.over_floor):
         assert field.tolist() == [1.0] * 4
-    quiet = [[Detours.of([], [], 50.0)] for _ in range(4)]
-    assert project_replay(quiet, value * 1e4, [1, 8, 100], **QUICK).slowdown.tolist() == [1.0] * 3
+    quiet = [[Detours.of([], [], 1e3 * value)] for _ in range(4)]
+    assert project_replay(quiet, value, [1, 8, 100], **QUICK).slowdown.tolist() == [1.0] * 3
 
 
 def test_a_moe_step_adds_its_barriers():
@@ -227,6 +227,15 @@ def test_flags_and_refusals():
     assert set(found.flags[2]) <= FLAGS.keys()
 
 
+def test_a_short_trace_is_not_long_for_being_replayed_often():
+    """Defends: overlapping windows counted as measured; a quiet trace has no correlation that would show it."""
+    quiet = [[Detours.of([], [], 10.0)] for _ in range(4)]
+    found = project_replay(quiet, 0.5, [8], **QUICK)
+    assert found.windows == 80
+    assert "80 windows of a host are worth 80 independent ones" in found.refusals[0]
+    assert project_replay(quiet, 0.05, [8], **QUICK).slowdown[0] == 1.0
+
+
 def test_farther_than_64_times_the_ranks_is_extrapolated():
     """Defends: the flag where windows are many but ranks are few."""
     found = project(1 + rng_of(86).exponential(size=(4, 20_000)), [256, 257], **QUICK)
@@ -258,7 +267,7 @@ def test_blocks_remember_what_time_does():
     """Defends: intervals of correlated windows as short as if they were independent."""
     noise = rng_of(88).normal(size=(100, 2000))
     taus = [autocorrelation_time(lfilter([1], [1, -0.9], row)) for row in noise]
-    assert np.mean(taus) == pytest.approx(19, rel=0.1)  # (1 + 0.9) / (1 - 0.9)
+    assert np.mean(taus) == pytest.approx(19, rel=0.15)  # (1 + 0.9) / (1 - 0.9); each has an error of 6
     assert np.mean([autocorrelation_time(row) for row in noise[:50]]) == pytest.approx(1.05, abs=0.06)
     assert autocorrelation_time(np.full(100, 0.1)) == 1.0
     assert block_length(2000, 1.0) == 1
@@ -307,6 +316,7 @@ def test_cells_stand_for_their_samples():
         (lambda w: project(w, [0]), "ranks must be whole numbers of at least 1, found \\[0\\]"),
         (lambda w: project(w, [2.5]), "whole numbers"),
         (lambda w: project(w, [2], model="gamma"), "model must be 'ecdf' or 'gpd', found 'gamma'"),
+        (lambda w: project(w, [2], model="replay"), "found 'replay'"),
         (lambda w: project(w, [2], hosts=[0]), "one host for each rank, found 1 for 3"),
         (lambda w: project(w, [2], hosts=[0, 0, 1]), "same number of ranks, found 1 to 2"),
         (lambda w: project(-w, [2]), "windows of rank 0 must be finite and positive"),

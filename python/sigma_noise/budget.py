@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sigma_noise.pool import Windows
-from sigma_noise.project import RANKS, RESAMPLES, checked_ranks, fitted
+from sigma_noise.project import RANKS, RESAMPLES, checked_model, checked_ranks, fitted
 from sigma_noise.resample import interval
 from sigma_noise.step import Barrier, make_step
 
@@ -55,7 +55,7 @@ def regained(
     for r, (w, x) in enumerate(zip(W, X, strict=True)):
         if not np.all((x >= 0) & (x < w)):
             raise ValueError(f"regained: removed_s of rank {r} must be at least 0 s and less than its window")
-    N = checked_ranks(ranks)
+    N, model = checked_ranks(ranks), checked_model(model)
     rng = np.random.default_rng(seed)
     before, after = (
         fitted(make_step([Barrier("step", rows, per_step)], hosts), model, rng)

@@ -42,9 +42,13 @@ class Draws:
 
 @dataclass(frozen=True)
 class Pool:
-    """Windows in seconds of each host, [G, n_h]: row = rank, column = instant, the same G on every host."""
+    """Windows in seconds of each host, [G, n_h]: row = rank, column = instant, the same G on every host.
+
+    `most_per_host`: how many fit into the time that was measured, where they overlap.
+    """
 
     hosts: tuple[Floats, ...]
+    most_per_host: float = np.inf
 
     @property
     def host_size(self) -> int:
@@ -70,9 +74,14 @@ class Pool:
         return sum(x.size for x in self.longest)
 
     @property
+    def windows(self) -> int:
+        """Windows of all hosts together, side by side in time."""
+        return int(min(self.instants, len(self.hosts) * self.most_per_host))
+
+    @property
     def effective(self) -> float:
         """Independent windows of a host that these are worth."""
-        return self.instants / self.tau
+        return min(self.instants / self.tau, len(self.hosts) * self.most_per_host)
 
     @cached_property
     def _order(self) -> NDArray[np.int64]:

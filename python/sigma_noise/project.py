@@ -4,13 +4,13 @@ S(N) = sum_b E[max_N W_b] / sum_b E[W_b] over the barriers b of a step, W_b the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sigma_noise.pool import CoscheduledPool, Pool, Windows
-from sigma_noise.replay import Hosts, replayed_windows, spread_offsets
+from sigma_noise.replay import Hosts, covered_s, replayed_windows, spread_offsets
 from sigma_noise.resample import interval
 from sigma_noise.step import Barrier, Step, make_step
 from sigma_noise.tail import Tail
@@ -82,7 +82,7 @@ def project(
     Cost:    a sort of the windows, and two products of matrices for the interval, whatever their number.
     """
     step = make_step(_barriers(windows), hosts)
-    return project_step(step, ranks, model, seed, resamples)
+    return project_step(step, ranks, checked_model(model), seed, resamples)
 
 
 def project_replay(
@@ -101,16 +101,15 @@ def project_replay(
     """
     works = [Work("step", float(work))] if isinstance(work, (int, float)) else list(work)
     rng = np.random.default_rng(seed)
-    pools = [
-        Pool(tuple(replayed_windows(hosts, w.work_s, spread_offsets(hosts, w.work_s, rng)))) for w in works
-    ]
-    named = [h for h, traces in enumerate(hosts) for _ in traces]
-    rows = [[row for host in pool.hosts for row in host] for pool in pools]
-    step = make_step(
-        [Barrier(w.name, x, w.per_step, w.work_s) for w, x in zip(works, rows, strict=True)], named
+    kind = CoscheduledPool if is_cosched else Pool
+    pools = tuple(
+        kind(
+            tuple(replayed_windows(hosts, w.work_s, spread_offsets(hosts, w.work_s, rng))),
+            most_per_host=covered_s(hosts) / w.work_s,
+        )
+        for w in works
     )
-    if is_cosched:
-        step = replace(step, pools=tuple(CoscheduledPool(p.hosts) for p in step.pools))
+    step = Step(pools, tuple(w.per_step for w in works), tuple(w.work_s for w in works))
     return project_step(step, ranks, "replay", seed, resamples)
 
 
@@ -151,7 +150,7 @@ def project_step(step: Step, ranks: Sequence[int], model: str, seed: int, resamp
         kappa=kappa,
         measured_ranks=step.ranks,
         measured_hosts=len(step.pools[0].hosts),
-        windows=min(pool.instants for pool in step.pools),
+        windows=min(pool.windows for pool in step.pools),
         effective=step.effective,
         tails=tuple(tail for tail in step.tails if tail is not None),
     )
@@ -167,9 +166,13 @@ def backtest(step: Step, model: str, rng: np.random.Generator) -> float | None:
     return max(errors, key=abs, default=None)
 
 
-def fitted(step: Step, model: str, rng: np.random.Generator) -> Step:
-    if model not in ("ecdf", "gpd", "replay"):
+def checked_model(model: str) -> str:
+    if model not in ("ecdf", "gpd"):
         raise ValueError(f"project: model must be 'ecdf' or 'gpd', found '{model}'")
+    return model
+
+
+def fitted(step: Step, model: str, rng: np.random.Generator) -> Step:
     return step.with_tails(rng) if model == "gpd" else step
 
 

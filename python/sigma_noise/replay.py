@@ -160,6 +160,11 @@ def spread_offsets(hosts: Hosts, work_s: float, rng: np.random.Generator, most: 
     return (np.arange(parts) + rng.random(parts)) * (span / parts)
 
 
+def covered_s(hosts: Hosts) -> float:
+    """Seconds that every trace covers."""
+    return min(trace.duration_s for traces in hosts for trace in traces)
+
+
 def _checked(hosts: Hosts, work_s: float) -> tuple[int, float]:
     """Ranks of a host, and the seconds that every trace covers."""
     sizes = sorted({len(traces) for traces in hosts})
@@ -167,4 +172,4 @@ def _checked(hosts: Hosts, work_s: float) -> tuple[int, float]:
         raise ValueError(f"replay: every host must have the same number of ranks, found {sizes}")
     if not 0 < work_s < np.inf:
         raise ValueError(f"replay: work_s must be positive seconds, found {work_s}")
-    return sizes[0], min(trace.duration_s for traces in hosts for trace in traces)
+    return sizes[0], covered_s(hosts)

@@ -49,10 +49,10 @@ def bias_corrected(values: Floats, estimate: Floats) -> tuple[Floats, Floats]:
 
 
 def over_time(pools: Sequence[Pool], resamples: int, rng: np.random.Generator) -> list[Draws]:
-    """Stretches of time with replacement (Carlstein 1986), the same for all hosts and pools.
+    """Stretches of time with replacement (Carlstein 1986), the same for all hosts and pools: what falls together stays.
 
-    What falls together so stays together.  A run is cut into as many equal stretches as the longest correlation
-    time of the pools lets it, and 1,024 at most; pools may cut a step into different numbers of windows.
+    A run is cut into as many equal stretches as the longest correlation time of the pools lets it, and 1,024 at most;
+    pools may cut a step into different numbers of windows.
     """
     n = [min(x.size for x in pool.longest) for pool in pools]
     blocks = min(

@@ -114,9 +114,9 @@ class Step:
         if self.ranks < 2:
             return []
         if len(self.pools[0].hosts) > 1:
-            cut = [[type(p)(p.hosts[side::2]) for p in self.pools] for side in (0, 1)]
+            cut = [[replace(p, hosts=p.hosts[side::2]) for p in self.pools] for side in (0, 1)]
         else:
-            cut = [[type(p)((p.hosts[0][side::2],)) for p in self.pools] for side in (0, 1)]
+            cut = [[replace(p, hosts=(p.hosts[0][side::2],)) for p in self.pools] for side in (0, 1)]
         return [replace(self, pools=tuple(pools), tails=(), no_tail=None) for pools in cut]
 
     def measured_s(self) -> float:
@@ -136,8 +136,8 @@ class Step:
         """Why the data do not carry a figure for so many ranks; None if they do."""
         if self.effective < FEWEST:
             return (
-                f"{self.pools[0].instants} windows of a host are worth {self.effective:.0f} independent ones, "
-                f"wanted {FEWEST}: measure longer"
+                f"{min(p.windows for p in self.pools)} windows of a host are worth {self.effective:.0f} independent "
+                f"ones, wanted {FEWEST}: measure longer"
             )
         if ranks <= self.host_size or isinstance(self.pools[0], CoscheduledPool):
             return None
