@@ -113,15 +113,16 @@ def test_stamps_of_the_epoch_keep_their_nanoseconds(tmp_path):
     assert trace.ranks[0]["clock"] == {"name": "unknown", "identity": "t.json"}
 
 
-def test_events_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
-    """Defends: numbers, escapes and literals that a chunk cuts in two."""
-    monkeypatch.setattr("sigma_noise.formats.json_stream.CHUNK", 1)
-    text = json.dumps(kineto(note=['\u00e9\\"\n', True, None, -1.5e-7, 12345678901234567890]), indent=2)
-    trace = chrome.read(written(tmp_path / "t.json", text))
-    monkeypatch.undo()
-    whole = chrome.read(tmp_path / "t.json")
-    assert {key: rows(trace, *key) for key in trace.rows} == {key: rows(whole, *key) for key in whole.rows}
-    assert len(trace.rows) == 7
+def test_events_that_a_chunk_cuts_in_two(tmp_path, monkeypatch):
+    """Defends: numbers, escapes and literals of which half is there, and events longer than what is read at once."""
+    args = '{"a": [true, false, null], "b": -1.25e-07, "c": "\\u00e9\\"\\\\", "d": NaN, "e": -Infinity}'
+    event = f'{{"cat": "kernel", "name": "k\\u00e9", "args": {args}, "ph": "X", "ts": 1234.567, "dur": 89}}'
+    path = written(
+        tmp_path / "t.json", f'{{"a": 7, "traceEvents": [{event}, {event}], "baseTimeNanoseconds": 12000}}'
+    )
+    for chunk in range(1, 2 * len(event)):
+        monkeypatch.setattr("sigma_noise.formats.json_stream.CHUNK", chunk)
+        assert rows(chrome.read(path), 0, "quantum", "k\u00e9") == [(1_246_567, 89_000, 1.0)] * 2
 
 
 def test_memory_does_not_grow_with_events_that_are_not_chosen(tmp_path):
