@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from noise_samples import HIST, NETGAUGE, TOP, TRACER, kineto, written
-from sigma_noise.formats import chrome, netgauge, rtla, told_by
+from sigma_noise.formats import chrome, netgauge, perfetto, rtla, told_by
 from sigma_noise.trace import Trace
 from sigma_train.errors import WrongInput
 
@@ -113,15 +113,16 @@ def test_stamps_of_the_epoch_keep_their_nanoseconds(tmp_path):
     assert trace.ranks[0]["clock"] == {"name": "unknown", "identity": "t.json"}
 
 
-def test_events_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
-    """Defends: numbers, escapes and literals that a chunk cuts in two."""
-    monkeypatch.setattr("sigma_noise.formats.json_stream.CHUNK", 1)
-    text = json.dumps(kineto(note=['\u00e9\\"\n', True, None, -1.5e-7, 12345678901234567890]), indent=2)
-    trace = chrome.read(written(tmp_path / "t.json", text))
-    monkeypatch.undo()
-    whole = chrome.read(tmp_path / "t.json")
-    assert {key: rows(trace, *key) for key in trace.rows} == {key: rows(whole, *key) for key in whole.rows}
-    assert len(trace.rows) == 7
+def test_events_that_a_chunk_cuts_in_two(tmp_path, monkeypatch):
+    """Defends: numbers, escapes and literals of which half is there, and events longer than what is read at once."""
+    args = '{"a": [true, false, null], "b": -1.25e-07, "c": "\\u00e9\\"\\\\", "d": NaN, "e": -Infinity}'
+    event = f'{{"cat": "kernel", "name": "k\\u00e9", "args": {args}, "ph": "X", "ts": 1234.567, "dur": 89}}'
+    path = written(
+        tmp_path / "t.json", f'{{"a": 7, "traceEvents": [{event}, {event}], "baseTimeNanoseconds": 12000}}'
+    )
+    for chunk in range(1, 2 * len(event)):
+        monkeypatch.setattr("sigma_noise.formats.json_stream.CHUNK", chunk)
+        assert rows(chrome.read(path), 0, "quantum", "k\u00e9") == [(1_246_567, 89_000, 1.0)] * 2
 
 
 def test_memory_does_not_grow_with_events_that_are_not_chosen(tmp_path):
@@ -256,6 +257,7 @@ GARBAGE = [
     (chrome.read, [step(cat="sigma.quantum", pid=-1, args={})], "a rank must lie in 0.."),
     (chrome.read, [step(cat="sigma.q", pid=1, args={})], "of a quantum, counter or event, found 'q'"),
     (chrome.read, [step(cat="sigma.event", pid=1, args={"value": "1"})], "args.value must be a number, found '1'"),
+    (chrome.read, '[{"ph":"X","cat":"kernel","name":"\\ud800","ts":1,"dur":1}]', "a name must be text, found half"),
     (netgauge.read, "", "no detour is in it"),
     (netgauge.read, "# Selfish Benchmark\n", "no detour is in it"),
     (netgauge.read, "0\t5\n7 5\n", "line 2: wanted start<TAB>duration"),
@@ -282,13 +284,16 @@ GARBAGE = [
     (rtla.read, TOP.replace("#59         5", "#59         -"), "line 4: wanted CPU #PERIODS and 10 numbers"),
     (rtla.read, TOP.replace("           13\n", "1" * 300 + "x\n"), "line 4: wanted CPU #PERIODS and 10 numbers"),
     (rtla.read, HIST.replace("count:    55215     54829\n", ""), "its last table: a histogram wants all of over"),
+    (rtla.read, HIST.replace("count:    55215     54829", "count: 0"), "line 9: wanted 2 numbers after count:"),
+    (rtla.read, "# RTLA osnoise histogram\nIndex\nover: 0\ncount: 0\n", "CPUs, which had samples"),
+    (rtla.read, HIST + HIST[HIST.index("Index") :], "line 13: wanted columns CPU-000 after Index"),
     (rtla.read, HIST.replace("42982", "42983"), "the buckets of CPU 0 sum to 55215, its count is 55215"),
     (rtla.read, HIST.replace("      2413", ""), "line 6: wanted 2 numbers after 10, found 12224"),
     (rtla.read, HIST.replace("12224", "nan"), "line 6: wanted 2 numbers after 10, found nan 2413"),
     (rtla.read, HIST.replace("\n20  ", "\n5   "), "line 7: buckets must rise, found 5 after 10"),
     (rtla.read, HIST.replace("(us)", "(fortnights)"), "line 2: wanted a time unit of (us) or (ns)"),
     (rtla.read, HIST.replace("CPU-011", "eleven"), "line 4: wanted columns CPU-000 after Index"),
-    (rtla.read, HIST.replace("# Duration:   0 00:01:00\n", ""), "a histogram wants its header"),
+    (rtla.read, HIST.replace("# Duration:   0 00:01:00\n", ""), "a histogram wants time unit, duration and columns"),
 ]  # fmt: skip
 
 
@@ -311,8 +316,11 @@ def test_names_are_bounded(tmp_path, monkeypatch):
 def test_files_cut_or_damaged_anywhere_are_read_or_refused(tmp_path):
     """Defends: a traceback.  A prefix of JSON is refused; one of lines may be a shorter measurement."""
     rng = np.random.default_rng(11)
+    chosen = chrome.read(written(tmp_path / "x", kineto()))
+    perfetto.write(Trace({"seed": 1, "sizes": [1]}, chosen.ranks, chosen.rows), tmp_path / "ours.json")
     for read, text in [
         (chrome.read, json.dumps(kineto(), indent=1)),
+        (chrome.read, (tmp_path / "ours.json").read_text().rstrip()),
         (rtla.read, TRACER),
         (rtla.read, TOP),
         (rtla.read, HIST),

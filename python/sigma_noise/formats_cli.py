@@ -16,7 +16,7 @@ def import_(
     source: Annotated[Path, typer.Argument(help="a file, or a folder of such, one a rank")],
     out: Annotated[Path, typer.Argument(help="a folder, for a file a rank, or FILE.parquet")],
     format: Annotated[str | None, FORMAT] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="whose it is, where the file does not say")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="whose it is, whatever the file says")] = None,
     events: Annotated[
         list[str] | None,
         typer.Option(help="of a Chrome trace, CATEGORY/NAME[=CALLED], with * and ?; may be repeated"),

@@ -133,7 +133,10 @@ class _Reader:
             head = head if isinstance(head, dict) else {}
             rows = {key: _moved(series, base) for key, series in self._ours.series().items()}
             told = _by_number(head.get("ranks"))
-            return Trace(dict(head.get("run") or {}), {r: told.get(r, {}) for r in _ranks(rows, told)}, rows)
+            run = head.get("run")
+            return Trace(
+                run if isinstance(run, dict) else {}, {r: told.get(r, {}) for r in _ranks(rows, told)}, rows
+            )
         if not len(self._foreign):
             raise ValueError(self._nothing())
         rank = self._rank() if rank is None else rank

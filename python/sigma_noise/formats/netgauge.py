@@ -22,7 +22,7 @@ from sigma_noise.trace import Trace
 NUMBER = re.compile(r"\d{1,18}(\.\d{0,9})?")
 FACT = re.compile(r"# (rank|host|threshold_s): (\S.{0,199})")
 MINIMUM = re.compile(r"# Minimal cycle length \[ns\]: *([\d.]+)")
-PERCENT = re.compile(r"# Threshold: \[% minimal cycle length\]: *(\d+)")
+PERCENT = re.compile(r"# Threshold: \[% minimal cycle length\]: *(\d{1,9})")
 NO_DETOURS = re.compile(r"# Fixed (Work|Time) Quantum Benchmark")
 BLOCK = 4096
 

@@ -24,7 +24,7 @@ class Rows:
         return sum(len(start) for start, _, _ in self._columns.values())
 
     def add(self, key: Key, start_ns: int, end_ns: int, value: float) -> None:
-        """Raises: ValueError if it ends before it begins, a stamp has over 64 bits, or names are too many."""
+        """Raises: ValueError if it ends before it begins, a stamp has over 64 bits, or a name is none or too many."""
         if end_ns < start_ns:
             raise ValueError(f"a duration must not be negative, found {end_ns - start_ns} ns")
         if not -(2**63) <= start_ns <= end_ns < 2**63:
@@ -33,6 +33,8 @@ class Rows:
         if columns is None:
             if not 0 <= key[0] <= MAX_RANK:
                 raise ValueError(f"a rank must lie in 0..{MAX_RANK}, found {key[0]}")
+            if not _is_text(key[2]):
+                raise ValueError("a name must be text, found half a surrogate pair in it")
             if len(self._columns) == MAX_NAMES:
                 raise ValueError(f"this is name number {MAX_NAMES + 1}; choose fewer of them")
             columns = self._columns[key] = array("q"), array("q"), array("d")
@@ -45,6 +47,15 @@ class Rows:
     def series(self) -> dict[Key, Series]:
         """In order of their begin; rows that begin together stay in the order of the file."""
         return {key: _sorted(*columns) for key, columns in self._columns.items()}
+
+
+def _is_text(name: str) -> bool:
+    """JSON can escape what UTF-8 has no bytes for."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _sorted(start: "array[int]", end: "array[int]", value: "array[float]") -> Series:

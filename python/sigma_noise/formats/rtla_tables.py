@@ -113,7 +113,7 @@ class _Hist:
             days, hours, minutes, seconds = (int(cell) for cell in found.groups())
             self._duration_ns = (((days * 24 + hours) * 60 + minutes) * 60 + seconds) * 10**9
         elif cells[0] == "Index":
-            if not all(re.fullmatch(r"CPU-\d{3,6}", cell) for cell in cells[1:]):
+            if self._cpus or not all(re.fullmatch(r"CPU-\d{3,6}", cell) for cell in cells[1:]):
                 raise ValueError(f"wanted columns CPU-000 after Index, found {line[:80]!r}")
             self._cpus = [int(cell[4:]) for cell in cells[1:]]
         elif cells[0].rstrip(":") in SUMMARY:
@@ -125,11 +125,9 @@ class _Hist:
         return True
 
     def _numbers(self, cells: list[str]) -> list[str]:
-        """The cells after the first.  With no samples at all rtla prints a single 0, whatever the columns."""
+        """The cells after the first.  With no samples at all rtla prints a single 0 and no columns."""
         rest = cells[1:]
-        if not all(NUMBER.fullmatch(cell) for cell in rest) or (
-            len(rest) != len(self._cpus) and rest != ["0"]
-        ):
+        if not all(NUMBER.fullmatch(cell) for cell in rest) or len(rest) != max(len(self._cpus), 1):
             raise ValueError(
                 f"wanted {len(self._cpus)} numbers after {cells[0]}, found {' '.join(rest)[:80]}"
             )
@@ -143,7 +141,7 @@ class _Hist:
 
     def rows_into(self, rows: Rows) -> dict[int, dict[str, Any]]:
         if not self._unit_ns or self._duration_ns < 0 or not self._cpus:
-            raise ValueError("a histogram wants its header: time unit, duration, and columns of CPUs")
+            raise ValueError("a histogram wants time unit, duration and columns of CPUs, which had samples")
         if self._summary.keys() != set(SUMMARY):
             raise ValueError(f"a histogram wants all of {', '.join(SUMMARY)}; is it cut short?")
         ranks = {}
