@@ -23,12 +23,11 @@ from math import isfinite
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sigma_noise.intervals import Array, series
+from sigma_noise.intervals import NORMAL_MAD, Array, series
 
 FLOOR = 0.05  # the quantile that is called undisturbed
 MIN_GAP_TAU_S, GAP_TAU_FLOORS = 1e-6, 9.0
 MIN_WORK_TAU_S, WORK_TAU_SIGMA = 2e-6, 6.0
-NORMAL_MAD = 1.4826  # standard deviations in a median absolute deviation, if normal
 
 
 @dataclass(frozen=True)

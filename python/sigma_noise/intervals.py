@@ -30,6 +30,7 @@ RESAMPLES = 2000
 FEWEST = 8  # samples: with less, no interval is tried
 FEW_EFFECTIVE = 500  # below it, seen coverage of a nominal 95 % falls to 90 % (n = 2,000, AR(1) of 0.9)
 TAIL_SAMPLES = 20  # effective samples that must lie beyond a quantile
+NORMAL_MAD = 1.4826  # standard deviations in a median absolute deviation, if normal
 MAY_BE_SHORT = "interval may be short"
 
 
