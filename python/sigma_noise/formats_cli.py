@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sigma_noise.options import seconds
+
 if TYPE_CHECKING:
     from sigma_noise.formats import Format
     from sigma_noise.trace import Trace
@@ -46,13 +48,17 @@ def export(
     rank: Annotated[int | None, typer.Option(min=0, help="of netgauge's: whose detours")] = None,
     name: Annotated[str | None, typer.Option(help="of netgauge's and hdr: which quanta, or detour")] = None,
     threshold_s: Annotated[
-        float | None, typer.Option("--threshold", help="seconds above the floor that make a detour")
+        float | None,
+        typer.Option(
+            "--threshold", parser=seconds, metavar="TIME", help="above the floor, that makes a detour"
+        ),
     ] = None,
     per_rank: Annotated[
         bool, typer.Option("--per-rank", help="of prometheus: a label for each rank")
     ] = False,
     interval_s: Annotated[
-        float | None, typer.Option("--interval", help="of hdr: seconds a histogram")
+        float | None,
+        typer.Option("--interval", parser=seconds, metavar="TIME", help="of hdr: a histogram each"),
     ] = None,
 ) -> None:
     """Write a measurement for Perfetto, LogGOPSim, Prometheus or HdrHistogram."""

@@ -35,11 +35,15 @@ class Format:
 def _write_prometheus(
     trace: Trace, to: Path, threshold_s: float | None = None, per_rank: bool = False
 ) -> None:
-    from sigma_noise.formats import (
-        prometheus,
-    )  # here: most measurements go elsewhere, and its client takes a while to load
+    """Noise and detours as quanta tell them; of the kernel that `analyze` is about stragglers and S(N) as well."""
+    # Here: most measurements go elsewhere, and the client takes a while to load.
+    from sigma_noise.analysis import analyze
+    from sigma_noise.formats import prometheus
 
-    prometheus.write(prometheus.measured(trace, threshold_s), to, per_rank)
+    figures = prometheus.measured(trace, threshold_s)
+    if trace.names():
+        figures = prometheus.judged(figures, analyze(trace, tau_s=threshold_s))
+    prometheus.write(figures, to, per_rank)
 
 
 FORMATS = {

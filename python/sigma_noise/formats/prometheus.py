@@ -4,8 +4,9 @@ Base units, ratios as such, counters in `_total`.  Labels are bounded: `kernel`,
 only where `per_rank` asks for it; the histogram never has it, as it is 24 series each.
 """
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from prometheus_client import CollectorRegistry, write_to_textfile
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from sigma_train.files import failed_writes_are_oserrors
 
+from sigma_noise.analysis import Analysis
 from sigma_noise.formats import rank_detours
 from sigma_noise.trace import Trace
 
@@ -66,6 +68,20 @@ def measured(trace: Trace, threshold_s: float | None = None) -> dict[str, Figure
             thresholds = [each.threshold_s for each in detours if each.threshold_s is not None]
             found[name] = Figures(observed, noise, {}, {}, lengths_s, max(thresholds, default=None))
     return found
+
+
+def judged(figures: Mapping[str, Figures], found: Analysis) -> dict[str, Figures]:
+    """With the scores and the projection of an analysis at its kernel; of models the first that has a figure."""
+    if found.kernel not in figures:
+        return dict(figures)
+    what_if = {r.rank: r.what_if for r in found.scores.ranks} if found.scores else {}
+    slowdown: dict[int, float] = {}
+    for projected in found.projections:
+        for N, value in zip(projected.ranks, projected.slowdown.tolist(), strict=True):
+            if math.isfinite(value):
+                slowdown.setdefault(N, value)
+    one = replace(figures[found.kernel], straggler_what_if_ratio=what_if, projected_slowdown_ratio=slowdown)
+    return {**figures, found.kernel: one}
 
 
 def _of_rank(
