@@ -128,15 +128,17 @@ def test_a_device_that_cannot_say_something():
 
 def test_two_devices_have_intervals_of_their_own():
     """Defends: gpu1's reason ended by gpu10's silence, or by the other device's."""
-    script = Script([{i: (0x4 if i == 1 else 0) for i in range(11)}, dict.fromkeys(range(11), 0)])
-    nvml = fake_nvml(script, devices=11)
-    devices = [nvidia(nvml)[i] for i in (1, 10)]
-    poller = Poller(devices, clock=lambda: (script.at) * SECOND)
-    for step in range(2):
+    bits = [{1: 0x4, 10: 0x20}, {1: 0, 10: 0x20}, {1: 0x4, 10: 0x20}]
+    script = Script([{i: step.get(i, 0) for i in range(11)} for step in bits])
+    devices = [nvidia(fake_nvml(script, devices=11))[i] for i in (1, 10)]
+    poller = Poller(devices, clock=lambda: script.at * SECOND)
+    for step in range(3):
         script.at = step
         poller.poll()
-    assert [n for _, kind, n in poller.rows(0) if kind == "event"] == ["gpu1 sw power cap"]
-    assert spans(poller, "gpu1 sw power cap") == [(0, 1)]
+    script.at = 3
+    poller.close()
+    assert spans(poller, "gpu1 sw power cap") == [(0, 1), (2, 3)]
+    assert spans(poller, "gpu10 sw thermal") == [(0, 3)]
 
 
 def fake_amd(script, *, has_violations):
