@@ -88,15 +88,18 @@ def show(found: Sequence[Projection]) -> None:
             highlight=False,
             soft_wrap=True,
         )
-        table = Table("ranks", "S(N)", "90 %", "over the floor", "a step", "flags or why not")
+        table = Table("ranks", "S(N)", "90 %", "over the floor", "a step", "flags")
         for i, n in enumerate(p.ranks):
-            if (reason := p.refusals[i]) is not None:
-                table.add_row(f"{n:,}", "-", "-", "-", "-", reason)
+            if p.refusals[i] is not None:
+                table.add_row(f"{n:,}", "-", "-", "-", "-", "refused")
             else:
                 table.add_row(
                     f"{n:,}", f"{p.slowdown[i]:.4f}", f"{p.low[i]:.4f} to {p.high[i]:.4f}", f"{p.over_floor[i]:.4f}",
                     time_of(float(p.step_s[i])), ", ".join(p.flags[i]),
                 )  # fmt: skip
         console.print(table)
+        for n, reason in zip(p.ranks, p.refusals, strict=True):
+            if reason is not None:
+                console.print(f"{n:,} ranks: {reason}", highlight=False, soft_wrap=True)
     for flag in sorted({flag for p in found for flags in p.flags for flag in flags}):
         console.print(f"{flag}: {FLAGS[flag]}", highlight=False, soft_wrap=True)
