@@ -9,13 +9,16 @@ from sigma_noise import detours as dt
 TAU = 5e-6
 
 
-def synthetic(seed, n=20_000, k=300, work=1e-3, jitter=1e-6):
-    """FWQ of n quanta: starts, durations, and the k detours in them: which, how long.  Quanta abut."""
+def synthetic(seed, n=20_000, k=300, work=1e-3, jitter=0.99 * TAU):
+    """FWQ of n quanta: starts, durations, and the k detours in them: which, how long.
+
+    Quanta abut; the shortest detours are 1 % above tau, the largest jitter 1 % below.
+    """
     rng = np.random.default_rng(seed)
     duration = work + rng.uniform(0, jitter, n)
     duration[: n // 10] = work  # more than a twentieth without any: the floor is known to the last bit
     which = np.sort(rng.choice(np.arange(n // 10, n), k, replace=False))
-    length = 2 * TAU * 10 ** rng.uniform(0, 3, k)
+    length = 1.01 * TAU * 10 ** rng.uniform(0, 3, k)
     duration[which] = work + length
     rng.shuffle(order := np.arange(n))
     duration, is_hit = duration[order], np.isin(order, which)

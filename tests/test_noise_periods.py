@@ -108,6 +108,7 @@ def test_h_equals_its_definition():
     assert abs(scan.frequencies[got.argmax()] - scan.frequencies[exact.argmax()]) < 0.02
     assert got.max() == pytest.approx(exact.max(), rel=0.1)
     assert np.corrcoef(got, exact)[0, 1] > 0.99
+    assert np.median(got - exact) == pytest.approx(0, abs=0.5)  # where H is 0 to 10
 
 
 def test_white_stamps_have_the_known_law():
