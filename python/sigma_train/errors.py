@@ -45,7 +45,9 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
             what = f"{wanted[0]} at once" if wanted else "this"
             return 1, f"not enough memory for {what}; lower the sizes of [model] or train.batch_size"
         case ModuleNotFoundError() if error.name and not error.name.startswith("sigma_"):
-            extra = "triton" if error.name.startswith("triton") else "train"
+            of_noise = ("pyarrow", "ruptures", "scipy")
+            extra = "noise" if error.name.split(".")[0] in of_noise else "train"
+            extra = "triton" if error.name.startswith("triton") else extra
             return (
                 1,
                 f"the module {error.name} is not installed; pip install 'sigma-kernels[{extra}]' brings it",
