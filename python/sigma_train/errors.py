@@ -49,8 +49,7 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
             what = f"{wanted[0]} at once" if wanted else "this"
             return 1, f"not enough memory for {what}; lower the sizes of [model] or train.batch_size"
         case ModuleNotFoundError() if error.name and not error.name.startswith("sigma_"):
-            module = error.name.partition(".")[0]
-            extra = EXTRAS.get(module, "train")
+            extra = EXTRAS.get(error.name.partition(".")[0], "train")
             return (
                 1,
                 f"the module {error.name} is not installed; pip install 'sigma-kernels[{extra}]' brings it",
