@@ -134,7 +134,7 @@ def analyze(
         of_rank(trace, rank, name, tau_s, own, seed, injected if name == kernel else None, name == kernel)
         for name in names
         for rank in trace.ranks
-        if len(trace.get(rank, "quantum", name)) >= FEW_SAMPLES
+        if is_usable(trace.get(rank, "quantum", name), name)
     )
     gaps = tuple(
         found for rank in trace.ranks if (found := gaps_of(trace, rank, tau_s, own, seed)) is not None
@@ -149,6 +149,13 @@ def analyze(
         tuple(windows),
         warnings(trace, series, names), digests or {},
     )  # fmt: skip
+
+
+def is_usable(series: Series, name: str) -> bool:
+    """Enough quanta, and of fixed time some with work done: a step may be longer than a quantum."""
+    if len(series) < FEW_SAMPLES:
+        return False
+    return not name.endswith(FIXED_TIME) or float(np.quantile(series.value, 1 - detours.FLOOR)) >= 1
 
 
 def chosen(trace: Trace, names: Sequence[str], kernel: str | None) -> str:
@@ -211,6 +218,10 @@ def of_fixed_time(
     quantum_s = float(trace.run["quantum_s"])
     count = series.value
     bounds = changes.segments(np.maximum(count, 0.5))
+    if (
+        detours.floor(count, bounds, 1 - detours.FLOOR).min() <= 0
+    ):  # a stretch in which no work was done is no level
+        bounds = np.array([0, len(count)])
     noise = detours.fixed_time(start_s, count, quantum_s, bounds, tau_s)
     best = detours.floor(count, bounds, 1 - detours.FLOOR)
     lost = quantum_s * np.maximum(0.0, 1 - count / best)
@@ -327,7 +338,7 @@ def warnings(trace: Trace, series: Sequence[OfRank], names: Sequence[str]) -> tu
     ]
     seen = {(s.rank, s.kernel) for s in series}
     found += [
-        f"rank {rank}: fewer than {FEW_SAMPLES} quanta of {name}; measure longer"
+        f"rank {rank}: fewer than {FEW_SAMPLES} quanta of {name}, or most without work done; measure longer"
         for name in names
         for rank in trace.ranks
         if (rank, name) not in seen
