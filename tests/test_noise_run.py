@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import forked
 import noise_ranks
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from sigma_cli import AGAIN_S
 from sigma_noise import host, loops
+from sigma_noise import offset as offset_module
 from sigma_noise.measure import Plan, measure
 from sigma_noise.options import seconds
 from sigma_noise.run import rows, time_of
@@ -129,6 +131,17 @@ def test_ranks_that_nproc_starts(tmp_path, cache):
 def test_offsets_between_clocks(tmp_path):
     """Defends: an offset of the wrong sign, or one that is wrong by more than it says."""
     forked.spawn(noise_ranks.check_offsets, (3, str(tmp_path / "ranks")), 3)
+
+
+def test_the_offset_is_of_the_shortest_trip(monkeypatch):
+    """Defends: an answer set beside the question's begin or end, doubt of half its size, a long trip believed."""
+    clock = iter([0, 100, 140, 200, 210, 300, 390])
+    answers = iter([5070, 5105, 5390])
+    fake = SimpleNamespace(send=lambda *_: None, recv=lambda box, _: box.fill_(next(answers)))
+    monkeypatch.setattr(offset_module, "dist", fake)
+    monkeypatch.setattr(Ranks, "gathered", lambda self, value: ["first", value])
+    found = offset_module.offset(Ranks(1, 2), "mine", lambda: next(clock), pings=3)
+    assert found == offset_module.Offset(at_ns=210, offset_ns=4900, residual_ns=5)
 
 
 def test_a_late_rank_is_told_by_its_local_time(tmp_path):

@@ -277,6 +277,7 @@ def disturbed(cache: dict[str, str], out: Path) -> tuple[StepNoise, Stopper]:
     return step_noise(trace.read(out / FOLDER)), stopper
 
 
+@pytest.mark.live
 def test_the_rank_that_is_stopped_is_named(cache, tmp_path):
     """A training of our MoE on four ranks: the record alone names the one that a log of stops is of."""
     out = tmp_path / "run"
