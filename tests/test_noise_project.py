@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import lfilter
+from scipy.special import ndtr
+from sigma_noise.blocks import block_length, autocorrelation_time
 from sigma_noise.budget import regained
 from sigma_noise.expected_max import bernoulli_slowdown, pareto_max, sample_max
 from sigma_noise.intervals import autocorrelation_time
@@ -15,7 +17,7 @@ from sigma_noise.pareto import quantile
 from sigma_noise.pool import Draws, Pool, make_pool
 from sigma_noise.project import Work, project, project_replay
 from sigma_noise.replay import Detours
-from sigma_noise.resample import bias_corrected, block_length, over_hosts, over_time
+from sigma_noise.resample import bias_corrected, interval, over_hosts, over_time
 from sigma_noise.step import FLAGS, Barrier, moe_step
 
 FRESH = int(os.environ.get("SIGMA_FRESH_SEED", "0"))
@@ -288,6 +290,29 @@ def test_hosts_are_resampled_without_bias():
     pool = Pool(hosts)
     means = pool.mean(*over_hosts([pool], 40_000, rng_of(89)))
     assert means.var() == pytest.approx(np.var([10, 11, 13, 18], ddof=1) / 4, rel=0.03)
+
+
+def test_an_interval_holds_that_of_time_and_that_of_hosts():
+    """Defends: one source left out.  Of steady hosts only hosts differ, of one host only time."""
+    steady = Pool(tuple(np.full((1, 200), level) for level in (10.0, 11.0, 13.0, 18.0)))
+    alone = Pool((10 + rng_of(92).random((1, 2000)),))
+    widths = []
+    for pool in (steady, alone):
+        low, high = interval(lambda d, p=pool: p.mean(*d)[:, None], pool.mean(), [pool], 400, rng_of(93))
+        widths.append(float(high[0] - low[0]))
+    assert widths[0] > 4  # 2 * 1.645 * 3.56 / sqrt(4) = 5.9, of four values
+    assert widths[1] == pytest.approx(2 * 1.645 * np.sqrt(1 / 12 / 2000), rel=0.3)
+    (draws,) = over_time([alone], 3, rng_of(94))
+    assert np.unique(draws.unit_of).tolist() == list(range(draws.times.shape[1]))
+
+
+def test_the_interval_is_moved_as_far_as_resamples_are_biased():
+    """Defends: Efron's correction.  With 30 % of resamples above it, it reaches further up and no less down."""
+    values = np.linspace(0, 1, 10_001)[:, None]
+    low, high = bias_corrected(values, np.array([0.7]))
+    z0 = 0.5244005  # the normal quantile of 0.7
+    assert high[0] == pytest.approx(ndtr(2 * z0 + 1.6448536), abs=1e-3)
+    assert low[0] == pytest.approx(0.05, abs=1e-3)
 
 
 def test_rows_of_unequal_length():

@@ -288,5 +288,7 @@ def test_extremal_index_of_a_max_autoregression(theta):
     for t in range(1, len(Z)):
         X[t] = max((1 - theta) * X[t - 1], theta * Z[t])
     assert extremal_index(np.quantile(X, 0.97) < X) == pytest.approx(theta, abs=0.08)
+    clustered = np.isin(np.arange(30), [2, 3, 4, 5, 25])  # gaps 1, 1, 1, 20
+    assert extremal_index(clustered) == pytest.approx(2 * 19**2 / (4 * 19 * 18))
     with pytest.raises(ValueError, match="at least two windows"):
         extremal_index([False, True, False])
