@@ -152,6 +152,20 @@ def test_what_travels_while_a_rank_computes_is_neither_wait_nor_local_twice():
     assert noise.last.tolist() == [0, 1]
 
 
+def test_who_goes_on_before_the_last_has_come_waited_no_longer_than_it_did():
+    """Defends: a broadcast, whose root does not wait for those that come late; a wait longer than the time blocked."""
+    run = Simulated(np.zeros((1, 0, 2), int), np.zeros((1, 0), int))
+    run.rows = {}
+    for rank, (arrives, ends) in enumerate(((10, 15), (60, 63))):
+        run.add(rank, "quantum", "sum", arrives, ends)
+        run.add(rank, "quantum", "blocked", arrives, ends)
+        run.add(rank, "quantum", "step", 0, 100)
+        run.add(rank, "counter", "step", 0, 0, 1)
+    noise = step_noise(run.trace())
+    assert noise.wait_s.tolist() == pytest.approx([5 * S, 0])
+    assert noise.transfer_s.tolist() == pytest.approx([0, 3 * S])
+
+
 def test_ranks_without_a_common_clock_are_told_apart_all_the_same():
     """Defends: stamps of two machines compared; the last rank is the one that waits least."""
     rng = np.random.default_rng(3)
