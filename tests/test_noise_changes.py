@@ -48,6 +48,7 @@ def test_null_alarms_are_at_most_five_per_cent(phi, seed):
     assert alarms <= (20 if FRESH == 0 else 29)
 
 
+@pytest.mark.acceptance
 def test_the_calibration_gives_the_penalty():
     """Defends: a constant that its command does not print any more."""
     ((phi, penalty),) = ch.calibrate(4000, repetitions=200, seed=1, phis=(0.5,))
@@ -157,6 +158,7 @@ def test_online_keeps_quiet_below_its_shift():
         ]
 
 
+@pytest.mark.acceptance
 def test_online_null_alarms():
     """40 series of 300 samples, 2 % of them detours, at the 2 % of an offline sweep: 5 % of series at most.
 

@@ -453,6 +453,7 @@ def test_shape_of_a_shift_and_of_a_tail():
     assert 0.88 < tail.similarity < 0.95
 
 
+@pytest.mark.acceptance
 def test_p_of_shape_holds_where_pooled_samples_do_not():
     """Equal code at phi = 0.9: at most 5 % by runs, and most of the time by a pooled Kolmogorov-Smirnov test."""
     rng = generator(602)
@@ -465,6 +466,7 @@ def test_p_of_shape_holds_where_pooled_samples_do_not():
     assert pooled > 100
 
 
+@pytest.mark.acceptance
 def test_many_runs_are_drawn_not_listed():
     rng = generator(603)
     x = samples(rng, 24, 50)

@@ -20,6 +20,7 @@ def ar1(rng, phi, n, repetitions=1):
     return lfilter([1], [1, -phi], rng.normal(size=(repetitions, n + 500)), axis=1)[:, 500:]
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize(
     "phi, least, most, seed", [(0.0, 182, 196, 10), (0.5, 182, 196, 11), (0.9, 172, 200, 12)]
 )
@@ -43,6 +44,7 @@ def test_coverage_of_nominal_95_per_cent(phi, least, most, seed):
         assert found.note.startswith("interval may be short")
 
 
+@pytest.mark.acceptance
 def test_coverage_of_the_99th_percentile():
     """Defends: limits of a tail quantile on the wrong side of F, where there are samples enough to have any."""
     rng = np.random.default_rng(13 + FRESH)

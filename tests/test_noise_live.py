@@ -31,6 +31,8 @@ AUTOGROUP = Path(
 )  # sched(7): nice values count within a session, this between sessions
 CPU = max(os.sched_getaffinity(0))
 
+pytestmark = pytest.mark.live
+
 
 @pytest.fixture(autouse=True)
 def quiet_enough() -> Iterator[None]:
@@ -224,7 +226,6 @@ def test_the_sampler_costs_little():
     assert info["housekeeping_cpus"] != [CPU]
 
 
-@pytest.mark.live
 def test_the_sampler_does_not_disturb():
     """Defends: acceptance 22.  Seven rounds with and without, interleaved: median of quanta and noise share."""
 
@@ -252,7 +253,6 @@ def test_the_sampler_does_not_disturb():
     twice(check)
 
 
-@pytest.mark.live
 def test_the_curve_of_this_machine():
     """Defends: acceptance 17 as the self-test reports it: stops of 20 ms are found at every rate."""
     cells = curve((1e-3, 20e-3), (2.0, 10.0), duration_s=3.0, seed=1)

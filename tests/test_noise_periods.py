@@ -149,6 +149,7 @@ def test_another_unit_and_another_begin(scale, shift, seed):
     assert b.jitter_s == pytest.approx(a.jitter_s * scale, rel=0.1)
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize("phi, most", [(0.0, 4), (0.9, 20)])
 def test_spectrum_null_alarms(phi, most):
     """Acceptance test 10: 1 % of white series, 5 % of AR(1) 0.9; 400 series each, on a grid and on uneven stamps."""

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import lfilter
 from scipy.special import ndtr
-from sigma_noise.blocks import block_length, autocorrelation_time
 from sigma_noise.budget import regained
 from sigma_noise.expected_max import bernoulli_slowdown, pareto_max, sample_max
 from sigma_noise.intervals import autocorrelation_time
@@ -17,7 +16,7 @@ from sigma_noise.pareto import quantile
 from sigma_noise.pool import Draws, Pool, make_pool
 from sigma_noise.project import Work, project, project_replay
 from sigma_noise.replay import Detours
-from sigma_noise.resample import bias_corrected, interval, over_hosts, over_time
+from sigma_noise.resample import bias_corrected, block_length, interval, over_hosts, over_time
 from sigma_noise.step import FLAGS, Barrier, moe_step
 
 FRESH = int(os.environ.get("SIGMA_FRESH_SEED", "0"))
@@ -43,6 +42,7 @@ def test_bernoulli_windows_give_the_table_of_the_study():
     assert found.step_s == pytest.approx(found.slowdown * 10.001, rel=1e-12)
 
 
+@pytest.mark.acceptance
 def test_interval_at_two_samples_a_rank_or_fewer():
     """Acceptance 4.  Defends: an interval that forgets that shape and scale are fitted; a missing flag.
 
@@ -67,10 +67,11 @@ def hosts_that_differ(rng: np.random.Generator, n: int) -> tuple[np.ndarray, flo
     return (10.0 + is_hit).reshape(16, n), float((10 + 1 - np.prod(clean)) / (10 + chance.mean()))
 
 
+@pytest.mark.acceptance
 def test_four_hosts_predict_eight():
     """Acceptance 16.  Defends: hosts that are not resampled, ranks drawn without their host: 80 of 100 hold the truth.
 
-    Seen: 97; what the other four hosts do differs by no more than the interval of four allows for.
+    What the other four hosts do differs by no more than the interval of four allows for.
     """
     hits = 0
     for seed in range(100):

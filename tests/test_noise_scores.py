@@ -58,6 +58,7 @@ NULLS = {
 }
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize(
     "ranks, n, runs, null",
     [
@@ -333,6 +334,7 @@ def test_quantiles_of_drawn_blocks_are_those_of_the_drawn_samples(p):
     assert np.corrcoef(quantiles(x, p, blocks), want)[0, 1] > 0.97
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize("phi, least", [(0.0, 0.91), (0.5, 0.91), (0.9, 0.86)])
 def test_intervals_cover(phi, least):
     """Defends: intervals as if steps were independent, which cover 37 % at phi = 0.9."""
@@ -347,6 +349,7 @@ def test_intervals_cover(phi, least):
     assert least <= hits / (runs * ranks) <= 0.995
 
 
+@pytest.mark.acceptance
 def test_intervals_of_blame_and_what_if_cover():
     """Against their values in a run of 400,000 steps."""
     rng = generator(7300)

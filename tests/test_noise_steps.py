@@ -309,6 +309,7 @@ def test_the_page_says_who_and_how_much():
     assert "<td>2<td>0.60<td>0.10<td>0.10<td>0.00" in page
 
 
+@pytest.mark.acceptance
 def test_a_late_rank_of_four_is_named_by_local_time_and_by_arrival(tmp_path):
     """Acceptance 14: rank 2 sleeps before an all-reduce.  Its own collectives are the shortest."""
     n, sleep_s = 25, 0.02

@@ -109,6 +109,7 @@ def test_sample_max_refuses(bad, N, text):
         sample_max(bad, N)
 
 
+@pytest.mark.acceptance
 def test_projection_of_a_heavy_tail_to_2048():
     """Acceptance 3.  Defends: bias below 4 % and rmse below 6 % over 40 samples of 1e5, by the sample and by its tail.
 

@@ -207,6 +207,7 @@ def test_recording_takes_less_than_a_hundredth_of_a_step(cache, tmp_path, monkey
     assert max(costs) * a_rank_of_many < 0.01 * min(spent), (costs, rows, spent)
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize("shards", [1, 2])
 def test_groups_of_ranks_are_told_apart(cache, tmp_path, shards):
     """Defends: FSDP's own exchanges unseen, or changed by being seen; the k-th call of one group beside another's."""
