@@ -12,7 +12,7 @@ from sigma_noise.project import Projection, Work, project, project_replay
 from sigma_noise.replay import Detours
 from sigma_noise.step import FLAGS, Barrier
 from sigma_noise.trace import Trace
-from sigma_noise.units import time_of
+from sigma_noise.units import count, time_of
 
 MODELS = ("ecdf", "gpd", "replay")
 
@@ -83,7 +83,7 @@ def show(found: Sequence[Projection]) -> None:
         kappa = "" if p.kappa is None else f", hosts independent to {p.kappa:.2f}"
         console.print(
             f"{p.model}: a step of {time_of(p.mean_s)} on one rank, {time_of(p.floor_s)} without noise; "
-            f"{p.measured_ranks} ranks on {p.measured_hosts} hosts, {p.windows:,} windows worth {p.effective:,.0f}"
+            f"{count(p.measured_ranks, "rank")} on {count(p.measured_hosts, "host")}, {p.windows:,} windows worth {p.effective:,.0f}"
             f"{error}{kappa}",
             highlight=False,
             soft_wrap=True,

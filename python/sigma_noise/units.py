@@ -17,3 +17,7 @@ def time_of(seconds: float) -> str:
 def share_of(x: float) -> str:
     """Per cent."""
     return f"{x * 100:.3g} %" if isfinite(x) else "-"
+
+
+def count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
