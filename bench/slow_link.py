@@ -25,7 +25,7 @@ import sigma_kernels as sk
 from sigma_kernels.distributed import ExpertParallelMoE, combine, dispatch
 
 T, INSIDE = 1024, "SIGMA_SLOW_LINK"
-LAYERS = [("same", 1), ("same", 2), ("same", 4), ("same", 8), ("bf16", 1), ("bf16", 4), ("int8", 1), ("int8", 4), ("fp8", 1)]
+LAYERS = [(payload, chunks) for payload in ("same", "bf16", "int8", "fp8") for chunks in (1, 2, 4, 8)]
 
 
 def calls_of(backward: bool) -> Calls:
@@ -90,7 +90,9 @@ def race(backward: bool, rounds: int) -> dict[str, float]:
 
 def enter(rate: float) -> None:
     """This command again, in a network of its own."""
-    link = f"ip link set lo up && tc qdisc add dev lo root tbf rate {rate * 1000:.0f}mbit burst 256kb latency 2s"
+    link = (
+        f"ip link set lo up && tc qdisc add dev lo root tbf rate {rate * 1000:.0f}mbit burst 256kb latency 2s"
+    )
     code = subprocess.run(
         ["unshare", "--net", "sh", "-c", f'{link} && exec "$0" "$@"', sys.executable, *sys.argv],
         env={**os.environ, INSIDE: "1", "GLOO_SOCKET_IFNAME": "lo"},
@@ -99,23 +101,37 @@ def enter(rate: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rate", type=float, required=True, help="Gbit/s")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     if INSIDE not in os.environ:
         enter(arguments.rate)
-    print(f"{arguments.rate:g} Gbit/s, {arguments.rounds} rounds, sigma-kernels {sk.__version__}, torch {torch.__version__}\n")
-    print("| direction | exchange | experts | payload | chunks | layer, ms | over one chunk, same | hidden |\n" + "|---" * 8 + "|")
+    print(f"{arguments.rate:g} Gbit/s, {arguments.rounds} rounds, torch {torch.__version__}\n")
+    columns = (
+        "direction",
+        "exchange, ms",
+        "experts, ms",
+        "payload",
+        "chunks",
+        "layer, ms",
+        "over same, 1",
+        "hidden",
+    )
+    print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
     for backward in (False, True):
         ms = {name: s * 1e3 for name, s in race(backward, arguments.rounds).items()}
+        whole, least = ms[str(("same", 1))], min(ms["exchange"], ms["experts"])
         for payload, chunks in LAYERS:
-            took, base = ms[str((payload, chunks))], ms[str((payload, 1))]
-            hidden = f"{(base - took) / min(ms['exchange'], ms['experts']):.0%}" if chunks > 1 and payload == "same" else ""
-            print(
-                f"| forward{'+backward' * backward} | {ms['exchange']:.0f} | {ms['experts']:.0f} | {payload} | {chunks} "
-                f"| {took:.0f} | {took / ms[str(('same', 1))]:.2f} | {hidden} |"
-            )
+            took = ms[str((payload, chunks))]
+            hidden = f"{(whole - took) / least:.0%}" if payload == "same" and chunks > 1 else ""
+            cells = (
+                f"forward{'+backward' * backward}", f"{ms['exchange']:.0f}", f"{ms['experts']:.0f}", payload, chunks,
+                f"{took:.0f}", f"{took / whole:.2f}", hidden,
+            )  # fmt: skip
+            print(f"| {' | '.join(map(str, cells))} |")
 
 
 if __name__ == "__main__":

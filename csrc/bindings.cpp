@@ -13,6 +13,7 @@
 #include "cpu/memory.h"
 #include "cpu/permute.h"
 #include "cpu/route.h"
+#include "noise/bindings.h"
 #if defined(SIGMA_CUDA)
 #include "cuda/bindings.h"
 #endif
@@ -325,6 +326,9 @@ PYBIND11_MODULE(_C, m) {
   bind_combine<F16>(m, "_f16");
   bind_convert<Bf16>(m, "_bf16");
   bind_convert<F16>(m, "_f16");
+
+  auto noise = m.def_submodule("noise", "Timed loops of csrc/noise.");
+  sigma::noise::bind(noise);
 
 #if defined(SIGMA_CUDA)
   auto cuda = m.def_submodule("cuda", "Kernels of csrc/cuda, on a stream.");

@@ -21,6 +21,7 @@ from torch.multiprocessing import start_processes
 CONTEXT = multiprocessing.get_context("forkserver")
 IMPORTED = [
     "sigma_cli.commands",
+    "sigma_noise.run",
     "torch._dynamo",  # two thirds of a short run: every optimizer imports it
     *(
         f"sigma_train.{name}"
@@ -60,14 +61,18 @@ def on_ranks(
 
     A fault is a function of a module of this folder.
     """
+    results = run_all(args, environments(size, env), None, fault)
+    assert results is not None, "the first to start the server did so under other variables"
+    return results
+
+
+def environments(size: int, env: Mapping[str, str]) -> list[dict[str, str]]:
+    """Of so many ranks, as torchrun would have made them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    environments = [{**env, **common, "RANK": str(rank)} for rank in range(size)]
-    results = run_all(args, environments, None, fault)
-    assert results is not None, "the first to start the server did so under other variables"
-    return results
+    return [{**env, **common, "RANK": str(rank)} for rank in range(size)]
 
 
 def spawn(function: Callable[..., None], args: tuple[Any, ...], size: int) -> None:

@@ -91,6 +91,9 @@ def check_command(words: list[str]) -> None:
         return
     name, *args = words
     assert name in group.commands, f"no command {name}"
+    if isinstance(group.commands[name], typer.core.TyperGroup):  # of commands, such as noise
+        group, (name, *args) = group.commands[name], args or ["--help"]
+        assert name == "--help" or name in group.commands, f"no command {words[0]} {name}"
     if not args or args == ["..."]:
         return
     context = group.commands[name].make_context(name, list(args))
@@ -117,6 +120,8 @@ def check_commands(text: str) -> None:
     "text, message",
     [
         ("`sigma nois`", "no command nois"),
+        ("`sigma noise rum --out x`", "no command noise rum"),
+        ("`sigma noise run --out x --kernels spin`", "No such option: --kernels"),
         ("    sigma train --preset smok\n", "unknown preset 'smok'"),
         ("    X=1 sigma train --preset smoke --frob   trains\n", "No such option: --frob"),
         ("```bash\nmake && .venv/bin/sigma train --set optim.lrr=1\n```", "unknown key optim.lrr"),

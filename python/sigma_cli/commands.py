@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from sigma_noise import cli as noise_cli
 from sigma_train import cli as train_cli
 from sigma_train import ledger_cli, plan_cli
 
@@ -15,6 +16,7 @@ app.command()(train_cli.generate)
 app.command()(train_cli.export)
 app.command()(plan_cli.plan)
 app.command()(ledger_cli.ledger)
+app.add_typer(noise_cli.app, name="noise")
 
 
 class Device(StrEnum):

@@ -24,6 +24,9 @@ def train(
     out: Out = None,
     steps: Annotated[int | None, typer.Option(help="same as --set train.steps=N")] = None,
     dtype: Annotated[str | None, typer.Option(help="f32 or bf16; same as --set train.dtype=...")] = None,
+    noise: Annotated[
+        bool, typer.Option("--noise", help="record step times of every rank; same as --set train.noise=true")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
     nproc: Annotated[
         int | None, typer.Option(min=1, help="ranks on this machine, with the experts spread over them")
@@ -40,7 +43,7 @@ def train(
 
     from sigma_train.config import load_config
 
-    named = {"out": out, "steps": steps, "dtype": dtype}
+    named = {"out": out, "steps": steps, "dtype": dtype, "noise": noise or None}
     options = {
         "train": {key: value for key, value in named.items() if value is not None},
         "data": {"paths": data} if data else {},
@@ -64,7 +67,7 @@ def train(
     from sigma_train.ledger import process_start
     from sigma_train.ledger_view import sentence
     from sigma_train.loop import Trainer
-    from sigma_train.report import write_report
+    from sigma_train.report import noise_of, write_report
 
     with joined(cfg.train.rank_timeout_s) as ranks, contextlib.ExitStack() as stack:
         console = Console(quiet=not ranks.is_first)
@@ -85,9 +88,14 @@ def train(
         if ranks.is_first:
             console.print("\nsample:\n", style="bold")
             typer.echo(sample)
-            console.print(f"\nreport: {write_report(trainer.out, sample)}", style="bold")
+            noise = noise_of(trainer.out)
+            console.print(f"\nreport: {write_report(trainer.out, sample, noise)}", style="bold")
             trainer.ledger.turn("unknown")
             console.print(sentence(trainer.ledger.totals()), highlight=False, soft_wrap=True)
+            if noise is not None:
+                from sigma_noise import steps_view
+
+                console.print(steps_view.sentence(noise), highlight=False, soft_wrap=True)
 
 
 def compare(

@@ -196,6 +196,9 @@ class TrainConfig(_Section):
     place_every: Whole = 0  # checkpoints between re-placements of experts by their load; 0: never
     rank_timeout_s: Positive = 600.0  # of a rank that others wait for: then it is taken for lost
     dtype: Literal["f32", "bf16"] = "f32"  # of matrix products; weights and moments of Adam are f32 in both
+    noise: bool = Field(
+        False, strict=True
+    )  # when each phase of a step was, of every rank, in the run's folder
     prometheus: OptionalFile = None  # where the ledger's figures are left for a textfile collector
 
 
@@ -267,7 +270,7 @@ _NOT_SHAPING = {
     },  # what they did is in a checkpoint
     "train": {
         *("eval_every", "eval_batches", "log_every", "save_every", "sample_every"),
-        *("keep", "async_save", "time_budget_s", "out", "threads", "rank_timeout_s", "prometheus"),
+        *("keep", "async_save", "time_budget_s", "out", "threads", "rank_timeout_s", "noise", "prometheus"),
         *("expert_ranks", "shard_ranks", "place_every"),
     },
 }

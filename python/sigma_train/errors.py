@@ -5,6 +5,10 @@ import signal
 
 LACK_OF_MEMORY = re.compile("can't allocate memory|not enough memory|Storage size calculation overflowed")
 
+EXTRAS = {"triton": "triton"} | dict.fromkeys(
+    ("psutil", "pyarrow", "ruptures", "scipy"), "noise"
+)  # else train
+
 
 class WrongInput(ValueError):
     """Settings, files or arguments that the user can mend, in one sentence; exit code 2."""
@@ -45,7 +49,7 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
             what = f"{wanted[0]} at once" if wanted else "this"
             return 1, f"not enough memory for {what}; lower the sizes of [model] or train.batch_size"
         case ModuleNotFoundError() if error.name and not error.name.startswith("sigma_"):
-            extra = "triton" if error.name.startswith("triton") else "train"
+            extra = EXTRAS.get(error.name.partition(".")[0], "train")
             return (
                 1,
                 f"the module {error.name} is not installed; pip install 'sigma-kernels[{extra}]' brings it",

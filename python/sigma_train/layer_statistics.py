@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sigma_kernels.collectives import observed
 from sigma_kernels.distributed.moe import local
 from sigma_kernels.nn import MoE
 from sigma_kernels.routing import RouterSums
@@ -174,7 +175,8 @@ def over_ranks(values: Values, how: Any, ranks: Ranks) -> Values:
         return values
     names = sorted(values)
     flat = torch.cat([values[name].flatten() for name in names])
-    dist.all_reduce(flat, how)
+    with observed("layers"):
+        dist.all_reduce(flat, how)
     parts = flat.split([values[name].numel() for name in names])
     return {name: part.view_as(values[name]) for name, part in zip(names, parts, strict=True)}
 

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from sigma_kernels import _C
 from sigma_kernels import nn as sk_nn
-from sigma_train import selfcheck
+from sigma_train import selfcheck, step_noise
 from sigma_train.bound import dense_tokens_per_s, machine, product_flops_per_s
 from sigma_train.checkpoint import latest_checkpoint, must_fit, read_record
 from sigma_train.config import Config, ConfigError, shaping_settings
 from sigma_train.dataset import PreparedData, prepare
 from sigma_train.evaluate import evaluate
-from sigma_train.events import FILE
+from sigma_train.events import FILE, Was
 from sigma_train.files import write_text
 from sigma_train.generate import generate
 from sigma_train.guard import Diverged, Guard
@@ -61,6 +61,7 @@ class Trainer:
         self.out = Path(config.train.out)
         self.checkpoints = self.out / "checkpoints"
         self.step, self.tokens_seen, self._saved, self._checked, self._stop = 0, 0, -1, -1, False
+        self.noise = step_noise.recorder_of(config, ranks)
         _C.isa()  # a SIGMA_ISA that this processor has not, before anything is written
         sizes(config, ranks.size)
         latest = latest_checkpoint(self.checkpoints, ranks)
@@ -134,12 +135,19 @@ class Trainer:
                 (dense,) = self.ranks.summed(dense_tokens_per_s(self.config))
             if not is_finished and self.ranks.first(self.ledger.peak) is None:
                 self.ledger.measured(self._peak())
+            if not is_finished:
+                self.noise.watch(self.model, self.mesh)
             with self.line, self._signals_stop():
                 self._run(dense)
             self.ledger.outcome = (
                 "signal" if self._stop else "finished" if self.step >= self.config.train.steps else "budget"
             )
+            self.noise.finish()
             self.ledger.turn("report")
+        except BaseException:
+            with contextlib.suppress(OSError):  # a full disk, of which the error tells already
+                self.noise.close()
+            raise
         finally:
             self.saver.close()
             if self.metrics is not None:
@@ -167,6 +175,7 @@ class Trainer:
         self.ledger.turn("step")
         while self.step < t.steps:
             is_spent = t.time_budget_s is not None and time.monotonic() - started > t.time_budget_s
+            self.noise.begin_step(self.step + 1)
             # What one rank knows all must do.
             stops, budgets, failures = self.ranks.summed(self._stop, is_spent, self.saver.has_failed)
             if failures:
@@ -178,6 +187,7 @@ class Trainer:
                 self.line.say(f"time budget of {t.time_budget_s:g} s is spent")
                 break
             row = self._train_step()
+            self.noise.turn(step_noise.LOG)
             if row is None:  # the run has gone back
                 last_log, last_tokens = time.monotonic(), self.tokens_seen
                 continue
@@ -194,28 +204,35 @@ class Trainer:
                     self.line.update(self.step, row["loss"], speed, share, load, **figures)
                 last_log, last_tokens = now, self.tokens_seen
             self._record(**row)
+            self.noise.end_step()
             # Checks, validation, samples and checkpoints are no part of tokens a second.
             pause = time.monotonic()
             every = self.config.guard.check_every
             if every and self.step % every == 0:
                 self._check()
             if self.step % t.eval_every == 0 or self.step == t.steps:
-                with self.ledger.pause("validation"):
+                with self._pause("validation"):
                     self._validate()
             if t.sample_every and self.step % t.sample_every == 0:
-                with self.ledger.pause("validation"):
+                with self._pause("validation"):
                     self._sample()
             if self.step % t.save_every == 0:
-                with self.ledger.pause("checkpoint"):
+                with self._pause("checkpoint"):
                     self._save()
             last_log += time.monotonic() - pause
         if self._saved != self.step:
-            with self.ledger.pause("checkpoint"):
+            with self._pause("checkpoint"):
                 self._save()
-        with self.ledger.pause("checkpoint"):
+        with self._pause("checkpoint"):
             self.saver.wait()
         if self._stop:
             self.line.say(f"stopped at step {self.step}; saved, continue with --resume")
+
+    @contextlib.contextmanager
+    def _pause(self, cause: Was) -> Iterator[None]:
+        """No part of a step."""
+        with self.ledger.pause(cause), self.noise.pause(cause):
+            yield
 
     @property
     def is_stopped(self) -> bool:
@@ -234,6 +251,7 @@ class Trainer:
         with self.layers.watching(self.step + 1):
             loss, norm, counts = self._gradients()
         row: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": rate}
+        self.noise.turn(step_noise.GUARD)
         if trouble := self.guard.trouble(loss, norm):
             policy, told = trouble
             told += f"; {self._origin(loss, norm)}"
@@ -242,6 +260,7 @@ class Trainer:
             self.guard.accept(loss, norm)
             self.line.say(f"step {self.step + 1:5d}  {told}", style="yellow")
             row["guard"] = f"kept: {told}"
+        self.noise.turn(step_noise.OPTIMIZER)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         t = self.config.train
@@ -249,6 +268,7 @@ class Trainer:
         if self.config.router.balance == "bias":
             for moe, layer in zip(self.model.moe_layers(), counts, strict=True):
                 sk_nn.update_expert_bias(moe.router, layer, self.config.router.bias_rate)
+        self.noise.turn(step_noise.LOG)
         row["tokens"] = self.tokens_seen
         self.placing.see(counts)
         if counts:
@@ -261,8 +281,11 @@ class Trainer:
         for micro in range(t.grad_accum):
             loss = self._cross_entropy(micro)
             counts.append([moe.last_routing.counts for moe in self.model.moe_layers()])
-            ((loss + self._balance_loss()) / t.grad_accum).backward()
+            loss_of_all = (loss + self._balance_loss()) / t.grad_accum
+            self.noise.turn(step_noise.BACKWARD)
+            loss_of_all.backward()
             loss_sum += loss.item()
+        self.noise.turn(step_noise.GRADIENTS)
         if self.mesh is not None:
             late("parallel").average_expert_gradients(self.model, self.mesh)
         self.layers.see_gradients()
@@ -274,6 +297,7 @@ class Trainer:
     def _cross_entropy(self, micro: int) -> Tensor:
         """Of one micro-batch of this rank."""
         t = self.config.train
+        self.noise.turn(step_noise.DATA)
         inputs, targets = self.data.train.batch(
             self.step * t.grad_accum + micro,
             t.batch_size,
@@ -282,6 +306,7 @@ class Trainer:
             self.ranks.rank,
             self.ranks.size,
         )
+        self.noise.turn(step_noise.FORWARD)
         with precision(self.config):
             logits = self.model(inputs)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -299,7 +324,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         text = f"{policy}: step {self.step + 1} is left out, {told}"
         if policy == "rollback":
-            with self.ledger.pause("restart"):
+            with self._pause("restart"):
                 text += f"; back from step {self.step} to {self._roll_back()}"
             self.ledger.gone_back(self.step)
         self.line.say(text, style="yellow")
@@ -362,7 +387,7 @@ class Trainer:
 
     def _check(self) -> None:
         if self._checked != self.step:
-            with self.ledger.pause("check"):
+            with self._pause("check"):
                 selfcheck.check(self.model, self.config, self.step, self.ranks)
         self._checked = self.step
 
@@ -386,6 +411,7 @@ class Trainer:
         }
         self.saver.save(self.step, late("parallel").state_of(self.model, self.optimizer), extra)
         self._saved = self.step
+        self.noise.save()
 
 
 def late(name: str) -> ModuleType:

@@ -4,7 +4,9 @@ import math
 from collections import defaultdict
 
 import torch
+from torch import Tensor
 
+from sigma_kernels.collectives import observed
 from sigma_train.config import Config, OptimConfig
 from sigma_train.model import LanguageModel
 
@@ -58,9 +60,17 @@ def clip(model: LanguageModel, most: float) -> float:
         if p.grad is not None:
             by_mesh[getattr(p.grad, "device_mesh", None)].append(p.grad)
     norms = [torch.nn.utils.get_total_norm(grads, foreach=True) for grads in by_mesh.values()]
-    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    norms = [_whole(norm) for norm in norms]
     norm = (norms[0] if len(norms) == 1 else torch.stack(norms).norm()).item()
     factor = most / (norm + 1e-6) if math.isfinite(norm) else 1.0
     for grads in by_mesh.values() if factor < 1 else []:
         torch._foreach_mul_(grads, factor)
     return norm
+
+
+def _whole(norm: Tensor) -> Tensor:
+    """Over all ranks, where it is a part of one."""
+    if not hasattr(norm, "full_tensor"):
+        return norm
+    with observed("norm"):
+        return norm.full_tensor()

@@ -1,5 +1,7 @@
 """A model over the ranks of a mesh: experts by rank, the rest sharded by FSDP2; and each rank's part of its state."""
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
+from sigma_kernels.collectives import observed, told
 from sigma_kernels.distributed import ExpertParallelMoE
 from sigma_kernels.distributed.moe import local
 from sigma_kernels.nn import MoE
@@ -50,10 +53,64 @@ def average_expert_gradients(model: LanguageModel, mesh: Mesh) -> None:
     grads = [p.grad for p in expert_parameters(model) if p.grad is not None]
     if mesh.experts["data"].size() > 1:
         group = mesh.experts.get_group("data")
-        for work in [dist.all_reduce(local(grad), group=group, async_op=True) for grad in grads]:
-            work.wait()
+        with observed("experts"):
+            for work in [dist.all_reduce(local(grad), group=group, async_op=True) for grad in grads]:
+                work.wait()
     if grads:
         torch._foreach_mul_(grads, 1 / mesh.experts.size())
+
+
+class Observed:
+    """FSDP's own exchange of shards, by default one that is waited for at once, seen by `collectives.OBSERVERS`.
+
+    Where the rest has replicas, FSDP adds their gradients up after the scatter, and calls `reduced` then.
+    """
+
+    def __init__(self) -> None:
+        self._given_ns = 0
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        self._given_ns = time.monotonic_ns()  # a scatter over one rank is none: what it gives lies here
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def reduced(self, _: Tensor) -> None:
+        told("replicas", -1, False, self._given_ns, self._given_ns)
+
+
+class ObservedGather(Observed):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        with observed("gather"):
+            return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class ObservedScatter(Observed):
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        with observed("scatter"):
+            work = dist.reduce_scatter_single(
+                output_tensor, input_tensor, group=group, op=op, async_op=async_op
+            )
+        self._given_ns = time.monotonic_ns()
+        return work
+
+
+def observe_shards(model: LanguageModel, has_replicas: bool) -> None:
+    """Of a model that was spread."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            scatter = ObservedScatter()
+            module.set_custom_all_gather(ObservedGather())
+            module.set_custom_reduce_scatter(scatter)
+            if has_replicas:
+                module.set_all_reduce_hook(scatter.reduced)
 
 
 def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sigma_kernels.collectives import observed
 from sigma_train.errors import LostRank, WrongInput
 
 RESTART_COUNT = "SIGMA_RESTART_COUNT"
@@ -36,7 +37,8 @@ class Ranks:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with observed("first"):
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def gathered(self, value: T) -> list[T]:
@@ -44,14 +46,16 @@ class Ranks:
         if self.size == 1:
             return [value]
         box = [value] * self.size
-        dist.all_gather_object(box, value)
+        with observed("gathered"):
+            dist.all_gather_object(box, value)
         return box
 
     def summed(self, *values: float | Tensor) -> list[float]:
         """Numbers, each over all ranks; a collective."""
         total = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values])
         if self.size > 1:
-            dist.all_reduce(total)
+            with observed("sum"):
+                dist.all_reduce(total)
         return total.tolist()
 
 

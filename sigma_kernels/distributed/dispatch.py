@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sigma_kernels.collectives import Where, observed
 from sigma_kernels.distributed.exchange import Exchange, all_to_all, begin_exchange
 from sigma_kernels.distributed.payload import Payload, check_payload
 from sigma_kernels.distributed.placement import experts_of_rank
@@ -101,7 +102,8 @@ def _one_choice(
     ranks = group.size()
     packed = permute(x, routing)  # before anything is sent: what it refuses, no other rank waits for
     counts = routing.counts.contiguous()
-    arriving = all_to_all(counts, [experts] * ranks, [experts] * ranks, group).view(ranks, experts)
+    with observed("counts", Where.layer):
+        arriving = all_to_all(counts, [experts] * ranks, [experts] * ranks, group).view(ranks, experts)
     send, receive = torch.stack([counts.view(ranks, experts).sum(1), arriving.sum(1)]).tolist()
     coming = begin_exchange(packed, send, receive, group, payload)
     expert = torch.arange(experts, dtype=torch.int32, device=x.device).repeat(ranks)
@@ -124,15 +126,16 @@ def _visited(
     packed = permute(x, visits)  # before anything is sent: what it refuses, no other rank waits for
     choices = routing.counts.view(ranks, experts).sum(1, dtype=torch.int32)
     sizes = torch.stack([visits.counts, choices], 1)
-    arriving = all_to_all(sizes, [1] * ranks, [1] * ranks, group).tolist()
+    with observed("counts", Where.layer):
+        arriving = all_to_all(sizes, [1] * ranks, [1] * ranks, group).tolist()
     receive = [rows for rows, _ in arriving]
     coming = begin_exchange(packed, send, receive, group, payload)
     token, per_rank = visits.row_map // k, visits.counts
     first = torch.arange(0, ranks * experts, experts, dtype=torch.int32, device=x.device)
     index = routing.indices[token] - first.repeat_interleave(per_rank, output_size=sum(send))[:, None]
     index = index.masked_fill((index < 0) | (index >= experts), experts)
-    indices = begin_exchange(index, send, receive, group)
-    weights = begin_exchange(routing.weights[token], send, receive, group)
+    indices = begin_exchange(index, send, receive, group, what="indices")
+    weights = begin_exchange(routing.weights[token], send, receive, group, what="weights")
     choices_here = sum(rows for _, rows in arriving)
     return Dispatching(coming, indices, weights, experts, choices_here, send, receive, visits, group)
 
@@ -167,7 +170,8 @@ class Combining(NamedTuple):
 def begin_combine(y: Tensor, sent: Dispatch) -> Combining:
     check_float("combine", **{"y": y, "routing.weights": sent.visits.weights})
     check_shape("combine", "y", y, (sent.rows.shape[0], "H"))
-    return Combining(begin_exchange(y, sent.receive, sent.send, sent.group, sent.payload_back), sent)
+    coming = begin_exchange(y, sent.receive, sent.send, sent.group, sent.payload_back, "answers")
+    return Combining(coming, sent)
 
 
 def process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

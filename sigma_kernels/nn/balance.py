@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from sigma_kernels.collectives import observed
 from sigma_kernels.nn.router import TopKRouter
 from sigma_kernels.ops.library import check_shape
 from sigma_kernels.ops.route import Score, check_score
@@ -52,7 +53,8 @@ def global_counts(counts: Tensor, group: "dist.ProcessGroup | None" = None) -> T
     """counts [E] summed over the ranks of `group`, as a new tensor; a copy where nothing is distributed."""
     total = counts.detach().clone()
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(total, group=group)
+        with observed("load"):
+            dist.all_reduce(total, group=group)
     return total
 
 

@@ -18,8 +18,9 @@ build_under() { # sanitizers, targets
 }
 build_under thread test_blocks
 "$build/thread/test_blocks"
-build_under address,undefined test_kernels test_blocks
+build_under address,undefined test_kernels test_blocks test_noise
 "$build/address,undefined/test_blocks"
+"$build/address,undefined/test_noise"
 ran=0
 for isa in base avx2 avx512 avx512bf16; do
   if output=$(SIGMA_ISA=$isa "$build/address,undefined/test_kernels" 2>&1); then

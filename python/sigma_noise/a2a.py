@@ -1,0 +1,80 @@
+"""Local work, then an all-to-all, again and again: what a layer of experts does, with the time of each apart.
+
+A collective makes its ranks equally slow, so its duration names nobody: the late one waits least.  Three stamps
+tell them apart.  With arrival a_r and end e_r of rank r, its wait is max_r a_r - a_r and the transfer
+e_r - max_r a_r; what the rank itself is to blame for is its local time.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sigma_train.errors import Failure, WrongInput
+from sigma_train.ranks import Ranks
+from torch import Tensor
+
+from sigma_kernels import _C
+from sigma_noise.loops import EVER_NS, MOST_QUANTA
+from sigma_noise.trace import Series
+from sigma_noise.work import Work, reserved
+
+FIRST_ROUNDS = 8  # by which the others are counted
+MOST_ROUNDS = MOST_QUANTA // 2
+
+
+class AllToAll:
+    """One rank of it.  `num_bytes` go from each rank to each."""
+
+    def __init__(self, ranks: Ranks, made: Work, num_bytes: int, seed: int) -> None:
+        self.ranks, self.work, self.seed, self.count = ranks, made, seed, max(1, num_bytes // 4)
+        self.sent = self._values(ranks.rank)
+        self.received = torch.empty_like(self.sent)
+
+    def _values(self, rank: int) -> Tensor:
+        rng = np.random.default_rng([self.seed, rank])
+        return torch.from_numpy(rng.standard_normal(self.ranks.size * self.count, np.float32))
+
+    def measure(self, duration_s: float, warm_up_s: float) -> tuple[Series, Series]:
+        """Local quanta and collectives, as many on each rank.  What comes before is not stored.  Raises: WrongInput."""
+        self.rounds(FIRST_ROUNDS)  # in which connections are made
+        round_s = self._timed(FIRST_ROUNDS)
+        round_s = self._timed(max(FIRST_ROUNDS, math.ceil(warm_up_s / round_s)))
+        n = math.ceil(duration_s / round_s)
+        if n > MOST_ROUNDS:
+            raise WrongInput(
+                f"--duration must be at most {MOST_ROUNDS * round_s:.3g} with rounds of {round_s:.2g} s, whose stamps "
+                f"then take {MOST_ROUNDS * 32 >> 20} MiB, found {duration_s:g}"
+            )
+        return self.rounds(n)
+
+    def _timed(self, n: int) -> float:
+        """Seconds of one of so many rounds, the same number on every rank."""
+        began = time.perf_counter()
+        self.rounds(n)
+        return self.ranks.first((time.perf_counter() - began) / n)
+
+    def rounds(self, n: int) -> tuple[Series, Series]:
+        """Raises: Failure if what came is not what was sent."""
+        stamps, never = reserved(4 * n).reshape(n, 4), reserved(1, np.uint8)
+        address, row = stamps.ctypes.data, stamps.strides[0]
+        run: Callable[..., None] = partial(_C.noise.fixed_work, self.work.native)
+        now_ns, stop = _C.noise.now_ns, never.ctypes.data
+        dist.barrier()
+        for i in range(n):
+            run(_C.noise.FixedWork(1, address + i * row), EVER_NS, stop)
+            stamps[i, 2] = now_ns()
+            dist.all_to_all_single(self.received, self.sent)
+            stamps[i, 3] = now_ns()
+        self._check()
+        ones = np.ones(n)
+        return Series(stamps[:, 0], stamps[:, 1], ones), Series(stamps[:, 2], stamps[:, 3], ones)
+
+    def _check(self) -> None:
+        mine = slice(self.ranks.rank * self.count, (self.ranks.rank + 1) * self.count)
+        for rank, part in enumerate(self.received.split(self.count)):
+            if not torch.equal(part, self._values(rank)[mine]):
+                raise Failure(f"a2a: what rank {rank} sent to rank {self.ranks.rank} came as something else")

@@ -1,0 +1,154 @@
+"""`sigma noise analyze`, `project` and `compare`: functions that `cli` registers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sigma_noise.codes import Exit
+from sigma_noise.options import seconds, whole_numbers
+
+RANKS = "8,64,512,2048,16384"
+
+
+def analyze(
+    path: Annotated[Path, typer.Argument(help="folder or file of a measurement")],
+    kernel: Annotated[str | None, typer.Option(help="of the first screen; else the first measured")] = None,
+    tau: Annotated[
+        float | None,
+        typer.Option(parser=seconds, metavar="TIME", help="threshold of detours; one a series without"),
+    ] = None,
+    ranks: Annotated[str, typer.Option(help="N of the projection, by commas")] = RANKS,
+    window: Annotated[
+        float, typer.Option(parser=seconds, metavar="TIME", help="useful work between barriers")
+    ] = "10ms",
+    alpha: Annotated[
+        float, typer.Option(min=1e-6, max=0.5, help="rate at which any of equal ranks is flagged")
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(min=0, help="of resamples")] = 0,
+    truth: Annotated[Path | None, typer.Option(help="log of `sigma noise inject`, as a cause")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="folder for report.html, PNGs and analysis.json")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="file for all numbers")] = None,
+) -> None:
+    """Say what a measurement shows: noise, rhythm, causes, ranks, and many ranks."""
+    import json
+
+    from sigma_train.errors import WrongInput
+    from sigma_train.files import must_be_writable, write_text
+
+    from sigma_noise import screen, trace
+    from sigma_noise.analysis import analyze as of_trace
+    from sigma_noise.as_json import as_json
+
+    measured = trace.read(path)
+    injected = None
+    if truth is not None:
+        log = trace.read(truth)
+        injected = {name: series for rank in log.ranks for name, series in log.of(rank, "event")}
+    try:
+        found = of_trace(
+            measured, kernel=kernel, tau_s=tau, ranks=whole_numbers("ranks", ranks), window_s=window, alpha=alpha,
+            seed=seed, injected=injected, digests=trace.digests(path),
+        )  # fmt: skip
+    except ValueError as error:
+        raise WrongInput(f"{path}: {error}") from None
+    for line in screen.lines(found):
+        print(line)
+    if json_file is not None:
+        with must_be_writable("--json", json_file.parent):
+            write_text(json_file, json.dumps(as_json(found), indent=1, allow_nan=False) + "\n")
+    if report is not None:
+        from sigma_noise import page
+
+        with must_be_writable("--report", report):
+            print(f"wrote {page.write(measured, found, report)}")
+
+
+def project(
+    path: Annotated[Path, typer.Argument(help="folder or file of a measurement")],
+    kernel: Annotated[str | None, typer.Option(help="else collectives, or the first kernel measured")] = None,
+    ranks: Annotated[str, typer.Option(help="N by commas")] = RANKS,
+    window: Annotated[
+        float, typer.Option(parser=seconds, metavar="TIME", help="useful work between barriers")
+    ] = "10ms",
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=10000, help="MoE layers: a step passes two all-to-alls in each")
+    ] = None,
+    barriers: Annotated[int, typer.Option(min=1, max=1000000, help="passed in a step, without --layers")] = 1,
+    cosched: Annotated[
+        bool, typer.Option("--cosched", help="noise strikes all hosts at once: the optimistic bound")
+    ] = False,
+    model: Annotated[str, typer.Option(help="of ecdf, gpd, replay; by commas")] = "ecdf,gpd",
+    budget: Annotated[
+        float | None, typer.Option(min=1.0, help="exit with 1 if S at the largest N is certain to be above")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """S(N): how much longer N ranks take than one, because they wait for the slowest."""
+    from sigma_train.errors import WrongInput
+
+    from sigma_noise import trace
+    from sigma_noise.many_ranks import projections, show
+
+    measured = trace.read(path)
+    try:
+        found = projections(
+            measured, kernel=kernel, ranks=whole_numbers("ranks", ranks), window_s=window,
+            per_step=barriers if layers is None else 2 * layers, models=tuple(model.split(",")), is_cosched=cosched,
+            seed=seed,
+        )  # fmt: skip
+    except ValueError as error:
+        raise WrongInput(f"{path}: {error}") from None
+    show(found)
+    if budget is not None and any(bool(p.low[-1] > budget) for p in found):
+        print(f"over the budget: S({found[0].ranks[-1]:,}) is above {budget:g}")
+        raise typer.Exit(Exit.REGRESSED)
+
+
+def compare(
+    base: Annotated[Path, typer.Argument(help="folder of runs, each the folder of a measurement")],
+    new: Annotated[Path, typer.Argument(help="the same, of what is to be judged")],
+    kernel: Annotated[str | None, typer.Option(help="else the first that was measured")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="only these; repeatable")] = None,
+    margin: Annotated[
+        list[str] | None, typer.Option(help="what matters, as median_s=0.02; repeatable")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="folder of runs of the same code: margins no finer than they differ")
+    ] = None,
+    alpha: Annotated[float, typer.Option(min=1e-6, max=0.49)] = 0.05,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="file for the verdicts")] = None,
+) -> None:
+    """Judge runs against others.  Exit codes: 0 equivalent or improved, 1 regressed, 2 wrong input, 3 inconclusive,
+    4 the machine is unfit, 5 could not be done."""
+    with failures_are(Exit.INTERNAL):
+        from sigma_noise.runs import judged, show
+
+        verdict = judged(base, new, kernel, metric, margin or [], calibrate, alpha, seed)
+        show(verdict, json_file)
+    raise typer.Exit(verdict.exit)
+
+
+@contextmanager
+def failures_are(code: Exit) -> Iterator[None]:
+    """Where 1 has a meaning, a failure must not have it: `code`, and the sentence of `sigma_cli`."""
+    import sys
+    import traceback
+
+    from sigma_train.errors import WrongInput, verdict
+
+    try:
+        yield
+    except WrongInput:
+        raise
+    except Exception as error:
+        if (found := verdict(error)) is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {found[1]}", file=sys.stderr)
+        raise typer.Exit(code) from None

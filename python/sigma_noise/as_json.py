@@ -1,0 +1,105 @@
+"""An analysis as JSON.  `analysis.schema.json` says what is in it; numbers that are not finite are null."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sigma_noise.analysis import Analysis, Gaps, OfRank
+from sigma_noise.attribution import Attribution
+from sigma_noise.detours import Noise
+
+SCHEMA_VERSION = 1
+
+
+def as_json(found: Analysis) -> dict[str, Any]:
+    collectives = found.collectives
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kernel": found.kernel,
+        "hosts": {str(rank): host for rank, host in found.hosts.items()},
+        "run": plain(found.run),
+        "files": dict(found.digests),
+        "series": [series(s) for s in found.series],
+        "idle_loop": [gaps(g) for g in found.gaps],
+        "ranked": found.ranked,
+        "scores": plain(found.scores),
+        "collectives": None
+        if collectives is None
+        else {
+            "times_last": plain(collectives.times_last),
+            "undecided": collectives.undecided,
+            "impossible": collectives.impossible,
+            "unmatched": collectives.unmatched,
+            "steps": len(collectives.step),
+            "mean_local_s": plain(collectives.local_s.mean(1)),
+            "mean_wait_s": plain(collectives.wait_s.mean(1)),
+            "mean_transfer_s": plain(collectives.transfer_s.mean(1)),
+            "caused_wait_s": plain(collectives.caused_wait_s),
+        },
+        "window_s": plain(found.window_s),
+        "projections": [plain(p) for p in found.projections],
+        "warnings": list(found.warnings),
+    }
+
+
+def series(s: OfRank) -> dict[str, Any]:
+    return {
+        "rank": s.rank,
+        "kernel": s.kernel,
+        "is_fixed_time": s.is_fixed_time,
+        "quanta": s.quanta,
+        "median": plain(s.median),
+        "noise": noise(s.noise),
+        "share": plain(s.share),
+        "changes": plain(s.changes),
+        "periods": plain(s.periods),
+        "causes": None if s.causes is None else causes(s.causes),
+    }
+
+
+def gaps(g: Gaps) -> dict[str, Any]:
+    return {"rank": g.rank, "noise": noise(g.noise), "periods": plain(g.periods)}
+
+
+def noise(n: Noise) -> dict[str, Any]:
+    """Lengths are told by their figures; the files have each of them."""
+    return plain(
+        {
+            "share": n.share, "level": n.level, "burst": n.burst, "jitter": n.jitter, "observed_s": n.observed_s,
+            "tau_s": n.tau_s, "detours": len(n.detours), "per_second": n.per_second, "longest_s": n.longest_s,
+            "p50_s": n.quantile_s(0.5), "p99_s": n.quantile_s(0.99), "p999_s": n.quantile_s(0.999),
+            "by_decade": {str(k): v for k, v in n.by_decade().items()},
+        }
+    )  # fmt: skip
+
+
+def causes(found: Attribution) -> dict[str, Any]:
+    made: dict[str, Any] = plain(found.to_json())
+    return made
+
+
+def plain(x: Any) -> Any:
+    """Of dataclasses, named tuples and arrays."""
+    match x:
+        case None | bool() | str():
+            return x
+        case np.ndarray():
+            return [plain(v) for v in x.tolist()]
+        case np.generic():
+            return plain(x.item())
+        case float():
+            return x if math.isfinite(x) else None
+        case int():
+            return int(x)
+        case Mapping():
+            return {str(k): plain(v) for k, v in x.items()}
+        case tuple() if hasattr(x, "_asdict"):
+            return plain(x._asdict())
+        case list() | tuple() | set() | frozenset():
+            return [plain(v) for v in x]
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return {f.name: plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
+    raise TypeError(f"as_json: {type(x).__name__} has no form in JSON")

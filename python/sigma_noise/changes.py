@@ -1,0 +1,176 @@
+"""When the level of a series changed, with all of it at hand; `online` finds changes while samples come in.
+
+On log medians y of `blocks` of samples (a ratio is a difference there, and a detour no outlier), the
+segmentation that minimises
+
+    sum over segments of sum (y - mean)^2  +  PENALTY sigma^2 tau log(m)   a change,
+
+m blocks, sigma^2 tau their variance times autocorrelation time (Killick, Fearnhead & Eckley 2012).  Both are taken
+of what is left beside a running median: taken of the series, the change that is sought would pass for
+autocorrelation.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil, log, sqrt
+
+import numpy as np
+import ruptures
+from numpy.typing import ArrayLike, NDArray
+from scipy.ndimage import median_filter
+from scipy.signal import lfilter
+
+from sigma_noise.intervals import NORMAL_MAD, Array, Interval, initial_positive_sum, median_shift, series
+
+SAMPLES_A_BLOCK = 8
+MOST_BLOCKS = 1000
+LEAST_BLOCKS = 30  # in a segment
+WINDOWS = 10
+MOST_PHI = 0.97
+CLIP_SIGMA = 2.0  # of a block's distance from the running median, so that a block full of detours is no level
+# `for n in 1000 2000 4000 8000; do python -m sigma_noise.changes $n; done` prints penalties with which 5 % of series
+# without a change show one: 1.18 to 1.69.
+PENALTY = 1.7
+
+
+@dataclass(frozen=True)
+class Change:
+    """A new level from sample `index`, at `time_s`, on.  `shift` is after / before - 1 of the medians."""
+
+    time_s: float
+    index: int
+    before: float
+    after: float
+    shift: Interval
+
+
+def block_medians(x: Array) -> tuple[Array, int]:
+    """Medians of runs of w samples, [n // w], and w: 8, fewer where n < 480, more where n > 8,000."""
+    n = len(x)
+    width = max(1, min(SAMPLES_A_BLOCK, n // (2 * LEAST_BLOCKS)), ceil(n / MOST_BLOCKS))
+    whole = n // width * width
+    return np.median(x[:whole].reshape(-1, width), axis=1), width
+
+
+def running_median(y: Array) -> Array:
+    """Of the 2 * 30 + 1 blocks about each, [m]: follows steps, and neither detours nor noise."""
+    return median_filter(y, 2 * LEAST_BLOCKS + 1, mode="reflect")
+
+
+def long_run_variance(residual: Array) -> float:
+    """sigma^2 tau of y - running_median(y), [m]: the median over windows, lag by lag.
+
+    A window of w blocks loses (sigma^2 tau) / w of each autocovariance to its own mean, which is given back.  The
+    larger of two: tau from the initial positive sequence, and (1 + phi)/(1 - phi) of the first lag, which windows
+    that are short against tau do not cut off (phi with Kendall's 1954 correction for w).
+    """
+    size = max(LEAST_BLOCKS, len(residual) // WINDOWS)
+    windows = np.lib.stride_tricks.sliding_window_view(residual, size)[:: size // 2]
+    power = np.abs(np.fft.rfft(windows - windows.mean(axis=1, keepdims=True), 2 * size, axis=1)) ** 2
+    lags = np.arange(size // 2)
+    gamma = np.median(np.fft.irfft(power, axis=1)[:, lags] / (size - lags), axis=0)
+    if gamma[0] <= 0:
+        return 0.0
+    phi = gamma[1] / gamma[0]
+    phi = min(phi + (1 + 3 * phi) / size, MOST_PHI)
+    tau = max(initial_positive_sum(gamma), (1 + phi) / (1 - phi))
+    gamma += gamma[0] * tau / size
+    return float(gamma[0] * max(initial_positive_sum(gamma), (1 + phi) / (1 - phi)))
+
+
+def _prepared(x: Array) -> tuple[Array, float, int]:
+    """Log block medians with none further than CLIP_SIGMA from the running one, their sigma^2 tau log m, and w."""
+    medians, width = block_medians(x)
+    y = np.log(medians)
+    level = running_median(y)
+    residual = y - level
+    reach = CLIP_SIGMA * NORMAL_MAD * float(np.median(np.abs(residual)))
+    residual = np.clip(residual, -reach, reach)
+    return level + residual, long_run_variance(residual) * log(len(y)), width
+
+
+def segments(x: ArrayLike, penalty: float = PENALTY) -> NDArray[np.int64]:
+    """Where segments of x [n] begin, and n: int64 [segments + 1].  x > 0, in order of time.
+
+    Raises: ValueError on values that are not positive and finite.
+    """
+    x = series(x)
+    if x.min() <= 0:
+        raise ValueError(f"x must be positive, found {x.min():g} at {int(x.argmin())}")
+    if len(x) < 2 * LEAST_BLOCKS or np.ptp(x) == 0:
+        return np.array([0, len(x)])
+    y, unit, width = _prepared(x)
+    least = np.finfo(float).eps * np.ptp(y) ** 2  # of two exact levels, which have no variance
+    found = _pelt(y, max(penalty * unit, least))
+    return _refined(np.log(x), np.array([0, *(width * k for k in found), len(x)]), width)
+
+
+def _pelt(y: Array, penalty: float) -> list[int]:
+    """Where y changes, in blocks.  A linear kernel is the squared error, and this search of ruptures' is in C."""
+    search = ruptures.KernelCPD(kernel="linear", min_size=LEAST_BLOCKS, jump=1)
+    return [int(k) for k in search.fit(y - y.mean()).predict(pen=penalty)[:-1]]
+
+
+def _refined(z: Array, bounds: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+    """Each inner bound moved within two blocks to where absolute distances to both sides' medians are least."""
+    refined = bounds.copy()
+    for i in range(1, len(bounds) - 1):
+        before, after = np.median(z[bounds[i - 1] : bounds[i]]), np.median(z[bounds[i] : bounds[i + 1]])
+        first = bounds[i] - 2 * width
+        near = z[first : bounds[i] + 2 * width]
+        gain = np.abs(near - before) - np.abs(near - after)  # of calling a sample "after"
+        refined[i] = first + int(np.argmin(np.concatenate([[0.0], np.cumsum(gain)])))
+    return refined
+
+
+def changes(time_s: ArrayLike, x: ArrayLike, *, penalty: float = PENALTY, seed: int = 0) -> list[Change]:
+    """The changes of level of x [n], whose samples began at time_s [n].
+
+    Raises: ValueError as `segments`, or if time_s is not of x's length.
+    """
+    x, time_s = series(x), series(time_s, "time_s")
+    if len(time_s) != len(x):
+        raise ValueError(f"time_s must have the {len(x)} samples of x, found {len(time_s)}")
+    bounds = segments(x, penalty)
+    found = []
+    for i, at in enumerate(bounds[1:-1], 1):
+        before, after = x[bounds[i - 1] : at], x[at : bounds[i + 1]]
+        shift = median_shift(before, after, seed=seed)
+        found.append(
+            Change(float(time_s[at]), int(at), float(np.median(before)), float(np.median(after)), shift)
+        )
+    return found
+
+
+def critical_penalty(x: Array) -> float:
+    """The least `penalty` with which x has no change, to 1 %."""
+    y, unit, _ = _prepared(x)
+    low, high = 0.1, 100.0
+    while high > 1.01 * low:
+        middle = sqrt(low * high)
+        low, high = (middle, high) if _pelt(y, middle * unit) else (low, middle)
+    return high
+
+
+def calibrate(
+    n: int,
+    repetitions: int,
+    seed: int,
+    share: float = 0.05,
+    phis: tuple[float, ...] = (0.0, 0.5, 0.9, 0.97),
+) -> Iterator[tuple[float, float]]:
+    """(phi, penalty) for series of n samples without a change: exp(AR(1) of phi and standard deviation 2 %).
+
+    The penalty is the one with which `share` of the series show a change all the same.
+    """
+    rng = np.random.default_rng(seed)
+    for phi in phis:
+        shocks = rng.normal(size=(repetitions, n + 500)) * 0.02 * sqrt(1 - phi * phi)
+        x = np.exp(lfilter([1], [1, -phi], shocks, axis=1)[:, 500:])
+        yield phi, float(np.quantile([critical_penalty(row) for row in x], 1 - share))
+
+
+if __name__ == "__main__":
+    for phi, penalty in calibrate(int(sys.argv[1]), repetitions=400, seed=0):
+        print(f"n = {sys.argv[1]}, phi = {phi}: {penalty:.2f}", flush=True)

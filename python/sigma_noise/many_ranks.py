@@ -1,0 +1,105 @@
+"""`sigma noise project`: S(N) of a measurement, by several models, as a table."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sigma_noise.analysis import barriers, chosen, collectives_of
+from sigma_noise.detours import FLOOR
+from sigma_noise.project import Projection, Work, project, project_replay
+from sigma_noise.replay import Detours
+from sigma_noise.step import FLAGS, Barrier
+from sigma_noise.trace import Trace
+from sigma_noise.units import count, time_of
+
+MODELS = ("ecdf", "gpd", "replay")
+
+
+def projections(
+    measured: Trace,
+    *,
+    kernel: str | None,
+    ranks: Sequence[int],
+    window_s: float,
+    per_step: int,
+    models: Sequence[str],
+    is_cosched: bool,
+    seed: int,
+) -> list[Projection]:
+    """One of each model.  Raises: ValueError for a model or a kernel that is none, or a trace without windows."""
+    if wrong := [m for m in models if m not in MODELS]:
+        raise ValueError(f"--model must be of {', '.join(MODELS)}, found {wrong[0]!r}")
+    if is_cosched and set(models) != {"replay"}:
+        raise ValueError(f"--cosched is of --model replay, found {','.join(models)}")
+    names = [name for name in measured.names() if name != "a2a"]
+    kernel = chosen(measured, names, kernel)
+    _, windows = barriers(measured, kernel, collectives_of(measured), window_s)
+    if not windows:
+        raise ValueError("quanta of fixed work or collectives are needed, found none")
+    hosts = [str(about.get("host", rank)) for rank, about in measured.ranks.items()]
+    shared = hosts if len({hosts.count(host) for host in hosts}) == 1 else list(map(str, range(len(hosts))))
+    found = []
+    for model in models:
+        if model == "replay":
+            found.append(replayed(measured, kernel, shared, window_s, per_step, ranks, is_cosched, seed))
+        else:
+            found.append(
+                project([Barrier(kernel, windows, per_step)], ranks, hosts=shared, model=model, seed=seed)
+            )
+    return found
+
+
+def replayed(
+    measured: Trace,
+    kernel: str,
+    hosts: Sequence[str],
+    window_s: float,
+    per_step: int,
+    ranks: Sequence[int],
+    is_cosched: bool,
+    seed: int,
+) -> Projection:
+    """Of quanta as traces of detours: what each took beyond its rank's floor, at the useful time at which it did."""
+    by_host: dict[str, list[Detours]] = {}
+    for rank, host in zip(measured.ranks, hosts, strict=True):
+        series = measured.get(rank, "quantum", kernel)
+        seconds = series.seconds
+        floor = float(np.quantile(seconds, FLOOR))
+        excess = np.maximum(0.0, seconds - floor)
+        start_s = series.since(int(series.start_ns[0]))
+        took = excess > 0
+        end_s = float(start_s[-1] + seconds[-1])
+        by_host.setdefault(host, []).append(Detours.of(start_s[took], excess[took], end_s))
+    work = [Work(kernel, window_s, per_step)]
+    return project_replay(list(by_host.values()), work, ranks, is_cosched=is_cosched, seed=seed)
+
+
+def show(found: Sequence[Projection]) -> None:
+    console = Console()
+    for p in found:
+        error = "" if p.backtest_error is None else f", back-test error {p.backtest_error:+.1%}"
+        kappa = "" if p.kappa is None else f", hosts independent to {p.kappa:.2f}"
+        console.print(
+            f"{p.model}: a step of {time_of(p.mean_s)} on one rank, {time_of(p.floor_s)} without noise; "
+            f"{count(p.measured_ranks, "rank")} on {count(p.measured_hosts, "host")}, {p.windows:,} windows worth {p.effective:,.0f}"
+            f"{error}{kappa}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        table = Table("ranks", "S(N)", "90 %", "over the floor", "a step", "flags")
+        for i, n in enumerate(p.ranks):
+            if p.refusals[i] is not None:
+                table.add_row(f"{n:,}", "-", "-", "-", "-", "refused")
+            else:
+                table.add_row(
+                    f"{n:,}", f"{p.slowdown[i]:.4f}", f"{p.low[i]:.4f} to {p.high[i]:.4f}", f"{p.over_floor[i]:.4f}",
+                    time_of(float(p.step_s[i])), ", ".join(p.flags[i]),
+                )  # fmt: skip
+        console.print(table)
+        for n, reason in zip(p.ranks, p.refusals, strict=True):
+            if reason is not None:
+                console.print(f"{n:,} ranks: {reason}", highlight=False, soft_wrap=True)
+    for flag in sorted({flag for p in found for flags in p.flags for flag in flags}):
+        console.print(f"{flag}: {FLAGS[flag]}", highlight=False, soft_wrap=True)

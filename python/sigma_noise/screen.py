@@ -1,0 +1,161 @@
+"""The first screen: what a tired engineer needs, in at most 25 lines, the verdict first."""
+
+from collections.abc import Iterator
+from math import isfinite
+
+import numpy as np
+
+from sigma_noise.analysis import Analysis, Gaps, OfRank
+from sigma_noise.detours import Noise
+from sigma_noise.intervals import Interval
+from sigma_noise.periods import Period
+from sigma_noise.project import Projection
+from sigma_noise.scores import RankScore
+from sigma_noise.units import share_of, time_of
+
+MOST_LINES = 25
+MOST_WARNINGS = 4
+QUIET, NOISY = 0.01, 0.05  # shares of time: less is quiet, more is noisy
+
+
+def lines(found: Analysis) -> list[str]:
+    """Without the name of the files."""
+    out = [verdict(found)]
+    worst = found.worst
+    if worst is not None:
+        out += [*noise_of(worst, len(found.of(found.kernel))), *rhythm(worst.periods), *levels(worst)]
+    out += [line for gaps in found.gaps[:1] for line in of_gaps(gaps, found)]
+    out += ranks_of(found)
+    if worst is not None and worst.causes is not None:
+        out.append(f"causes      rank {worst.rank}: {worst.causes.sentence}")
+    elif worst is not None:
+        out.append("causes      not recorded; `sigma noise run --attribute` reads the counters that tell")
+    out += projection(found)
+    out += [f"warning     {text}" for text in found.warnings[:MOST_WARNINGS]]
+    if len(found.warnings) > MOST_WARNINGS:
+        out.append(f"warning     and {len(found.warnings) - MOST_WARNINGS} more, in the report")
+    return out[:MOST_LINES]
+
+
+def verdict(found: Analysis) -> str:
+    if found.worst is None:
+        return "verdict     no quanta were measured; detours alone"
+    noise = found.worst.noise.share
+    word = "quiet" if noise < QUIET else "noisy" if noise < NOISY else "very noisy"
+    parts = [f"{word}: {share_of(noise)} of the time of {found.kernel} is noise"]
+    if found.scores is not None:
+        flagged = found.scores.flagged
+        parts.append(f"rank {flagged[0]} stands out" if flagged else "no rank stands out")
+    if (best := furthest(found)) is not None:
+        N, slowdown = best
+        parts.append(f"{N:,} ranks would take {slowdown:.2f} times as long as one")
+    return "verdict     " + "; ".join(parts)
+
+
+def furthest(found: Analysis) -> tuple[int, float] | None:
+    """The largest N with a figure, of the first model that has one."""
+    for projected in found.projections:
+        known = np.flatnonzero(np.isfinite(projected.slowdown))
+        if len(known):
+            return projected.ranks[known[-1]], float(projected.slowdown[known[-1]])
+    return None
+
+
+def noise_of(s: OfRank, ranks: int) -> Iterator[str]:
+    of = f"rank {s.rank}, the noisiest of {ranks}" if ranks > 1 else f"rank {s.rank}"
+    n = s.noise
+    yield (
+        f"noise       {share_of(n.share)} {percents(s.share)} of {of}; detours {share_of(n.burst)}, jitter "
+        f"{share_of(n.jitter)}, level {share_of(n.level)}"
+    )
+    unit = f"{s.median.estimate:.0f} chunks" if s.is_fixed_time else time_of(s.median.estimate)
+    yield f"quantum     {unit} (median), n {s.quanta:,}, worth {s.median.n_eff:,.0f} independent ones"
+    yield f"detours     {detours_of(n)}"
+
+
+def detours_of(noise: Noise) -> str:
+    if not len(noise.detours):
+        return f"none above {time_of(noise.tau_s)}"
+    return (
+        f"{noise.per_second:.3g}/s above {time_of(noise.tau_s)}, p50 {time_of(noise.quantile_s(0.5))}, "
+        f"p99 {time_of(noise.quantile_s(0.99))}, longest {time_of(noise.longest_s)}"
+    )
+
+
+def rhythm(found: tuple[Period, ...]) -> Iterator[str]:
+    for p in found[:2]:
+        sources = f"; {' or '.join(p.sources)}" if p.sources else "; no known source"
+        duty = f", {share_of(p.duty)} of the time" if isfinite(p.duty) else ""
+        yield f"period      {time_of(p.period_s)} ({p.frequency_hz:.4g} Hz, p {p.p:.2g}){duty}{sources}"
+
+
+def levels(s: OfRank) -> Iterator[str]:
+    if s.changes:
+        big = max(s.changes, key=lambda c: abs(c.shift.estimate))
+        yield (
+            f"level       changed {len(s.changes)} times; most at {big.time_s:.1f} s, by {big.shift.estimate:+.1%} "
+            f"{percents(big.shift)}"
+        )
+
+
+def of_gaps(gaps: Gaps, found: Analysis) -> Iterator[str]:
+    worst = max(found.gaps, key=lambda g: g.noise.share)
+    yield f"idle loop   rank {worst.rank}: {share_of(worst.noise.share)} of the time; {detours_of(worst.noise)}"
+    if not any(s.periods for s in found.series):
+        yield from rhythm(worst.periods[:1])
+
+
+def ranks_of(found: Analysis) -> Iterator[str]:
+    scores = found.scores
+    if scores is None:
+        return
+    for r in scores.ranks[:2]:
+        yield f"rank {r.rank:<6} {rank_line(r)}"
+    yield (
+        f"ranks       {len(scores.ranks)} by {found.ranked}, {scores.steps:,} steps: {scores.pattern}; the slowest of "
+        f"them makes {scores.slowdown:.3f} of the median rank"
+    )
+    if found.collectives is not None:
+        times = found.collectives.times_last
+        who, decided = int(times.argmax()), max(1, int(times.sum()))
+        wait, transfer = (
+            time_of(float(x.mean())) for x in (found.collectives.wait_s, found.collectives.transfer_s)
+        )
+        yield (
+            f"collective  rank {list(found.hosts)[who]} arrived last in {times[who] / decided:.0%} of {decided:,}; "
+            f"mean wait {wait}, transfer {transfer}"
+        )
+
+
+def rank_line(r: RankScore) -> str:
+    low, high = r.what_if_interval
+    return (
+        f"{r.kind}: without it S falls by {r.what_if:.4f} [{low:.4f}, {high:.4f}], "
+        f"location {r.location:.3f}, tail {r.tail:.3f}, blame {share_of(r.blame)}"
+    )
+
+
+def projection(found: Analysis) -> Iterator[str]:
+    for projected in found.projections:
+        known = [i for i in range(len(projected.ranks)) if isfinite(float(projected.slowdown[i]))]
+        if not known:
+            reason = next((r for r in projected.refusals if r), "")
+            yield f"S(N) {projected.model:<6} refused: {reason}"
+            continue
+        figures = ", ".join(one_of(projected, i) for i in known[-3:])
+        error = "" if projected.backtest_error is None else f"; back-test {projected.backtest_error:+.1%}"
+        yield f"S(N) {projected.model:<6} {figures}{error}, windows of {time_of(found.window_s)}"
+        if known[-1] < len(projected.ranks) - 1:
+            refused = projected.ranks[known[-1] + 1]
+            yield f"            beyond: {refused:,} refused, {projected.refusals[known[-1] + 1]}"
+
+
+def one_of(projected: Projection, i: int) -> str:
+    flags = f" ({', '.join(projected.flags[i])})" if projected.flags[i] else ""
+    figure, low, high = projected.slowdown[i], projected.low[i], projected.high[i]
+    return f"{projected.ranks[i]:,}: {figure:.3f} [{low:.3f}, {high:.3f}]{flags}"
+
+
+def percents(x: Interval) -> str:
+    ends = [share_of(v) if isfinite(v) else "-" for v in (x.low, x.high)]
+    return f"[{ends[0]}, {ends[1]}]"

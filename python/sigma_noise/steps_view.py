@@ -1,0 +1,65 @@
+"""What noise cost a training, for people: a sentence and a small page of HTML."""
+
+import html
+
+from sigma_noise.steps import StepNoise
+
+
+def sentence(noise: StepNoise) -> str:
+    """The end of a run in one line."""
+    if len(noise.ranks) == 1:
+        return (
+            f"noise: one rank waits for nobody; garbage collection took {_share(noise.gc_s[0], noise)} "
+            f"of {noise.steps:,} steps"
+        )
+    worst = noise.ranks.index(noise.worst)
+    return (
+        f"noise: uneven ranks cost {noise.cost_s:.2f} s, {noise.cost_share:.1%} of {noise.steps:,} steps; "
+        f"rank {noise.worst} computed {noise.excess_s[worst]:.2f} s longer than the median rank and was the slowest "
+        f"in {noise.slowest[worst] / noise.steps:.0%} of them"
+    )
+
+
+def page(noise: StepNoise) -> str:
+    """A table of the ranks, and one of the phases, seconds in all steps."""
+    columns = {
+        "local": noise.local_s,
+        "over the median": noise.excess_s,
+        "alone cost": noise.blame_s,
+        "waited": noise.wait_s,
+        "transfer": noise.transfer_s,
+        "gc": noise.gc_s,
+    }
+    head = "".join(f"<th>{name}, s" for name in columns)
+    rows = "".join(
+        f"<tr><td>{rank}"
+        + "".join(f"<td>{seconds[i]:.2f}" for seconds in columns.values())
+        + f"<td>{noise.slowest[i]:,}<td>{noise.last[i]:,}"
+        for i, rank in enumerate(noise.ranks)
+    )
+    ranks = f"<table><tr><th>rank{head}<th>slowest, steps<th>last, collectives{rows}</table>"
+    told = f"<p>{html.escape(sentence(noise))}. {html.escape(_balance(noise))}</p>"
+    return told + ranks + _phases(noise)
+
+
+def _balance(noise: StepNoise) -> str:
+    return (
+        f"The slowest rank of each step computed {noise.slowest_s:.2f} s, ranks on average {noise.mean_s:.2f} s, "
+        f"of {noise.steps_s:.2f} s in steps; the rest went by in {noise.collectives:,} collectives. "
+        "Uneven work, as of experts with more tokens, is part of it."
+    )
+
+
+def _phases(noise: StepNoise) -> str:
+    """Mean and extremes over ranks."""
+    named = {**noise.phases_s, **{f"{name}, between steps": x for name, x in noise.pauses_s.items()}}
+    rows = "".join(
+        f"<tr><td>{name}<td>{seconds.mean():.2f}<td>{_share(seconds.mean(), noise)}"
+        f"<td>{seconds.min():.2f}<td>{seconds.max():.2f}"
+        for name, seconds in named.items()
+    )
+    return f"<table><tr><th>phase<th>mean, s<th>of steps<th>least rank<th>most{rows}</table>"
+
+
+def _share(seconds: float, noise: StepNoise) -> str:
+    return f"{seconds / noise.steps_s:.1%}" if noise.steps_s else "0.0%"

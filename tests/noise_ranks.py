@@ -1,0 +1,67 @@
+"""What the ranks of tests/test_noise_run.py do; in a module, as a spawned process imports it."""
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch.distributed as dist
+from sigma_noise import a2a, loops
+from sigma_noise.offset import offset
+from sigma_noise.work import work
+from sigma_train.ranks import Ranks
+
+from sigma_kernels import _C
+
+
+def joined(rank: int, size: int, path: str) -> Ranks:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    return Ranks(rank, size)
+
+
+def check_offsets(rank: int, size: int, path: str) -> None:
+    """Each rank's clock is ahead of the first one's by 7 s a rank; the last one reads the first one's."""
+    ranks = joined(rank, size, path)
+    ahead = 7_000_000_000 * rank if rank < size - 1 else 0
+    identity = "first" if rank in (0, size - 1) else f"host {rank}"
+    found = offset(ranks, identity, lambda: loops.now_ns() + ahead, pings=20)
+    assert abs(found.offset_ns + ahead) <= found.residual_ns, (rank, found)
+    assert found.residual_ns < 1_000_000_000, found
+    if rank in (0, size - 1):
+        assert (found.offset_ns, found.residual_ns) == (0, 0), "one clock has no offset"
+    dist.destroy_process_group()
+
+
+def check_late_rank(rank: int, size: int, path: str) -> None:
+    """Rank 1 begins to work when rank 0 has arrived, every time: whatever the machine does, it arrives last."""
+    ranks = joined(rank, size, path)
+    sent = 0
+
+    def all_to_all(*args: object) -> None:
+        nonlocal sent
+        sent += 1
+        Path(f"{path}-{sent}").touch()
+        wanted(*args)
+
+    def after_the_other(*args: object) -> None:
+        nonlocal sent
+        sent += 1
+        while not Path(f"{path}-{sent}").exists():
+            time.sleep(1e-3)
+        _C.noise.fixed_work(*args)
+
+    wanted, native = dist.all_to_all_single, _C.noise
+    if rank == 0:
+        dist.all_to_all_single = all_to_all
+    else:
+        native = SimpleNamespace(now_ns=native.now_ns, FixedWork=native.FixedWork, fixed_work=after_the_other)
+        a2a._C = SimpleNamespace(noise=native)
+    told = ranks.gathered(a2a.AllToAll(ranks, work("spin"), 4096, seed=3).rounds(4))
+    (_, of_first), (local, of_second) = told
+    assert len(of_first) == len(of_second) == 4
+    assert (of_first.start_ns < local.start_ns).all(), "the late one began before the other had arrived"
+    assert (local.end_ns <= of_second.start_ns).all()
+    assert (of_first.end_ns >= of_second.start_ns).all(), "the one that waited ended before all had come"
+    dist.destroy_process_group()

@@ -1,0 +1,177 @@
+"""From a measurement to what is shown of it: the first screen, the page, JSON, and exit codes."""
+
+import json
+import re
+from importlib.resources import files
+
+import jsonschema
+import numpy as np
+import pytest
+from sigma_cli.commands import app
+from sigma_noise import screen
+from sigma_noise.analysis import analyze
+from sigma_noise.as_json import as_json
+from sigma_noise.trace import Series, Trace, rank_file
+from typer.testing import CliRunner
+
+QUANTUM_NS = 1_000_000
+
+
+def quanta(seed: int, n: int, *, slow: float = 1.0, tail: float = 0.0, train_ns: int = 0) -> Series:
+    """Fixed work of 1 ms with 1 % of noise; `tail`: share of quanta ten times as long; `train_ns`: 0.6 ms in every."""
+    rng = np.random.default_rng(seed)
+    took = QUANTUM_NS * slow * (1 + 0.01 * rng.exponential(size=n))
+    took[rng.random(n) < tail] *= 10
+    start = np.concatenate([[0], np.cumsum(took)[:-1]])
+    if train_ns:
+        pulses = np.floor((start + took) / train_ns) > np.floor(start / train_ns)
+        took = took + 600_000 * pulses
+        start = np.concatenate([[0], np.cumsum(took)[:-1]])
+    begin = np.rint(start).astype(np.int64) + 7_000_000_000
+    return Series(begin, begin + np.rint(took).astype(np.int64), np.ones(n))
+
+
+def measured(ranks: dict[int, Series]) -> Trace:
+    about = {r: {"host": f"node{r}", "warnings": [], "measured": {"spin": {"mode": "fwq"}}} for r in ranks}
+    run = {
+        "kernels": ["spin"],
+        "modes": ["fwq"],
+        "quantum_s": 1e-3,
+        "threads": 1,
+        "sizes": {},
+        "backend": "cpu",
+    }
+    return Trace(run, about, {(r, "quantum", "spin"): s for r, s in ranks.items()})
+
+
+def write(trace: Trace, folder) -> None:
+    folder.mkdir(parents=True)
+    for rank in trace.ranks:
+        rows = {key: s for key, s in trace.rows.items() if key[0] == rank}
+        Trace(trace.run, {rank: trace.ranks[rank]}, rows).write(rank_file(folder, rank))
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, ["noise", *map(str, arguments)])
+
+
+def test_the_rank_with_rare_long_detours_is_named():
+    """Defends: a screen that shows medians alone, in which this rank is like all others."""
+    trace = measured({r: quanta(r, 4000, tail=0.01 if r == 2 else 0.0) for r in range(4)})
+    found = analyze(trace)
+    assert found.scores.flagged == [2]
+    assert found.worst.rank == 2
+    lines = screen.lines(found)
+    assert len(lines) <= 25
+    assert "rank 2 stands out" in lines[0]
+    assert any("rare long detours" in line for line in lines)
+
+
+def test_a_period_is_shown_with_its_source():
+    found = analyze(measured({0: quanta(0, 20_000, train_ns=100_000_000)}))
+    (line,) = [line for line in screen.lines(found) if line.startswith("period")]
+    assert "100 ms (10" in line or "9.9" in line
+    assert "NCCL watchdog" in line
+
+
+def test_noise_is_what_was_put_in():
+    """Defends: shares of another denominator.  1 % of quanta of 10 ms among quanta of 1 ms: 9/(1.09 * 100)."""
+    (found,) = analyze(measured({0: quanta(3, 50_000, tail=0.01)})).series
+    tail = (found.noise.detours.length_s > 5e-3).sum() * 9e-3 / found.noise.observed_s
+    assert found.noise.burst == pytest.approx(tail, rel=0.02)
+    assert found.share.low < found.noise.share < found.share.high
+
+
+def test_json_is_of_the_published_schema(tmp_path):
+    """Defends: a field that was renamed, NaN in JSON."""
+    schema = json.loads((files("sigma_noise") / "analysis.schema.json").read_text())
+    write(measured({r: quanta(r, 3000, tail=0.01 * r) for r in range(2)}), tmp_path / "run")
+    out = tmp_path / "a.json"
+    result = invoke("analyze", tmp_path / "run", "--json", out)
+    assert result.exit_code == 0, result.output
+    jsonschema.validate(json.loads(out.read_text()), schema)
+    lone = as_json(analyze(measured({0: quanta(0, 40)})))
+    jsonschema.validate(json.loads(json.dumps(lone, allow_nan=False)), schema)
+
+
+def test_the_page_needs_no_network(tmp_path):
+    write(measured({r: quanta(r, 3000, tail=0.01 * r) for r in range(2)}), tmp_path / "run")
+    result = invoke("analyze", tmp_path / "run", "--report", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert page.count("<img") == len(list((tmp_path / "out").glob("*.png")))
+    assert "rare long detours" in page
+
+
+def test_project_refuses_and_flags(tmp_path):
+    """Defends: a number for 16,384 ranks from windows that do not hold one."""
+    write(measured({0: quanta(0, 2000)}), tmp_path / "run")
+    result = invoke("project", tmp_path / "run", "--window", "1ms", "--model", "ecdf", "--ranks", "8,16384")
+    assert result.exit_code == 0, result.output
+    assert "extrapolated" in result.output
+    assert "lies beyond all" in " ".join(result.output.split())
+    result = invoke(
+        "project",
+        tmp_path / "run",
+        "--window",
+        "1ms",
+        "--model",
+        "ecdf",
+        "--ranks",
+        "8",
+        "--budget",
+        "1.0001",
+    )
+    assert result.exit_code == 1
+    assert "over the budget" in result.output
+
+
+def arms(tmp_path, slow: float, runs: int = 5, **options: float) -> tuple:
+    for arm, factor in (("a", 1.0), ("b", slow)):
+        for run in range(runs):
+            wobble = 1 + 0.002 * np.random.default_rng(100 * run + len(arm) + ord(arm)).normal()
+            series = quanta(run + 50 * ord(arm), 2000, slow=factor * wobble, **options)
+            write(measured({0: series}), tmp_path / arm / f"run{run}")
+    return tmp_path / "a", tmp_path / "b"
+
+
+@pytest.mark.parametrize(("slow", "runs", "code", "word"), [
+    (1.0, 5, 0, "equivalent"), (1.10, 5, 1, "regressed"), (0.9, 5, 0, "improved"), (1.10, 3, 3, "inconclusive"),
+])  # fmt: skip
+def test_compare_ends_with_the_code_of_its_verdict(tmp_path, slow, runs, code, word):
+    a, b = arms(tmp_path, slow, runs)
+    result = invoke("compare", a, b, "--metric", "median_s", "--json", tmp_path / "c.json")
+    assert result.exit_code == code, result.output
+    told = json.loads((tmp_path / "c.json").read_text())
+    assert told["verdict"] == word
+    assert told["exit"] == code
+
+
+def test_compare_of_a_noisy_base_is_unfit(tmp_path):
+    a, b = arms(tmp_path, 1.0, tail=0.1)
+    result = invoke("compare", a, b)
+    assert result.exit_code == 4, result.output
+    assert "quieten the machine" in result.output
+
+
+def test_wrong_input_is_a_sentence_and_code_2(tmp_path):
+    write(measured({0: quanta(0, 2000)}), tmp_path / "run")
+    for arguments, words in (
+        (("analyze", tmp_path / "none"), "no measurement here"),
+        (("analyze", tmp_path / "run", "--kernel", "gemm"), "kernel must be one of spin"),
+        (("project", tmp_path / "run", "--model", "magic"), "--model must be of"),
+        (("compare", tmp_path, tmp_path / "none"), "no runs here"),
+        (("compare", tmp_path, tmp_path, "--margin", "median_s"), "--margin must be like"),
+    ):
+        result = invoke(*arguments)
+        assert words in str(result.exception), (arguments, result.output, result.exception)
+        assert type(result.exception).__name__ == "WrongInput"
+
+
+def test_a_failure_of_compare_is_no_regression(tmp_path, monkeypatch):
+    """Defends: Python's own exit code 1, which a gate would read as a regression."""
+    from sigma_noise import runs
+
+    monkeypatch.setattr(runs, "judged", lambda *_: 1 / 0)
+    assert invoke("compare", tmp_path, tmp_path).exit_code == 5

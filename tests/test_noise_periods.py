@@ -1,0 +1,229 @@
+"""Periods of detours: the fundamental is named, harmonics with it, and nothing where there is none."""
+
+import os
+from math import pi
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import signal
+from sigma_noise import periods as pr
+from sigma_noise import spectrum as sp
+
+FRESH = int(os.environ.get("SIGMA_FRESH_SEED", "0"))
+WINDOW = 20.0
+
+
+def train(rng, hz, jitter, background, window=WINDOW, phase=0.037):
+    """Stamps of a train, uniformly jittered, and `background` times as many at random."""
+    t = np.arange(0, window - 2 * phase, 1 / hz) + phase
+    false = rng.uniform(0, window, int(background * len(t)))
+    return np.concatenate([t + rng.uniform(-jitter, jitter, len(t)), false])
+
+
+def test_a_train_of_10_hz_is_found_in_10_of_10():
+    """Defends: a harmonic or subharmonic named in place of the fundamental, or beside it.
+
+    Acceptance test 9: jitter up to 1 ms, up to 10 false stamps a true one, +-0.2 %.
+    """
+    for trial in range(10):
+        rng = np.random.default_rng(30 + trial + FRESH)
+        t = train(rng, 10.0, [0.0, 1e-3][trial % 2], trial / 0.9)
+        (found,) = pr.find(t, WINDOW, length_s=np.full(len(t), 2e-3), surrogates=9, seed=trial)
+        assert found.frequency_hz == pytest.approx(10.0, rel=2e-3)
+        assert found.p < 0.01
+        assert found.phase_s == pytest.approx(0.037, abs=1e-3)
+        assert found.jitter_s == pytest.approx([0.0, 1e-3 / 3**0.5][trial % 2], abs=3e-4)
+        assert found.stamps == pytest.approx(200, rel=0.2)
+        assert found.coverage > 0.85
+        assert found.duty == pytest.approx(0.02, rel=0.2)
+        assert found.sources == ("NCCL watchdog",)
+
+
+def test_two_trains_and_what_is_left():
+    rng = np.random.default_rng(31 + FRESH)
+    t = np.concatenate([train(rng, 10.0, 0, 1), train(rng, 23.3, 5e-4, 0, phase=0.011)])
+    found = pr.find(t, WINDOW, surrogates=9, own={"counters": 1 / 23.3})
+    assert sorted(round(p.frequency_hz, 2) for p in found) == [10.0, 23.3]
+    assert {p.sources for p in found} == {("NCCL watchdog",), ("sigma noise: counters",)}
+
+
+def test_a_slow_train_is_told_from_a_fast_one_of_the_same_pulses():
+    """Defends: 20 or 30 Hz for 10 without jitter, where they are as coherent; 5 or 2.5 Hz; a pulse twice a period."""
+    rng = np.random.default_rng(32)
+    for hz in (3.0, 7.1, 20.0, 45.0):
+        (found,) = pr.find(train(rng, hz, 0, 0.3, window=8.0), 8.0, most=1, surrogates=9)
+        assert found.frequency_hz == pytest.approx(hz, rel=2e-3)
+    twice = np.sort(np.concatenate([np.arange(0.01, 8, 0.25), np.arange(0.06, 8, 0.25)]))
+    (found,) = pr.find(twice, 8.0, surrogates=9)
+    assert found.frequency_hz == pytest.approx(4.0, rel=2e-3)
+
+
+def test_a_kernel_tick_of_250_hz():
+    rng = np.random.default_rng(33)
+    (found,) = pr.find(train(rng, 250.0, 1e-4, 1, window=4.0, phase=1e-3), 4.0, high_hz=1000.0, surrogates=9)
+    assert found.frequency_hz == pytest.approx(250.0, rel=1e-4)
+    assert found.sources == ("kernel tick, 250 Hz",)
+
+
+@pytest.mark.parametrize("kind", ["poisson", "bursts", "slow"])
+def test_null_alarms_of_the_h_test(kind):
+    """Defends: significance by the white formula exp(-0.4 H), by which bursts alarm in every series.
+
+    30 series, nominal 1 %: none or one.
+    """
+    rng = np.random.default_rng(["poisson", "bursts", "slow"].index(kind) + 34 + FRESH)
+    alarms = white = 0
+    for r in range(30):
+        if kind == "poisson":
+            t = rng.uniform(0, 5, 150)
+        elif kind == "bursts":
+            t = np.repeat(rng.uniform(0, 5, 25), 8) + rng.exponential(5e-3, 200).cumsum() % 0.03
+        else:
+            t = 5 * rng.random(200) ** 2
+        t = t[(t >= 0) & (t <= 5)]
+        scan = pr._Scan(5.0, 1.0, 30.0)
+        white += np.exp(-0.4 * scan.h(t).max()) * len(scan.frequencies) < 0.01
+        alarms += bool(pr.find(t, 5.0, low_hz=1.0, high_hz=30.0, most=1, surrogates=19, seed=r))
+    assert alarms <= 1
+    if kind == "bursts":
+        assert white >= 25
+
+
+def test_h_equals_its_definition():
+    """Defends: 4m + 4 and 2/n, the FFT's bins, a harmonic off by one."""
+    rng = np.random.default_rng(35)
+    t = train(rng, 10.0, 2e-3, 0.5, window=5.0)
+    phases = 2 * pi * 10.0 * t
+    z2 = 0.0
+    best = -np.inf
+    for m in range(1, 21):
+        z2 += 2 / len(t) * (np.cos(m * phases).sum() ** 2 + np.sin(m * phases).sum() ** 2)
+        best = max(best, z2 - 4 * m + 4)
+    assert pr.h_test(t, 10.0) == pytest.approx(best, rel=1e-12)
+    scan = pr._Scan(5.0, 8.0, 12.0)
+    exact = pr._h_exact(t, scan.frequencies)
+    got = scan.h(t)
+    assert abs(scan.frequencies[got.argmax()] - scan.frequencies[exact.argmax()]) < 0.02
+    assert got.max() == pytest.approx(exact.max(), rel=0.1)
+    assert np.corrcoef(got, exact)[0, 1] > 0.99
+    assert np.median(got - exact) == pytest.approx(0, abs=0.5)  # where H is 0 to 10
+
+
+def test_white_stamps_have_the_known_law():
+    """P(H > h) = exp(-0.4 h) at one frequency (de Jager & Buesching 2010)."""
+    rng = np.random.default_rng(36 + FRESH)
+    h = np.array([pr.h_test(rng.uniform(0, 10, 300), 7.0) for _ in range(2000)])
+    assert (h > 5).mean() == pytest.approx(np.exp(-2.0), abs=0.03)
+
+
+def test_surrogates_keep_rate_and_clusters_but_no_period():
+    rng = np.random.default_rng(37)
+    t = np.sort(np.concatenate([np.arange(0.05, 10, 0.1), np.arange(0.05, 10, 0.1) + 1e-3]))
+    t = t[(t < 5) | (rng.random(len(t)) < 2)]
+    t = np.concatenate([t, [9.9901, 9.9905]])
+    moved = pr.surrogate(t, 10.0, 2.5, rng)
+    assert len(moved) == len(t)
+    assert 0 <= moved.min() <= moved.max() <= 10
+    assert (np.diff(moved) < 1.0001e-3).sum() >= 95  # the pairs
+    np.testing.assert_allclose(np.histogram(moved, 4, (0, 10))[0], np.histogram(t, 4, (0, 10))[0], atol=6)
+    assert pr.h_test(t, 10.0) > 3000
+    assert pr.h_test(moved, 10.0) < 100
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.floats(0.5, 20), st.floats(0, 0.09), st.integers(0, 1000))
+def test_another_unit_and_another_begin(scale, shift, seed):
+    """Defends: bands, bins or widths with a unit in them."""
+    t = train(np.random.default_rng(seed), 10.0, 1e-3, 0.5, window=6.0) + shift
+    t = t[t < 6]
+    (a,) = pr.find(t, 6.0, low_hz=4.0, high_hz=30.0, most=1, surrogates=5, seed=seed)
+    (b,) = pr.find(
+        t * scale, 6.0 * scale, low_hz=4.0 / scale, high_hz=30.0 / scale, most=1, surrogates=5, seed=seed
+    )
+    assert a.frequency_hz == pytest.approx(10, rel=2e-3)
+    off = (a.phase_s - 0.037 - shift + 0.05) % 0.1 - 0.05
+    assert off == pytest.approx(0, abs=2e-3)
+    assert b.frequency_hz == pytest.approx(a.frequency_hz / scale, rel=1e-3)
+    assert b.jitter_s == pytest.approx(a.jitter_s * scale, rel=0.1)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("phi, most", [(0.0, 4), (0.9, 20)])
+def test_spectrum_null_alarms(phi, most):
+    """Acceptance test 10: 1 % of white series, 5 % of AR(1) 0.9; 400 series each, on a grid and on uneven stamps."""
+    rng = np.random.default_rng(38 + FRESH)
+    x = signal.lfilter([1], [1, -phi], rng.normal(size=(400, 2548)), axis=1)[:, 500:]
+    t = np.cumsum(rng.uniform(0.5, 1.5, 2048)) * 1e-3
+    most += 0 if FRESH == 0 else 5
+    assert sum(len(sp.welch(row, 1e-3).lines_hz) > 0 for row in x) <= most
+    assert sum(len(sp.lomb_scargle(t, row).lines_hz) > 0 for row in x) <= most
+
+
+def test_lines_are_found_on_correlated_noise():
+    """Defends: an alarm level so high, or a background so close, that no line passes it."""
+    rng = np.random.default_rng(39)
+    n = 8192
+    noise = signal.lfilter([1], [1, -0.9], rng.normal(size=n + 500))[500:]
+    t = np.arange(n) * 1e-3
+    wave = np.cos(2 * pi * 37.0 * t)
+    assert sp.welch(noise + wave, 1e-3).lines_hz[0] == pytest.approx(37.0, abs=0.6)
+    uneven = np.cumsum(rng.uniform(0.5, 1.5, n)) * 1e-3
+    assert sp.lomb_scargle(uneven, noise + np.cos(2 * pi * 37.0 * uneven)).lines_hz[0] == pytest.approx(
+        37.0, abs=0.15
+    )
+
+
+def test_spectra_equal_scipys():
+    """Defends: the sums by FFT, the shift that makes sine and cosine orthogonal, normalisation."""
+    rng = np.random.default_rng(40)
+    t = np.cumsum(rng.exponential(1e-3, 600))
+    x = rng.normal(size=600) + np.sin(2 * pi * 90 * t)
+    got = sp.lomb_scargle(t, x)
+    want = signal.lombscargle(t, x - x.mean(), 2 * pi * got.frequency_hz, normalize=True)
+    np.testing.assert_allclose(got.power, want, atol=1e-3)
+    assert want.max() > 0.2
+    assert got.frequency_hz[0] == pytest.approx(1 / (t[-1] - t[0]))
+    x = rng.normal(size=4608)
+    got = sp.welch(x, 1e-3)
+    frequency, want = signal.welch(x, 1000.0, nperseg=1024)
+    np.testing.assert_allclose(got.power, want[1:-1])
+    np.testing.assert_allclose(got.frequency_hz, frequency[1:-1])
+    assert np.median(got.background / 2e-3) == pytest.approx(1.0, abs=0.1)  # 2 sigma^2 step
+
+
+def test_known_sources():
+    assert pr.likely_sources(0.1001) == ("NCCL watchdog",)
+    assert pr.likely_sources(0.004) == ("kernel tick, 250 Hz",)
+    assert pr.likely_sources(15.1) == ("telemetry, 15 s",)
+    assert pr.likely_sources(0.12) == ()
+    assert pr.likely_sources(1.0, {"counters": 0.99}) == ("sigma noise: counters", "telemetry, 1 s")
+
+
+def test_fold():
+    t = np.array([0.05, 1.05, 2.05, 0.95, 3.25])
+    centre, count = pr.fold(t, 1.0, bins=4)
+    np.testing.assert_allclose(centre, [0.125, 0.375, 0.625, 0.875])
+    np.testing.assert_array_equal(count, [3, 1, 0, 1])
+    np.testing.assert_array_equal(pr.fold(t, 1.0, bins=4, phase_s=0.95)[1], [4, 1, 0, 0])
+    np.testing.assert_array_equal(pr.fold(t, 1.0, weight=[1, 2, 3, 4, 5], bins=4)[1], [6, 5, 0, 4])
+
+
+def test_too_few_stamps_and_wrong_arguments():
+    assert pr.find([], 10.0) == []
+    assert pr.find([1.0, 2.0, 3.0], 10.0) == []
+    with pytest.raises(ValueError, match=r"t must lie in 0\.\.window_s \(10\), found 1 to 11"):
+        pr.find([1.0, 11.0], 10.0)
+    with pytest.raises(ValueError, match="length_s must have the 2 stamps of t, found 1"):
+        pr.find([1.0, 2.0], 10.0, length_s=[1.0])
+    with pytest.raises(ValueError, match=r"low_hz and high_hz must rise, from 1\.5 or more"):
+        pr.find([1.0], 2.0)
+    with pytest.raises(ValueError, match="high_hz x window must be less: 1000 Hz over 36000 s"):
+        pr.find([1.0], 36000.0, high_hz=1000.0)
+    with pytest.raises(ValueError, match="period_s must be positive"):
+        pr.fold([1.0], 0.0)
+    with pytest.raises(ValueError, match="x must have 64 samples or more"):
+        sp.welch(np.zeros(100), 1.0)
+    with pytest.raises(ValueError, match="t must rise"):
+        sp.lomb_scargle(np.zeros(100), np.arange(100.0))

@@ -1,0 +1,436 @@
+"""Scores of ranks: who is named, who is not, and against what a score of medians stays blind."""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.signal import lfilter
+from scipy.stats import binom
+from sigma_noise.blocks import draw, quantiles
+from sigma_noise.flags import contest, flag
+from sigma_noise.intervals import autocorrelation_time
+from sigma_noise.losses import Losses
+from sigma_noise.nvrx import THRESHOLD, nvrx_score
+from sigma_noise.outliers import cut, robust_z
+from sigma_noise.scores import SPREAD, score
+
+FRESH = int(os.environ.get("SIGMA_FRESH_SEED", "0"))
+
+
+def generator(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed + FRESH)
+
+
+def most(runs: int, rate: float) -> float:
+    """Of `runs`, at a fixed seed what the rate says; at fresh ones what once in 1,000 is passed at that rate."""
+    return binom.isf(1e-3, runs, rate) if FRESH else rate * runs
+
+
+def correlated(rng, shape, phi: float):
+    """Unit AR(1) series along the last axis, stationary from the start."""
+    noise = rng.standard_normal(shape)
+    noise[..., 0] /= np.sqrt(1.0 - phi**2)
+    return lfilter([np.sqrt(1.0 - phi**2)], [1.0, -phi], noise, axis=-1)
+
+
+def steps(rng, ranks: int, n: int, sigma: float = 0.01, phi: float = 0.0):
+    """Lognormal steps of a millisecond, [P, n]."""
+    x = correlated(rng, (ranks, n), phi) if phi else rng.standard_normal((ranks, n))
+    return 1e-3 * np.exp(sigma * x)
+
+
+def detours(rng, x, rank: int, share: float = 0.01, factor: float = 10.0):
+    x[rank, rng.random(x.shape[1]) < share] *= factor
+    return x
+
+
+# Test 12 of the acceptance list: nobody stands out, and nobody is named.
+
+NULLS = {
+    "white": lambda rng, p, n: steps(rng, p, n, 0.03),
+    "AR(1) 0.9": lambda rng, p, n: steps(rng, p, n, 0.03, 0.9),
+    "detours on all": lambda rng, p, n: (
+        steps(rng, p, n) + 1e-3 * rng.pareto(1.5, (p, n)) * (rng.random((p, n)) < 0.02)
+    ),
+    "healthy spread": lambda rng, p, n: steps(rng, p, n) * np.exp(SPREAD * rng.standard_normal((p, 1))),
+}
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(
+    "ranks, n, runs, null",
+    [
+        *((8, 512, 500, null) for null in NULLS),
+        *((64, 256, 200, null) for null in NULLS),
+        *((2048, 64, 200, null) for null in ("AR(1) 0.9", "detours on all")),  # the hard ones: a second each
+    ],
+)
+def test_nobody_is_named_where_ranks_are_equal(ranks, n, runs, null):
+    """Defends: multiplicity (2,048 ranks), skewed tails, steps that hang together, small samples."""
+    rng = generator(1000)
+    alarms = 0
+    for _ in range(runs):
+        flags = flag(NULLS[null](rng, ranks, n), 0.01, SPREAD, 30)
+        alarms += bool(flags.is_slow.any() or flags.has_tail.any())
+    assert alarms <= most(runs, 0.02)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 8, 16, 64, 2048])
+@pytest.mark.parametrize("deviation", [0.001, 0.005, 0.01])
+def test_cut_keeps_the_family_where_ranks_truly_differ(ranks, deviation):
+    """Defends: a normal cut for the MAD of few (7 % alarms at 8 ranks for z > 3.5, 35 % at 2,048)."""
+    runs = min(20_000, 4_000_000 // ranks)
+    z = robust_z(deviation * generator(2000).standard_normal((runs, ranks)), SPREAD)
+    assert np.mean(z.max(axis=1) > cut(ranks, 0.01, SPREAD)) <= 0.02
+
+
+@pytest.mark.parametrize("ranks", [4, 8, 16, 64])
+def test_cut_needs_no_spread_where_none_is_expected(ranks):
+    """Whatever the scale: without a prior the cut alone keeps the rate."""
+    z = robust_z(1e6 * generator(2001).standard_normal((20_000, ranks)))
+    assert np.mean(z.max(axis=1) > cut(ranks, 0.01)) <= 0.02
+
+
+def test_cut_is_the_normal_one_for_many():
+    assert cut(2048, 0.01, SPREAD) == pytest.approx(4.42, abs=0.05)  # z(1 - 0.01/2048)
+    assert cut(8, 0.01, SPREAD) > 5.0
+    assert cut(2, 0.01) == np.inf
+
+
+def test_robust_z_by_hand():
+    """MAD 1 of five, 1.4826 and 1.206 to a deviation; with a spread of 2, (3 * 4 + 1.48 s^2) / 4.48."""
+    deviation = 1.4826 * 1.206
+    x = [10.0, 11.0, 9.0, 12.0, 8.0]
+    np.testing.assert_allclose(robust_z(x), np.array([0, 1, -1, 2, -2]) / deviation)
+    moderated = np.sqrt((3 * 4.0 + 1.48 * deviation**2) / 4.48)
+    np.testing.assert_allclose(robust_z(x, 2.0), np.array([0, 1, -1, 2, -2]) / moderated)
+    np.testing.assert_array_equal(robust_z([1.0, 1.0, 1.0, 2.0]), [0.0, 0.0, 0.0, np.inf])
+
+
+# Test 13: a rank with a level, and a rank with a tail, are named.
+
+
+@pytest.mark.parametrize("ranks, runs", [(4, 100), (8, 100), (64, 20)])
+def test_a_rank_three_per_cent_slow_is_named(ranks, runs):
+    rng = generator(3000)
+    named = 0
+    for run in range(runs):
+        slow = run % ranks
+        x = steps(rng, ranks, 1000)
+        x[slow] *= 1.03
+        scores = score(x, replicates=8)
+        worst = scores.ranks[0]
+        named += (scores.flagged, worst.rank, worst.kind) == ([slow], slow, "slow throughout")
+    assert runs - named <= most(runs, 0.05)
+
+
+@pytest.mark.parametrize("ranks, runs", [(4, 100), (8, 100), (64, 20)])
+def test_a_rank_with_a_tail_is_named_which_medians_do_not_see(ranks, runs):
+    """Side by side: 1 % of a rank's steps are ten times as long.  Its median is everybody's."""
+    rng = generator(4000)
+    named, least = 0, 1.0
+    for run in range(runs):
+        rough = run % ranks
+        x = detours(rng, steps(rng, ranks, 2000), rough)
+        scores = score(x, replicates=8)
+        worst = scores.ranks[0]
+        named += (scores.flagged, worst.rank, worst.kind) == ([rough], rough, "rare long detours")
+        least = min(least, nvrx_score(x).min())
+        assert worst.tail < 0.12
+        assert worst.what_if > 0.03
+    assert runs - named <= most(runs, 0.05)
+    assert least > 0.98
+    assert least > THRESHOLD
+
+
+def test_one_tail_of_2048():
+    rng = generator(4100)
+    x = detours(rng, steps(rng, 2048, 1000), 1234)
+    flags = flag(x, 0.01, SPREAD, 10)
+    assert np.flatnonzero(flags.has_tail).tolist() == [1234]
+    assert not flags.is_slow.any()
+    assert Losses(x).what_if().argmax() == 1234
+    assert nvrx_score(x)[1234] > 0.98
+
+
+def test_what_does_not_recur_is_not_flagged():
+    """Defends: one huge detour, and trouble in half of the run, called a property of the rank."""
+    rng = generator(5000)
+    once = steps(rng, 8, 2000)
+    once[3, 700] *= 5000.0
+    assert score(once).flagged == []
+    assert score(once).ranks[0].rank == 3
+    assert score(once).pattern == "few steps dominate"
+    brief = steps(rng, 8, 2000)
+    brief[2, :1010] *= 1.05
+    found = score(brief).ranks[0]
+    assert (found.rank, found.is_slow, found.slow_quarters) == (2, False, 2)
+    rough = steps(rng, 8, 2000)
+    detours(rng, rough[:, :1000], 5, 0.05)
+    found = score(rough).ranks[0]
+    assert (found.rank, found.has_tail, found.tail_quarters) == (5, False, 2)
+    assert found.tail_p < 0.01
+
+
+def test_kinds():
+    rng = generator(5100)
+    x = steps(rng, 8, 2000)
+    x[1] *= 1.05
+    x[4, :1300] *= 1.2  # most of three quarters
+    detours(rng, x, 6)
+    detours(rng, x, 1)
+    kinds = {r.rank: r.kind for r in score(x).ranks}
+    assert kinds == {
+        0: "usual",
+        1: "slow throughout with rare long detours",
+        2: "usual",
+        3: "usual",
+        4: "slow throughout",
+        5: "usual",
+        6: "rare long detours",
+        7: "usual",
+    }
+    x = steps(rng, 64, 2000, 0.001)
+    x[5, :1001] *= 1.5
+    assert {r.rank: r.kind for r in score(x).ranks}[5] == "slow for a time"
+
+
+@pytest.mark.parametrize("pattern", ["even", "recurs", "rotates", "few steps dominate"])
+def test_patterns(pattern):
+    rng = generator(5200)
+    x = steps(rng, 8, 2000, 0.001)
+    match pattern:
+        case "recurs":
+            detours(rng, x, 5)
+        case "rotates":
+            x[rng.integers(0, 8, 2000), np.arange(2000)] *= 1.5
+        case "few steps dominate":
+            x[rng.integers(0, 8, 10), np.arange(0, 2000, 200)] *= 100.0
+    assert score(x).pattern == pattern
+
+
+# The numbers themselves.
+
+
+def brute_what_if(x):
+    """Every step with every draw of the median rank's, as the definition has it."""
+    losses = Losses(x)
+    usual = np.sort(x, axis=0)[(len(x) - 1) // 2]
+    drawn = x[losses.median_rank] / usual
+    result = []
+    for rank in range(len(x)):
+        others = np.delete(x, rank, axis=0).max(axis=0)
+        replaced = np.maximum(others[:, None], usual[:, None] * drawn[None, :]).mean(axis=1)
+        result.append((x.max(axis=0) - replaced).mean() / x[losses.median_rank].mean())
+    return np.array(result)
+
+
+@given(st.integers(2, 6), st.integers(4, 30), st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_blame_and_what_if_are_their_definitions(ranks, n, seed):
+    x = np.exp(np.random.default_rng(seed).standard_normal((ranks, n)))
+    ordered = np.sort(x, axis=0)
+    gap, last = ordered[-1] - ordered[-2], x.argmax(axis=0)
+    blame = [gap[last == r].sum() / ordered[-1].sum() for r in range(ranks)]
+    losses = Losses(x)
+    np.testing.assert_allclose(losses.blame(), blame, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(losses.what_if(), brute_what_if(x), rtol=1e-9, atol=1e-12)
+
+
+def test_what_if_saves_nothing_among_equals():
+    """Defends: blame sold as savings; the blame of equals is above 0, as somebody is always last."""
+    losses = Losses(steps(generator(6000), 8, 20_000, 0.1))
+    assert losses.blame().min() > 0.003
+    assert np.abs(losses.what_if()).max() < 0.002
+
+
+def test_what_befalls_all_ranks_together_is_nobodys():
+    """Defends: a long step of all (an evaluation, a longer batch) counted as what a replacement would do."""
+    rng = generator(6100)
+    common = np.where(rng.random(4000) < 0.1, 10.0, 1.0)
+    calm = steps(rng, 8, 4000)
+    calm[2] *= 1.1
+    shaken = calm * common
+    assert Losses(calm).what_if()[2] == pytest.approx(0.09, abs=0.01)
+    assert Losses(shaken).what_if()[2] == pytest.approx(Losses(calm).what_if()[2], rel=0.02)
+    assert np.abs(np.delete(Losses(shaken).what_if(), 2)).max() < 0.001
+
+
+def test_two_ranks():
+    x = np.ones((2, 100))
+    x[1, ::10] = 5.0
+    losses = Losses(x)
+    assert losses.slowdown() == pytest.approx(1.4)
+    np.testing.assert_allclose(losses.blame(), [0.0, 0.4 / 1.4])
+    np.testing.assert_allclose(losses.what_if(), [0.0, 0.4])
+
+
+def test_location_and_tail_by_hand():
+    x = np.ones((4, 1000))
+    x[1] *= 2.0
+    x[2] *= 0.5
+    x[3, ::100] = 4.0
+    by_rank = {r.rank: r for r in score(x).ranks}
+    assert [by_rank[r].location for r in range(4)] == [1.0, 0.5, 2.0, 1.0]
+    assert [by_rank[r].tail for r in range(4)] == [1.5, 0.75, 3.0, 0.375]
+    assert [r.location for r in sorted(score(x, reference="min").ranks, key=lambda r: r.rank)] == [
+        0.5,
+        0.25,
+        1.0,
+        0.5,
+    ]
+
+
+def test_nvrx_score_by_hand():
+    """Two kernels, each weighted by the rank's total time in it."""
+    first = [[1.0, 1.0, 9.0], [2.0, 2.0, 2.0]]
+    second = [[4.0], [2.0]]
+    np.testing.assert_allclose(nvrx_score(first), [1.0, 0.5])
+    np.testing.assert_allclose(
+        nvrx_score(first, second), [(11 * 1.0 + 4 * 0.5) / 15, (6 * 0.5 + 2 * 1.0) / 8]
+    )
+    with pytest.raises(ValueError, match="the same ranks, found 2, 1"):
+        nvrx_score(first, [[1.0]])
+    with pytest.raises(ValueError, match="a call of every kernel"):
+        nvrx_score([[1.0], []])
+
+
+def test_contest_by_hand():
+    """Of 64 blocks of two, three have a detour and rank 1 wins them: 2 * P(Binomial(3, 1/2) >= 3)."""
+    x = np.ones((2, 128))
+    x[1, [4, 5, 90, 127]] = 3.0
+    np.testing.assert_allclose(contest(x, 1.5, 1), [1.0, 2 * 0.5**3])
+    np.testing.assert_allclose(contest(x, 5.0, 1), [1.0, 1.0])
+
+
+# Intervals.
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
+def test_autocorrelation_time(phi):
+    """(1 + phi) / (1 - phi) of an AR(1) series."""
+    x = correlated(generator(7000), (40, 20_000), phi)
+    found = np.mean([autocorrelation_time(row) for row in x])
+    assert found == pytest.approx((1 + phi) / (1 - phi), rel=0.1)
+    assert autocorrelation_time(np.full(100, 0.1)) == 1.0
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.99, 0.999])
+def test_quantiles_of_drawn_blocks_are_those_of_the_drawn_samples(p):
+    """Defends: weights by block gone astray, the rest after the last whole block, the straight line between levels."""
+    rng = generator(7100)
+    x = np.exp(correlated(rng, 1037, 0.8))
+    blocks = draw(1037, 4.0, 50, rng)
+    assert (blocks.length, blocks.count) == (12, 86)
+    parts = [x[blocks.of_step == b] for b in range(blocks.count)]
+    want = [
+        np.quantile(np.concatenate([np.tile(part, int(w)) for part, w in zip(parts, row, strict=True)]), p)
+        for row in blocks.weight
+    ]
+    around = np.quantile(x, np.clip([p - 0.02, p + 0.02], 0.0, 1.0))
+    np.testing.assert_allclose(quantiles(x, p, blocks), want, atol=0.35 * (around[1] - around[0]), rtol=0)
+    assert np.corrcoef(quantiles(x, p, blocks), want)[0, 1] > 0.97
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("phi, least", [(0.0, 0.91), (0.5, 0.91), (0.9, 0.86)])
+def test_intervals_cover(phi, least):
+    """Defends: intervals as if steps were independent, which cover 37 % at phi = 0.9."""
+    rng = generator(7200)
+    runs, ranks = 25, 8
+    true = np.array([1.0, 1.0, 1.0, 1.02, 1.0, 1.0, 0.98, 1.0])
+    hits = 0
+    for seed in range(runs):
+        x = steps(rng, ranks, 2000, 0.05, phi) * true[:, None]
+        for r in score(x, seed=seed).ranks:
+            hits += r.location_interval.low <= 1.0 / true[r.rank] <= r.location_interval.high
+    assert least <= hits / (runs * ranks) <= 0.995
+
+
+@pytest.mark.acceptance
+def test_intervals_of_blame_and_what_if_cover():
+    """Against their values in a run of 400,000 steps."""
+    rng = generator(7300)
+
+    def run(n):
+        return detours(rng, steps(rng, 4, n), 2, 0.02, 3.0)
+
+    long = Losses(run(400_000))
+    truth = long.blame()[2], long.what_if()[2]
+    hits = np.zeros(2)
+    for seed in range(100):
+        worst = score(run(1000), seed=seed).ranks[0]
+        intervals = worst.blame_interval, worst.what_if_interval
+        hits += [low <= true <= high for (low, high), true in zip(intervals, truth, strict=True)]
+    assert np.all(hits >= 86)
+    assert np.all(hits <= 99)
+
+
+def test_a_tail_of_too_few_steps_has_a_bound_only():
+    rng = generator(7400)
+    few = detours(rng, steps(rng, 4, 5000), 1)
+    many = detours(rng, steps(rng, 4, 40_000), 1)
+    assert all(r.tail_interval.low == 0.0 < r.tail_interval.high for r in score(few, replicates=20).ranks)
+    assert all(
+        0.0 < r.tail_interval.low <= r.tail <= r.tail_interval.high for r in score(many, replicates=50).ranks
+    )
+
+
+# Properties.
+
+
+def table(scores):
+    rows = sorted(scores.ranks, key=lambda r: r.rank)
+    return np.array([[r.location, *r.location_interval, r.tail, r.blame, *r.blame_interval, r.what_if, r.z, r.tail_z,
+                      r.tail_p, r.is_slow, r.has_tail, r.slow_quarters] for r in rows])  # fmt: skip
+
+
+@given(st.integers(2, 9), st.integers(16, 200), st.integers(0, 10_000), st.floats(1e-6, 1e6))
+@settings(max_examples=40, deadline=None)
+def test_order_of_ranks_and_unit_of_time_do_not_matter(ranks, n, seed, scale):
+    rng = np.random.default_rng(seed)
+    x = np.exp(rng.standard_normal((ranks, n)) * rng.choice([0.01, 1.0]))
+    order = rng.permutation(ranks)
+    once = score(x, replicates=20)
+    np.testing.assert_allclose(
+        table(score(x[order], replicates=20)), table(once)[order], rtol=1e-6, atol=1e-9
+    )
+    np.testing.assert_allclose(table(score(x * scale, replicates=20)), table(once), rtol=1e-6, atol=1e-9)
+    assert once.pattern == score(x[order] * scale, replicates=20).pattern
+    assert [r.what_if for r in once.ranks] == sorted((r.what_if for r in once.ranks), reverse=True)
+    assert sum(r.blame for r in once.ranks) <= 1.0
+
+
+def test_same_seed_same_scores():
+    x = steps(generator(8000), 4, 300)
+    assert score(x, seed=3) == score(x, seed=3)
+    assert score(x, seed=3) != score(x, seed=4)
+
+
+def test_ranks_that_lack_the_last_steps():
+    x = steps(generator(8100), 3, 100)
+    cut_short = [x[0], x[1][:60], x[2][:80]]
+    result = score(cut_short)
+    assert (result.steps, result.unmatched) == (60, 40)
+    assert result.ranks == score(x[:, :60]).ranks
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"durations": [[1.0] * 20]}, "2 or more ranks, found 1"),
+        ({"durations": np.ones((2, 3, 4))}, r"found 2 of shapes \[\(3, 4\)\]"),
+        ({"durations": [[1.0] * 20, [1.0] * 15]}, "16 steps or more, found 15 of rank 1"),
+        ({"durations": [[1.0] * 16, [1.0] * 7 + [0.0] * 9]}, "found 0.0 at step 7 of rank 1"),
+        ({"durations": [[1.0] * 16, [np.nan] * 16]}, "found nan at step 0 of rank 1"),
+        ({"durations": np.ones((2, 16)), "alpha": 0.0}, "alpha must lie between 0 and 1, found 0.0"),
+        ({"durations": np.ones((2, 16)), "confidence": 95}, "confidence must lie between 0 and 1, found 95"),
+        ({"durations": np.ones((2, 16)), "reference": "mean"}, "one of median, min, found 'mean'"),
+        ({"durations": np.ones((2, 16)), "spread": -1.0}, "spread must be 0 or more"),
+    ],
+)
+def test_wrong_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        score(**arguments)
