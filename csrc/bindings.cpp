@@ -1,5 +1,7 @@
 // sigma_kernels._C: pointers, shapes and strides from Python into the kernels.  Arguments are trusted: the
 // ops layer has checked them.  The GIL is dropped around every call.
+#include "noise/bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,7 +15,6 @@
 #include "cpu/memory.h"
 #include "cpu/permute.h"
 #include "cpu/route.h"
-#include "noise/bindings.h"
 #if defined(SIGMA_CUDA)
 #include "cuda/bindings.h"
 #endif

@@ -83,8 +83,8 @@ def show(found: Sequence[Projection]) -> None:
         kappa = "" if p.kappa is None else f", hosts independent to {p.kappa:.2f}"
         console.print(
             f"{p.model}: a step of {time_of(p.mean_s)} on one rank, {time_of(p.floor_s)} without noise; "
-            f"{count(p.measured_ranks, "rank")} on {count(p.measured_hosts, "host")}, {p.windows:,} windows worth {p.effective:,.0f}"
-            f"{error}{kappa}",
+            f"{count(p.measured_ranks, 'rank')} on "
+            f"{count(p.measured_hosts, 'host')}, {p.windows:,} windows worth {p.effective:,.0f}{error}{kappa}",
             highlight=False,
             soft_wrap=True,
         )
