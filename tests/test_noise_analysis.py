@@ -175,3 +175,25 @@ def test_a_failure_of_compare_is_no_regression(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs, "judged", lambda *_: 1 / 0)
     assert invoke("compare", tmp_path, tmp_path).exit_code == 5
+
+
+def test_a_record_of_a_training_is_told_by_its_steps(tmp_path):
+    """Defends: phases of a step that are taken for quanta of the same work."""
+    begin = np.arange(60) * 10_000_000
+    late = np.where(np.arange(60) % 6 == 5, 3_000_000, 0)
+    for rank in range(2):
+        arrives, ends = begin + 5_000_000 + late * (rank == 1), begin + 9_000_000
+        rows = {
+            (rank, "quantum", "step"): Series(begin, ends, np.ones(60)),
+            (rank, "counter", "step"): Series(begin, begin, np.arange(60.0)),
+            (rank, "quantum", "blocked"): Series(arrives, ends, np.ones(60)),
+        }
+        about = {rank: {"host": "a", "boot": "b", "groups": {}, "collectives": {}}}
+        (tmp_path / "noise").mkdir(exist_ok=True)
+        Trace({}, about, rows).write(rank_file(tmp_path / "noise", rank))
+    result = invoke("analyze", tmp_path / "noise")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "rank 1 computed" in result.output
+    assert "whose report.html has this" in str(
+        invoke("analyze", tmp_path / "noise", "--report", tmp_path).exception
+    )

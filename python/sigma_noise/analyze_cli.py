@@ -40,11 +40,20 @@ def analyze(
     from sigma_train.errors import WrongInput
     from sigma_train.files import must_be_writable, write_text
 
-    from sigma_noise import screen, trace
+    from sigma_noise import parts, screen, steps, steps_view, trace
     from sigma_noise.analysis import analyze as of_trace
     from sigma_noise.as_json import as_json
 
-    measured = trace.read(path)
+    measured = parts.read(path) if path.is_dir() and parts.has_any(path) else trace.read(path)
+    if steps.has_steps(
+        measured
+    ):  # of sigma train: ranks are told apart by steps, whose phases are no fixed work
+        if report is not None or json_file is not None:
+            raise WrongInput(
+                f"{path}: a record of sigma train, whose report.html has this; leave --report and --json out"
+            )
+        print(steps_view.sentence(steps.step_noise(measured)))
+        return
     injected = None
     if truth is not None:
         log = trace.read(truth)
