@@ -1,10 +1,10 @@
 """What chunks and payloads gain where ranks are joined by a slow link.
 
-    python bench/slow_link.py --rate 1 --rounds 7
+    python bench/slow_link.py --rate 1 --tokens 4096
 
 Two gloo ranks, a thread and a core each, in a network of their own whose loopback passes so many Gbit/s, all directions
 together (Linux's token bucket; wants `unshare`, `ip` and `tc`, and the right to use them).  Shape A, top-1, balanced,
-1,024 tokens a rank.  Medians of rounds in turn, of the slower rank: exchange and experts alone, the layer with its
+so many tokens a rank.  Medians of rounds in turn, of the slower rank: exchange and experts alone, the layer with its
 experts in chunks, and with other payloads.  `hidden`: what chunks save, over the smaller of exchange and experts, which
 is all that could be hidden.
 """
@@ -24,11 +24,11 @@ from shapes import A
 import sigma_kernels as sk
 from sigma_kernels.distributed import ExpertParallelMoE, combine, dispatch
 
-T, INSIDE = 1024, "SIGMA_SLOW_LINK"
-LAYERS = [(payload, chunks) for payload in ("same", "bf16", "int8", "fp8") for chunks in (1, 2, 4, 8)]
+INSIDE = "SIGMA_SLOW_LINK"
+LAYERS = [(payload, chunks) for payload in ("same", "bf16", "int8", "fp8") for chunks in (1, 2, 4)]
 
 
-def calls_of(backward: bool) -> Calls:
+def calls_of(T: int, backward: bool) -> Calls:
     """Of one rank; each returns the seconds that it took from a barrier on."""
     torch.manual_seed(dist.get_rank())
     choices = torch.arange(T)[:, None] % A.E
@@ -77,8 +77,8 @@ def calls_of(backward: bool) -> Calls:
     return {name: slower(call) for name, call in calls.items()}
 
 
-def race(backward: bool, rounds: int) -> dict[str, float]:
-    with several(2, calls_of, backward) as calls:
+def race(T: int, backward: bool, rounds: int) -> dict[str, float]:
+    with several(2, calls_of, T, backward) as calls:
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(rounds + 1):
             for name, call in calls.items():
@@ -105,11 +105,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rate", type=float, required=True, help="Gbit/s")
+    parser.add_argument("--tokens", type=int, default=1024, help="of each rank")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     if INSIDE not in os.environ:
         enter(arguments.rate)
-    print(f"{arguments.rate:g} Gbit/s, {arguments.rounds} rounds, torch {torch.__version__}\n")
+    print(f"{arguments.rate:g} Gbit/s, {arguments.tokens} tokens a rank, {arguments.rounds} rounds
+")
     columns = (
         "direction",
         "exchange, ms",
@@ -122,7 +124,7 @@ def main() -> None:
     )
     print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
     for backward in (False, True):
-        ms = {name: s * 1e3 for name, s in race(backward, arguments.rounds).items()}
+        ms = {name: s * 1e3 for name, s in race(arguments.tokens, backward, arguments.rounds).items()}
         whole, least = ms[str(("same", 1))], min(ms["exchange"], ms["experts"])
         for payload, chunks in LAYERS:
             took = ms[str((payload, chunks))]

@@ -130,6 +130,9 @@ def test_a_run_that_loses_ranks_goes_on_by_itself(cache, tmp_path, whole):
             while not metrics.exists() or len(rows(out, "loss")) < step:
                 assert process.poll() is None
                 time.sleep(0.01)
+            while not any((out / "checkpoints").glob("step-*")):  # a slow disk is still at the first one
+                assert process.poll() is None
+                time.sleep(0.01)
             pid = process_of(1, out)
             os.kill(pid, number)
             assert len(rows(out, "loss")) < 12, "the signal came after the work was done"
