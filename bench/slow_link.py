@@ -110,8 +110,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if INSIDE not in os.environ:
         enter(arguments.rate)
-    print(f"{arguments.rate:g} Gbit/s, {arguments.tokens} tokens a rank, {arguments.rounds} rounds
-")
+    print(f"{arguments.rate:g} Gbit/s, {arguments.tokens} tokens a rank, {arguments.rounds} rounds\n")
     columns = (
         "direction",
         "exchange, ms",
