@@ -18,8 +18,9 @@ from sigma_noise import host, loops
 from sigma_noise import offset as offset_module
 from sigma_noise.measure import Plan, measure
 from sigma_noise.options import seconds
-from sigma_noise.run import rows, time_of
+from sigma_noise.run import rows
 from sigma_noise.trace import Series, Trace, read
+from sigma_noise.units import time_of
 from sigma_train.errors import WrongInput
 from sigma_train.ranks import Ranks
 from support import sigma

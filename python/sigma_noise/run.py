@@ -15,10 +15,10 @@ from sigma_train.ranks import Ranks
 
 from sigma_noise.measure import FIXED_TIME, Plan, measure
 from sigma_noise.trace import Series, Trace, rank_file
+from sigma_noise.units import time_of
 from sigma_noise.watch import causes
 
 RANK_TIMEOUT_S = 300.0  # that a rank waits for another, beside what a measurement takes
-UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,3 @@ def table(title: str, columns: tuple[str, ...], form: Callable[[float], str], sh
         numbers = map(form, (row.median, row.best, row.rare, row.worst))
         made.add_row(row.name, str(row.rank), str(row.quanta), *numbers)
     return made
-
-
-def time_of(seconds: float) -> str:
-    """Three digits and a unit."""
-    rounded = float(f"{seconds:.3g}")  # first, so that 999.9 us is 1 ms
-    for unit, name in UNITS:
-        if rounded >= unit:
-            return f"{rounded / unit:.4g} {name}"
-    return "0 s"
