@@ -6,11 +6,13 @@ UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 
 
 def time_of(seconds: float) -> str:
+    """Three digits and a unit."""
     if not isfinite(seconds):
         return "-"
+    rounded = float(f"{seconds:.3g}")  # first, so that 999.9 us is 1 ms
     for unit, name in UNITS:
-        if abs(seconds) >= unit:
-            return f"{seconds / unit:.3g} {name}"
+        if rounded >= unit:
+            return f"{rounded / unit:.4g} {name}"
     return "0 s"
 
 
