@@ -75,10 +75,9 @@ def test_a_period_is_shown_with_its_source():
 
 
 def test_noise_is_what_was_put_in():
-    """Defends: shares of another denominator.  1 % of quanta of 10 ms among quanta of 1 ms: 9/(1.09 * 100)."""
+    """Defends: shares of another denominator.  Of 1 % of quanta of 10 ms among quanta of 1 ms 9/109 is lost."""
     (found,) = analyze(measured({0: quanta(3, 50_000, tail=0.01)})).series
-    tail = (found.noise.detours.length_s > 5e-3).sum() * 9e-3 / found.noise.observed_s
-    assert found.noise.burst == pytest.approx(tail, rel=0.02)
+    assert found.noise.burst == pytest.approx(9 / 109, rel=0.05)  # 500 +- 22 of them
     assert found.share.low < found.noise.share < found.share.high
 
 
@@ -100,7 +99,7 @@ def test_the_page_needs_no_network(tmp_path):
     assert result.exit_code == 0, result.output
     page = (tmp_path / "out" / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", page)
-    assert page.count("<img") == len(list((tmp_path / "out").glob("*.png")))
+    assert page.count("<img") == len(list((tmp_path / "out").glob("*.png"))) >= 4
     assert "rare long detours" in page
 
 

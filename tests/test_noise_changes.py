@@ -226,3 +226,10 @@ def test_wrong_arguments():
         ValueError, match="least_shift must be positive and expected_run above 1, found 0 and 250"
     ):
         online.Online(0)
+
+
+def test_detours_on_a_constant_level_are_no_change():
+    """Defends: an assertion of the search, of a series whose blocks all have the same median."""
+    x = np.full(1000, 1e-3)
+    x[::100] = 1e-2
+    assert ch.segments(x).tolist() == [0, 1000]

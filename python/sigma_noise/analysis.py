@@ -4,7 +4,7 @@ Everything that is shown, in whatever form, is made here once: of a `Trace`, `an
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from sigma_noise import changes, detours, periods
 from sigma_noise.attribution import Attribution, attribute_trace
 from sigma_noise.changes import Change
-from sigma_noise.collectives import Collectives, split
 from sigma_noise.detours import Noise
 from sigma_noise.intervals import Interval, intervals, ratio_interval
 from sigma_noise.lost import Lost
@@ -21,35 +20,66 @@ from sigma_noise.periods import Period
 from sigma_noise.project import RANKS, Projection, project
 from sigma_noise.scores import LEAST_STEPS, Scores, score
 from sigma_noise.trace import Series, Trace
+from sigma_noise.windows import (
+    FEWEST_QUANTA,
+    WINDOW_S,
+    Exchanges,
+    Windows,
+    chosen,
+    exchanges_of,
+    host_of,
+    is_fixed_time,
+    kernels,
+    windows_of,
+)
 
-FIXED_TIME = "_ftq"
-COLLECTIVE, LOCAL = "a2a", "a2a_local"
-WINDOW_S = 1e-2  # useful work between barriers, where nobody says how much there is
-MOST_HZ = 60.0
-MOST_SCAN = 4e5  # cycles of the highest frequency that a window is searched for
-FEW_SAMPLES = 30
+MOST_HZ = 60.0  # what is faster is found by its multiples
+MOST_CYCLES = 4e4  # of the highest frequency sought, in a window: more are more points than `periods` takes
+FEWEST_CYCLES = 10  # of the lowest, as surrogates keep the number of stamps in parts of 3; in short windows 3
 FEWEST_EFFECTIVE = 500  # below which intervals may be short
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Options:
+    """Of an analysis.  kernel: of the first screen and the causes; windows too are of it if it is given, else of
+    collectives where there are some, else of the first that was measured.  tau_s: threshold of detours; none: one a
+    series, by `detours.work_threshold` and `gap_threshold`.  ranks: N of S(N).  window_s: useful work between
+    barriers, where they are no collectives.  alpha: rate at which any of equal ranks is flagged.  seed: of resamples.
+    """
+
+    kernel: str | None = None
+    tau_s: float | None = None
+    ranks: tuple[int, ...] = RANKS
+    window_s: float = WINDOW_S
+    alpha: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError for a threshold that is not positive, in a trace without quanta too."""
+        if self.tau_s is not None and not 0 < self.tau_s < float("inf"):
+            raise ValueError(f"tau must be more than 0 s, found {self.tau_s:g}")
+
+
+@dataclass(frozen=True)
 class OfRank:
-    """One kernel on one rank.  `median`: seconds of a quantum, of work in a quantum of fixed time."""
+    """One kernel on one rank.  `median`: seconds of a quantum, of work in a quantum of fixed time.
+
+    `bounds`: where quanta of one level end and others begin, [0, ..., quanta].
+    """
 
     rank: int
     kernel: str
+    is_fixed_time: bool
     quanta: int
     median: Interval
     noise: Noise
     share: Interval
     changes: tuple[Change, ...]
     periods: tuple[Period, ...]
+    bounds: NDArray[np.int64] = field(repr=False)
     causes: Attribution | None = None
-
-    @property
-    def is_fixed_time(self) -> bool:
-        return self.kernel.endswith(FIXED_TIME)
 
 
 @dataclass(frozen=True)
@@ -63,18 +93,18 @@ class Gaps:
 
 @dataclass(frozen=True)
 class Analysis:
-    """`ranked`: the series by which ranks are scored; `kernel`: the one that the first screen is of."""
+    """`kernel`: of the first screen; `windows`: by which ranks are scored and projected, where they can be."""
 
     run: Mapping[str, Any]
+    options: Options
     hosts: Mapping[int, str]
     kernel: str
     series: tuple[OfRank, ...]
     gaps: tuple[Gaps, ...]
-    ranked: str | None
+    windows: Windows | None
     scores: Scores | None
-    collectives: Collectives | None
+    exchanges: Exchanges | None
     projections: tuple[Projection, ...]
-    windows: tuple[Floats, ...] = field(repr=False)
     warnings: tuple[str, ...]
     digests: Mapping[str, str] = field(default_factory=dict)
 
@@ -82,22 +112,14 @@ class Analysis:
         return [s for s in self.series if s.kernel == kernel]
 
     @property
-    def window_s(self) -> float:
-        """Mean window between barriers, NaN without one."""
-        return float(np.mean([row.mean() for row in self.windows])) if self.windows else float("nan")
+    def ranked(self) -> str | None:
+        """What scores are of."""
+        return None if self.scores is None or self.windows is None else self.windows.what
 
     @property
-    def longest(self) -> Floats:
-        """Windows [n] of the slowest rank of each host at each instant, of all hosts together."""
-        if len(self.windows) != len(self.hosts):
-            return np.empty(0)
-        by_host: dict[str, list[Floats]] = {}
-        for row, host in zip(self.windows, self.hosts.values(), strict=True):
-            by_host.setdefault(host, []).append(row)
-        least = {host: min(map(len, rows)) for host, rows in by_host.items()}
-        return np.concatenate(
-            [np.max([row[: least[host]] for row in rows], axis=0) for host, rows in by_host.items()]
-        )
+    def window_s(self) -> float:
+        """Mean window between barriers, NaN without one."""
+        return float("nan") if self.windows is None else self.windows.mean_s
 
     @property
     def worst(self) -> OfRank | None:
@@ -107,62 +129,79 @@ class Analysis:
 
 def analyze(
     trace: Trace,
+    options: Options = Options(),
     *,
-    kernel: str | None = None,
-    tau_s: float | None = None,
-    ranks: Sequence[int] = RANKS,
-    window_s: float = WINDOW_S,
-    alpha: float = 0.01,
-    seed: int = 0,
-    injected: Mapping[str, Series] | None = None,
+    truth: Trace | None = None,
     digests: Mapping[str, str] | None = None,
 ) -> Analysis:
     """All of it.
 
-    Args:    kernel: of the first screen, the causes and the projection; else the first that was measured.
-             tau_s: threshold of detours; else `detours.work_threshold` and `gap_threshold` choose one a series.
-             ranks: N of S(N).  window_s: useful work between barriers, of kernels that are no collective.
-             injected: the truth log of an injection, by cause.
-    Raises:  ValueError for a kernel that was not measured, or a trace without quanta and detours.
+    Args:    truth: the log of an injection, whose spans are causes on the ranks of its host.
+             digests: of the files, by name.
+    Raises:  ValueError for a kernel that was not measured, a window that is longer than the measurement, a truth of
+             another host or time, or a trace without quanta and detours.
     """
-    names = [name for name in trace.names() if name != COLLECTIVE]
+    names = kernels(trace)
     if not names and "detour" not in trace.names("event"):
-        raise ValueError("trace must have quanta or detours, found none")
-    kernel = chosen(trace, names, kernel)
+        raise ValueError("quanta or detours are wanted, found none")
+    kernel = chosen(trace, options.kernel)
+    injected = {} if truth is None else injections(trace, truth)
     own = own_periods(trace)
     series = tuple(
-        of_rank(trace, rank, name, tau_s, own, seed, injected if name == kernel else None, name == kernel)
+        of_fixed_time(trace, rank, name, options, own)
+        if is_fixed_time(trace, name)
+        else of_rank(trace, rank, name, options, own, injected.get(rank, {}), name == kernel)
         for name in names
         for rank in trace.ranks
-        if is_usable(trace.get(rank, "quantum", name), name)
+        if is_usable(trace, trace.get(rank, "quantum", name), name)
     )
     gaps = tuple(
-        found for rank in trace.ranks if (found := gaps_of(trace, rank, tau_s, own, seed)) is not None
+        gaps_of(trace, rank, options, own)
+        for rank in trace.ranks
+        if "detour" in trace.ranks[rank].get("measured", {})
     )
-    collectives = collectives_of(trace)
-    ranked, windows = barriers(trace, kernel, collectives, window_s)
-    scores = scored(windows, alpha, seed)
-    hosts = {rank: str(about.get("host", rank)) for rank, about in trace.ranks.items()}
-    projections = projected(windows, [hosts[rank] for rank in trace.ranks], ranks, seed)
+    exchanges, impossible = exchanges_of(trace)
+    windows = windows_of(trace, kernel, None if options.kernel else exchanges, options.window_s)
+    told = [*warnings(trace, series, names), *([impossible] if impossible else [])]
     return Analysis(
-        trace.run, hosts, kernel, series, gaps, ranked if scores else None, scores, collectives, projections,
-        tuple(windows),
-        warnings(trace, series, names), digests or {},
+        trace.run, options, {rank: host_of(trace, rank) for rank in trace.ranks}, kernel, series, gaps, windows,
+        None if windows is None else scored(windows, options), exchanges,
+        () if windows is None else projected(windows, options),
+        tuple(told), digests or {},
     )  # fmt: skip
 
 
-def is_usable(series: Series, name: str) -> bool:
+def is_usable(trace: Trace, series: Series, name: str) -> bool:
     """Enough quanta, and of fixed time some with work done: a step may be longer than a quantum."""
-    if len(series) < FEW_SAMPLES:
+    if len(series) < FEWEST_QUANTA:
         return False
-    return not name.endswith(FIXED_TIME) or float(np.quantile(series.value, 1 - detours.FLOOR)) >= 1
+    return not is_fixed_time(trace, name) or float(np.quantile(series.value, 1 - detours.FLOOR)) >= 1
 
 
-def chosen(trace: Trace, names: Sequence[str], kernel: str | None) -> str:
-    if kernel is not None and kernel not in names:
-        raise ValueError(f"kernel must be one of {', '.join(names) or 'none'}, found {kernel!r}")
-    asked = [*trace.run.get("kernels", ()), LOCAL, *names]
-    return kernel or next((name for name in asked if name in names), "")
+def injections(trace: Trace, truth: Trace) -> dict[int, dict[str, Series]]:
+    """Events of a log by rank: stamps of a host's clock say nothing of another's."""
+    if truth.names():
+        raise ValueError(f"truth must be a log of injections, found quanta of {truth.names()[0]}")
+    found: dict[int, dict[str, Series]] = {}
+    for logged in truth.ranks:
+        events = {name: series for name, series in truth.of(logged, "event") if len(series)}
+        for rank in trace.ranks:
+            if events and host_of(trace, rank) == host_of(truth, logged):
+                found.setdefault(rank, {}).update(events)
+    if not found:
+        hosts = sorted({host_of(truth, rank) for rank in truth.ranks})
+        raise ValueError(
+            f"truth must log injections on a host that was measured, found none of {', '.join(hosts)}"
+        )
+    begin = trace.origin_ns
+    end = max(int(s.end_ns.max()) for s in trace.rows.values() if len(s))
+    if not any(
+        np.any((series.end_ns > begin) & (series.start_ns < end))
+        for of in found.values()
+        for series in of.values()
+    ):
+        raise ValueError("truth must log injections while ranks were measured, found all before or after")
+    return found
 
 
 def own_periods(trace: Trace) -> dict[str, float]:
@@ -179,78 +218,72 @@ def of_rank(
     trace: Trace,
     rank: int,
     kernel: str,
-    tau_s: float | None,
+    options: Options,
     own: Mapping[str, float],
-    seed: int,
-    injected: Mapping[str, Series] | None,
+    injected: Mapping[str, Series],
     with_causes: bool,
 ) -> OfRank:
-    series = trace.get(rank, "quantum", kernel)
+    """Of fixed work."""
+    series, seed = trace.get(rank, "quantum", kernel), options.seed
     start_s = series.since(int(series.start_ns[0]))
-    if kernel.endswith(FIXED_TIME):
-        return of_fixed_time(trace, rank, kernel, series, start_s, tau_s, own, seed)
     seconds = np.maximum(series.seconds, 1e-9)
     found = tuple(changes.changes(start_s, seconds, seed=seed))
     bounds = np.array([0, *(change.index for change in found), len(seconds)])
-    noise = detours.fixed_work(start_s, seconds, bounds, tau_s)
+    noise = detours.fixed_work(start_s, seconds, bounds, options.tau_s)
     floor = detours.floor(seconds, bounds)
     rhythm = rhythm_of(noise, float(start_s[-1] + seconds[-1]), own, seed)
     period = rhythm[0].period_s / float(np.median(seconds)) if rhythm else None
-    excess = np.maximum(0.0, seconds - floor)
-    share = ratio_interval(excess, seconds, period=period, seed=seed)
+    share = ratio_interval(np.maximum(0.0, seconds - floor), seconds, period=period, seed=seed)
     median = intervals(seconds, ["median"], period=period, seed=seed)["median"]
     causes = None
     if with_causes and (injected or any(True for _ in trace.of(rank, "counter"))):
         causes = attribute_trace(trace, rank, Lost.over_floor(series, floor), injected=injected, seed=seed)
-    return OfRank(rank, kernel, len(series), median, noise, share, found, rhythm, causes)
+    return OfRank(rank, kernel, False, len(series), median, noise, share, found, rhythm, bounds, causes)
 
 
-def of_fixed_time(
-    trace: Trace,
-    rank: int,
-    kernel: str,
-    series: Series,
-    start_s: Floats,
-    tau_s: float | None,
-    own: Mapping[str, float],
-    seed: int,
-) -> OfRank:
-    quantum_s = float(trace.run["quantum_s"])
+def of_fixed_time(trace: Trace, rank: int, kernel: str, options: Options, own: Mapping[str, float]) -> OfRank:
+    series, seed = trace.get(rank, "quantum", kernel), options.seed
+    start_s = series.since(int(series.start_ns[0]))
+    quantum_s = quantum_of(trace, rank, kernel)
     count = series.value
     bounds = changes.segments(np.maximum(count, 0.5))
-    if (
-        detours.floor(count, bounds, 1 - detours.FLOOR).min() <= 0
-    ):  # a stretch in which no work was done is no level
-        bounds = np.array([0, len(count)])
-    noise = detours.fixed_time(start_s, count, quantum_s, bounds, tau_s)
+    if detours.floor(count, bounds, 1 - detours.FLOOR).min() <= 0:
+        bounds = np.array([0, len(count)])  # a stretch in which no work was done is no level
+    noise = detours.fixed_time(start_s, count, quantum_s, bounds, options.tau_s)
     best = detours.floor(count, bounds, 1 - detours.FLOOR)
     lost = quantum_s * np.maximum(0.0, 1 - count / best)
     share = ratio_interval(lost, np.full(len(lost), quantum_s), seed=seed)
     median = intervals(count, ["median"], seed=seed)["median"]
     rhythm = rhythm_of(noise, float(start_s[-1]) + quantum_s, own, seed)
-    return OfRank(rank, kernel, len(series), median, noise, share, (), rhythm)
+    return OfRank(rank, kernel, True, len(series), median, noise, share, (), rhythm, bounds)
 
 
-def gaps_of(trace: Trace, rank: int, tau_s: float | None, own: Mapping[str, float], seed: int) -> Gaps | None:
-    about = trace.ranks[rank].get("measured", {}).get("detour")
-    if about is None:
-        return None
-    series, g0_s = trace.get(rank, "event", "detour"), float(about["least_gap_s"])
-    observed_s = float(about["observed_s"])
-    first = int(series.start_ns[0]) if len(series) else 0
-    start_s = series.since(first)
-    least = max(tau_s or 0.0, float(about["threshold_s"]))
-    noise = detours.gaps(start_s, series.seconds, g0_s, observed_s, least)
-    return Gaps(
-        rank, noise, rhythm_of(noise, max(observed_s, float(start_s[-1]) if len(series) else 0.0), own, seed)
+def quantum_of(trace: Trace, rank: int, kernel: str) -> float:
+    """Seconds of a quantum of fixed time: of this series, of the plan, or as its stamps have it."""
+    told = trace.ranks[rank].get("measured", {}).get(kernel, {}).get("quantum_s") or trace.run.get(
+        "quantum_s"
     )
+    return float(told or np.median(trace.get(rank, "quantum", kernel).seconds))
+
+
+def gaps_of(trace: Trace, rank: int, options: Options, own: Mapping[str, float]) -> Gaps:
+    """Files of others may not say what the least gap was: their lengths are then the detours' own."""
+    about = trace.ranks[rank]["measured"]["detour"]
+    series = trace.get(rank, "event", "detour")
+    start_s = series.since(int(series.start_ns[0]) if len(series) else 0)
+    observed_s = float(about.get("observed_s") or (start_s[-1] + series.seconds[-1] if len(series) else 1.0))
+    least_s = float(about.get("least_gap_s") or 0.0)
+    seen_from_s = float(about.get("threshold_s") or (series.seconds.min() / 2 if len(series) else least_s))
+    tau_s = max(options.tau_s or 0.0, seen_from_s, least_s, 1e-9)
+    noise = detours.gaps(start_s, series.seconds, least_s, observed_s, tau_s)
+    return Gaps(rank, noise, rhythm_of(noise, observed_s, own, options.seed))
 
 
 def rhythm_of(noise: Noise, window_s: float, own: Mapping[str, float], seed: int) -> tuple[Period, ...]:
-    """Periods from three in the window up to 60 Hz, or to where a search still is cheap."""
+    """Of ten cycles in the window or more, three where it is short, up to 60 Hz or where a search still is cheap."""
     at = noise.detours.start_s
-    low = max(1.0, 3.0 / window_s)
-    high = min(MOST_HZ, MOST_SCAN / window_s)
+    low = max(periods.BLOCK_PERIODS / window_s, min(1.0, FEWEST_CYCLES / window_s))
+    high = min(MOST_HZ, MOST_CYCLES / window_s)
     if len(at) < periods.FEWEST_STAMPS or low >= high:
         return ()
     inside = at <= window_s
@@ -266,69 +299,23 @@ def rhythm_of(noise: Noise, window_s: float, own: Mapping[str, float], seed: int
     return tuple(found)
 
 
-def collectives_of(trace: Trace) -> Collectives | None:
-    ranks = [rank for rank in trace.ranks if len(trace.get(rank, "quantum", COLLECTIVE))]
-    if len(ranks) < 2:
+def scored(windows: Windows, options: Options) -> Scores | None:
+    """By the ranks' own numbers; None of a single rank, or few windows."""
+    rows = list(windows.rows.values())
+    if len(rows) < 2 or min(map(len, rows)) < LEAST_STEPS:
         return None
-    series = [trace.get(rank, "quantum", COLLECTIVE) for rank in ranks]
-    offset, residual = zip(*(clock_of(trace, rank) for rank in ranks), strict=True)
-    begin = (
-        [int(trace.get(rank, "quantum", LOCAL).start_ns[0]) for rank in ranks]
-        if LOCAL in trace.names()
-        else None
-    )
-    return split(
-        [s.start_ns for s in series],
-        [s.end_ns for s in series],
-        begin_ns=begin,
-        offset_ns=offset,
-        residual_ns=residual,
-    )
+    numbers = list(windows.rows)
+    found = score([np.maximum(row, 1e-9) for row in rows], alpha=options.alpha, seed=options.seed)
+    return replace(found, ranks=tuple(replace(r, rank=numbers[r.rank]) for r in found.ranks))
 
 
-def clock_of(trace: Trace, rank: int) -> tuple[int, int]:
-    """Offset and residual of a rank's clock, ns: the mean of before and after, and the larger doubt."""
-    found = trace.ranks[rank].get("clock", {}).get("offsets") or []
-    offsets = [float(o.get("offset_ns") or 0) for o in found] or [0.0]
-    doubts = [float(o.get("residual_ns") or 0) for o in found] or [0.0]
-    return round(sum(offsets) / len(offsets)), round(max(doubts))
-
-
-def barriers(
-    trace: Trace, kernel: str, collectives: Collectives | None, window_s: float
-) -> tuple[str, list[Floats]]:
-    """Seconds that each rank takes from barrier to barrier, [P][n]: local time before collectives, else sums of
-    quanta of fixed work of `window_s` together; none of fixed time.
-    """
-    if collectives is not None:
-        return f"local time before {COLLECTIVE}", list(collectives.local_s)
-    if not kernel or kernel.endswith(FIXED_TIME):
-        return kernel, []
-    rows = [trace.get(rank, "quantum", kernel).seconds for rank in trace.ranks]
-    rows = [row for row in rows if len(row) >= FEW_SAMPLES]
-    if not rows:
-        return kernel, []
-    width = max(1, round(window_s / float(np.median(np.concatenate(rows)))))
-    return kernel, [np.add.reduceat(row[: len(row) // width * width], np.arange(0, len(row) // width * width, width))
-                    for row in rows if len(row) >= width]  # fmt: skip
-
-
-def scored(windows: Sequence[Floats], alpha: float, seed: int) -> Scores | None:
-    if len(windows) < 2 or min(map(len, windows)) < LEAST_STEPS:
-        return None
-    return score([np.maximum(row, 1e-9) for row in windows], alpha=alpha, seed=seed)
-
-
-def projected(
-    windows: Sequence[Floats], hosts: Sequence[str], ranks: Sequence[int], seed: int
-) -> tuple[Projection, ...]:
+def projected(windows: Windows, options: Options) -> tuple[Projection, ...]:
     """What was seen, and with a tail beyond it."""
-    if not windows or len(windows) != len(hosts):
-        return ()
-    rows = [np.maximum(row, 1e-9) for row in windows]
-    sizes = {hosts.count(host) for host in hosts}
-    names = list(hosts) if len(sizes) == 1 else None  # else each rank is a host of its own
-    return tuple(project(rows, ranks, hosts=names, model=model, seed=seed) for model in ("ecdf", "gpd"))
+    rows = [np.maximum(row, 1e-9) for row in windows.rows.values()]
+    return tuple(
+        project(rows, options.ranks, hosts=windows.host_names, model=model, seed=options.seed)
+        for model in ("ecdf", "gpd")
+    )
 
 
 def warnings(trace: Trace, series: Sequence[OfRank], names: Sequence[str]) -> tuple[str, ...]:
@@ -338,7 +325,7 @@ def warnings(trace: Trace, series: Sequence[OfRank], names: Sequence[str]) -> tu
     ]
     seen = {(s.rank, s.kernel) for s in series}
     found += [
-        f"rank {rank}: fewer than {FEW_SAMPLES} quanta of {name}, or most without work done; measure longer"
+        f"rank {rank}: fewer than {FEWEST_QUANTA} quanta of {name}, or most without work done; measure longer"
         for name in names
         for rank in trace.ranks
         if (rank, name) not in seen

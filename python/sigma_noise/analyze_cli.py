@@ -1,5 +1,6 @@
 """`sigma noise analyze`, `project` and `compare`: functions that `cli` registers."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,11 +41,13 @@ def analyze(
     from sigma_train.errors import WrongInput
     from sigma_train.files import must_be_writable, write_text
 
-    from sigma_noise import parts, screen, steps, steps_view, trace
+    from sigma_noise import screen, steps, steps_view, trace
+    from sigma_noise.analysis import Options
     from sigma_noise.analysis import analyze as of_trace
     from sigma_noise.as_json import as_json
+    from sigma_noise.reading import read_any
 
-    measured = parts.read(path) if path.is_dir() and parts.has_any(path) else trace.read(path)
+    measured = read_any(path)
     if steps.has_steps(
         measured
     ):  # of sigma train: ranks are told apart by steps, whose phases are no fixed work
@@ -54,17 +57,12 @@ def analyze(
             )
         print(steps_view.sentence(steps.step_noise(measured)))
         return
-    injected = None
-    if truth is not None:
-        log = trace.read(truth)
-        injected = {name: series for rank in log.ranks for name, series in log.of(rank, "event")}
+    log = None if truth is None else trace.read(truth)
     try:
-        found = of_trace(
-            measured, kernel=kernel, tau_s=tau, ranks=whole_numbers("ranks", ranks), window_s=window, alpha=alpha,
-            seed=seed, injected=injected, digests=trace.digests(path),
-        )  # fmt: skip
+        options = Options(kernel, tau, whole_numbers("ranks", ranks), window, alpha, seed)
+        found = of_trace(measured, options, truth=log, digests=trace.digests(path))
     except ValueError as error:
-        raise WrongInput(f"{path}: {error}") from None
+        raise WrongInput(f"{path}: {as_options(str(error))}") from None
     for line in screen.lines(found):
         print(line)
     if json_file is not None:
@@ -93,17 +91,20 @@ def project(
     ] = False,
     model: Annotated[str, typer.Option(help="of ecdf, gpd, replay; by commas")] = "ecdf,gpd",
     budget: Annotated[
-        float | None, typer.Option(min=1.0, help="exit with 1 if S at the largest N is certain to be above")
+        float | None,
+        typer.Option(
+            min=1.0, help="exit with 1 if S at the largest N is certain to be above, 3 if it is refused"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """S(N): how much longer N ranks take than one, because they wait for the slowest."""
     from sigma_train.errors import WrongInput
 
-    from sigma_noise import trace
-    from sigma_noise.many_ranks import projections, show
+    from sigma_noise.many_ranks import over_budget, projections, show
+    from sigma_noise.reading import read_quanta
 
-    measured = trace.read(path)
+    measured = read_quanta(path)
     try:
         found = projections(
             measured, kernel=kernel, ranks=whole_numbers("ranks", ranks), window_s=window,
@@ -111,10 +112,16 @@ def project(
             seed=seed,
         )  # fmt: skip
     except ValueError as error:
-        raise WrongInput(f"{path}: {error}") from None
+        raise WrongInput(f"{path}: {as_options(str(error))}") from None
     show(found)
-    if budget is not None and any(bool(p.low[-1] > budget) for p in found):
-        print(f"over the budget: S({found[0].ranks[-1]:,}) is above {budget:g}")
+    if budget is None:
+        return
+    verdict, largest = over_budget(found, budget), max(found[0].ranks)
+    if verdict is None:
+        print(f"not decided: no model has a figure for {largest:,} ranks, to be held against {budget:g}")
+        raise typer.Exit(Exit.INCONCLUSIVE)
+    if verdict:
+        print(f"over the budget: S({largest:,}) is above {budget:g}")
         raise typer.Exit(Exit.REGRESSED)
 
 
@@ -141,6 +148,11 @@ def compare(
         verdict = judged(base, new, kernel, metric, margin or [], calibrate, alpha, seed)
         show(verdict, json_file)
     raise typer.Exit(verdict.exit)
+
+
+def as_options(text: str) -> str:
+    """What the library says of its arguments, of the options they came by."""
+    return re.sub(r"^(?:project: )?(kernel|window|truth|tau|ranks)\b", r"--\1", text)
 
 
 @contextmanager

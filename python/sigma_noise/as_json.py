@@ -10,14 +10,15 @@ import numpy as np
 from sigma_noise.analysis import Analysis, Gaps, OfRank
 from sigma_noise.attribution import Attribution
 from sigma_noise.detours import Noise
+from sigma_noise.windows import Exchanges
 
 SCHEMA_VERSION = 1
 
 
 def as_json(found: Analysis) -> dict[str, Any]:
-    collectives = found.collectives
     return {
         "schema_version": SCHEMA_VERSION,
+        "options": plain(found.options),
         "kernel": found.kernel,
         "hosts": {str(rank): host for rank, host in found.hosts.items()},
         "run": plain(found.run),
@@ -26,19 +27,7 @@ def as_json(found: Analysis) -> dict[str, Any]:
         "idle_loop": [gaps(g) for g in found.gaps],
         "ranked": found.ranked,
         "scores": plain(found.scores),
-        "collectives": None
-        if collectives is None
-        else {
-            "times_last": plain(collectives.times_last),
-            "undecided": collectives.undecided,
-            "impossible": collectives.impossible,
-            "unmatched": collectives.unmatched,
-            "steps": len(collectives.step),
-            "mean_local_s": plain(collectives.local_s.mean(1)),
-            "mean_wait_s": plain(collectives.wait_s.mean(1)),
-            "mean_transfer_s": plain(collectives.transfer_s.mean(1)),
-            "caused_wait_s": plain(collectives.caused_wait_s),
-        },
+        "collectives": None if found.exchanges is None else exchanges(found.exchanges),
         "window_s": plain(found.window_s),
         "projections": [plain(p) for p in found.projections],
         "warnings": list(found.warnings),
@@ -57,6 +46,23 @@ def series(s: OfRank) -> dict[str, Any]:
         "changes": plain(s.changes),
         "periods": plain(s.periods),
         "causes": None if s.causes is None else causes(s.causes),
+    }
+
+
+def exchanges(found: Exchanges) -> dict[str, Any]:
+    """Rows of `ranks`, in their order."""
+    parts = found.parts
+    return {
+        "ranks": list(found.ranks),
+        "times_last": plain(parts.times_last),
+        "undecided": parts.undecided,
+        "impossible": parts.impossible,
+        "unmatched": parts.unmatched,
+        "steps": len(parts.step),
+        "mean_local_s": plain(parts.local_s.mean(1)),
+        "mean_wait_s": plain(parts.wait_s.mean(1)),
+        "mean_transfer_s": plain(parts.transfer_s.mean(1)),
+        "caused_wait_s": plain(parts.caused_wait_s),
     }
 
 

@@ -6,13 +6,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sigma_noise.analysis import barriers, chosen, collectives_of
 from sigma_noise.detours import FLOOR
 from sigma_noise.project import Projection, Work, project, project_replay
 from sigma_noise.replay import Detours
 from sigma_noise.step import FLAGS, Barrier
 from sigma_noise.trace import Trace
 from sigma_noise.units import count, time_of
+from sigma_noise.windows import FEWEST_QUANTA, Windows, chosen, exchanges_of, windows_of
 
 MODELS = ("ecdf", "gpd", "replay")
 
@@ -28,52 +28,54 @@ def projections(
     is_cosched: bool,
     seed: int,
 ) -> list[Projection]:
-    """One of each model.  Raises: ValueError for a model or a kernel that is none, or a trace without windows."""
+    """One of each model, all of the same windows.
+
+    Raises: ValueError for a model or a kernel that is none, collectives that cannot be, or a trace without windows.
+    """
     if wrong := [m for m in models if m not in MODELS]:
         raise ValueError(f"--model must be of {', '.join(MODELS)}, found {wrong[0]!r}")
     if is_cosched and set(models) != {"replay"}:
         raise ValueError(f"--cosched is of --model replay, found {','.join(models)}")
-    names = [name for name in measured.names() if name != "a2a"]
-    kernel = chosen(measured, names, kernel)
-    _, windows = barriers(measured, kernel, collectives_of(measured), window_s)
-    if not windows:
-        raise ValueError("quanta of fixed work or collectives are needed, found none")
-    hosts = [str(about.get("host", rank)) for rank, about in measured.ranks.items()]
-    shared = hosts if len({hosts.count(host) for host in hosts}) == 1 else list(map(str, range(len(hosts))))
+    exchanges, impossible = exchanges_of(measured) if kernel is None else (None, "")
+    if impossible:
+        raise ValueError(f"{impossible}; --kernel names one to project by its quanta")
+    windows = windows_of(measured, chosen(measured, kernel), exchanges, window_s)
+    if windows is None:
+        raise ValueError(f"collectives or {FEWEST_QUANTA} quanta of fixed work are wanted, found none")
     found = []
     for model in models:
         if model == "replay":
-            found.append(replayed(measured, kernel, shared, window_s, per_step, ranks, is_cosched, seed))
+            found.append(replayed(measured, windows, per_step, ranks, is_cosched, seed))
         else:
-            found.append(
-                project([Barrier(kernel, windows, per_step)], ranks, hosts=shared, model=model, seed=seed)
-            )
+            barrier = Barrier(windows.what, list(windows.rows.values()), per_step)
+            found.append(project([barrier], ranks, hosts=windows.host_names, model=model, seed=seed))
     return found
 
 
 def replayed(
-    measured: Trace,
-    kernel: str,
-    hosts: Sequence[str],
-    window_s: float,
-    per_step: int,
-    ranks: Sequence[int],
-    is_cosched: bool,
-    seed: int,
+    measured: Trace, windows: Windows, per_step: int, ranks: Sequence[int], is_cosched: bool, seed: int
 ) -> Projection:
     """Of quanta as traces of detours: what each took beyond its rank's floor, at the useful time at which it did."""
     by_host: dict[str, list[Detours]] = {}
-    for rank, host in zip(measured.ranks, hosts, strict=True):
-        series = measured.get(rank, "quantum", kernel)
+    for rank, host in zip(windows.rows, windows.host_names, strict=True):
+        series = measured.get(rank, "quantum", windows.kernel)
+        if not len(series):
+            raise ValueError(f"--model replay wants quanta of {windows.kernel}, found none of rank {rank}")
         seconds = series.seconds
-        floor = float(np.quantile(seconds, FLOOR))
-        excess = np.maximum(0.0, seconds - floor)
+        excess = np.maximum(0.0, seconds - float(np.quantile(seconds, FLOOR)))
         start_s = series.since(int(series.start_ns[0]))
         took = excess > 0
         end_s = float(start_s[-1] + seconds[-1])
         by_host.setdefault(host, []).append(Detours.of(start_s[took], excess[took], end_s))
-    work = [Work(kernel, window_s, per_step)]
+    work = [Work(windows.what, windows.work_s, per_step)]
     return project_replay(list(by_host.values()), work, ranks, is_cosched=is_cosched, seed=seed)
+
+
+def over_budget(found: Sequence[Projection], budget: float) -> bool | None:
+    """Whether S at the largest N is certain to be above, by any model; None if no model has a figure there."""
+    at = int(np.argmax(found[0].ranks))
+    low = [float(p.low[at]) for p in found if np.isfinite(p.low[at])]
+    return any(x > budget for x in low) if low else None
 
 
 def show(found: Sequence[Projection]) -> None:

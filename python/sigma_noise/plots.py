@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from sigma_noise import detours, pareto, periods
+from sigma_noise import detours, pareto, periods, spectrum
 from sigma_noise.analysis import Analysis, OfRank
 from sigma_noise.trace import Trace
 from sigma_noise.units import time_of
@@ -25,6 +25,7 @@ def figures(trace: Trace, found: Analysis) -> dict[str, Figure]:
         "When and where": heat_map(trace, found),
         "How long detours are": ccdf(found),
         "Rhythm": folded(found),
+        "Spectrum": lines(trace, found),
         "What ranks cost": rank_bars(found),
         "Causes": causes(found),
         "Many ranks": fan(found),
@@ -34,30 +35,36 @@ def figures(trace: Trace, found: Analysis) -> dict[str, Figure]:
 
 
 def heat_map(trace: Trace, found: Analysis) -> Figure | None:
-    """Excess over each rank's own floor, mean of a cell of time."""
+    """Excess over the floor of its time, mean of a cell; a host's time begins with the first quantum on it."""
     of = [s for s in found.of(found.kernel) if not s.is_fixed_time]
     if not of:
         return None
     series = {s.rank: trace.get(s.rank, "quantum", found.kernel) for s in of}
-    origin = min(int(x.start_ns[0]) for x in series.values())
-    end = max(int(x.end_ns[-1]) for x in series.values())
+    begin: dict[str, int] = {}
+    for rank, x in series.items():
+        host = found.hosts[rank]
+        begin[host] = min(int(x.start_ns[0]), begin.get(host, int(x.start_ns[0])))
+    span = max(1, *(int(x.end_ns[-1]) - begin[found.hosts[rank]] for rank, x in series.items()))
     cells = np.full((len(of), COLUMNS), np.nan)
     for row, s in zip(cells, of, strict=True):
         x = series[s.rank]
         seconds = x.seconds
-        floor = float(np.quantile(seconds, detours.FLOOR))
-        at = np.minimum((x.start_ns - origin) * COLUMNS // max(1, end - origin), COLUMNS - 1)
+        at = np.minimum((x.start_ns - begin[found.hosts[s.rank]]) * COLUMNS // span, COLUMNS - 1)
         spent = np.bincount(at, seconds, COLUMNS)
-        lost = np.bincount(at, np.maximum(0.0, seconds - floor), COLUMNS)
+        lost = np.bincount(at, np.maximum(0.0, seconds - detours.floor(seconds, s.bounds)), COLUMNS)
         np.divide(lost, spent, out=row, where=spent > 0)
     figure, axes = plt.subplots(figsize=(11, 1.6 + 0.25 * min(len(of), 40)))
     image = axes.imshow(
         cells * 100, aspect="auto", interpolation="nearest", cmap="magma_r", vmin=0,
-        extent=(0, (end - origin) * 1e-9, len(of) - 0.5, -0.5),
+        extent=(0, span * 1e-9, len(of) - 0.5, -0.5),
     )  # fmt: skip
     if len(of) <= 40:
         axes.set_yticks(range(len(of)), [str(s.rank) for s in of])
-    axes.set(xlabel="seconds", ylabel="rank", title=f"time of {found.kernel} beyond its floor, %")
+    axes.set(
+        xlabel="seconds since the first of the host",
+        ylabel="rank",
+        title=f"time of {found.kernel} beyond its floor, %",
+    )
     figure.colorbar(image, ax=axes, label="% of the time")
     return figure
 
@@ -106,6 +113,24 @@ def folded(found: Analysis) -> Figure | None:
         xlabel=f"ms from the pulse of a period of {time_of(period.period_s)}{named}", ylabel="lost a cycle, ms",
         title=where,
     )  # fmt: skip
+    return figure
+
+
+def lines(trace: Trace, found: Analysis) -> Figure | None:
+    """Welch's spectrum of work done, of the noisiest rank with quanta of fixed time."""
+    worst = max((s for s in found.series if s.is_fixed_time), key=lambda s: s.noise.share, default=None)
+    if worst is None:
+        return None
+    count = trace.get(worst.rank, "quantum", worst.kernel).value
+    if len(count) < spectrum.FEWEST or np.ptp(count) == 0:
+        return None
+    s = spectrum.welch(count, worst.noise.observed_s / len(count))
+    figure, axes = plt.subplots(figsize=(7, 3.4))
+    axes.plot(s.frequency_hz, s.power, color=BLUE, linewidth=0.8, label="chunks², a Hz")
+    axes.plot(s.frequency_hz, s.alarm, color=RED, linewidth=0.8, linestyle="--", label="a line is above this")
+    axes.set(xscale="log", yscale="log", xlabel="Hz", title=f"rank {worst.rank}, {worst.kernel}")
+    axes.grid(alpha=0.3, which="both", linewidth=0.4)
+    axes.legend(fontsize=8)
     return figure
 
 
@@ -186,10 +211,9 @@ def fan(found: Analysis) -> Figure | None:
 def tail(found: Analysis) -> Figure | None:
     """The fitted tail against the windows themselves, as they exceed its threshold."""
     fitted = next((t for p in found.projections for t in p.tails), None)
-    windows = found.longest
-    if fitted is None or not len(windows):
+    if fitted is None or found.windows is None:
         return None
-    x = np.sort(windows)
+    x = np.sort(found.windows.longest_s)
     beyond = 1 - np.arange(len(x)) / len(x)
     y = np.linspace(0, (x[-1] - fitted.threshold) * 1.5, 200)
     law = fitted.share * np.exp(pareto.log_survival(y, np.float64(fitted.shape), np.float64(fitted.scale)))

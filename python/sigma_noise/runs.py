@@ -1,8 +1,10 @@
 """Runs as numbers, for `sigma noise compare`: each run is a measurement, each metric one number of it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -10,16 +12,35 @@ from rich.table import Table
 from sigma_train.errors import WrongInput
 from sigma_train.files import must_be_writable, write_text
 
-from sigma_noise import changes, detours, trace
+from sigma_noise import changes, detours
 from sigma_noise.as_json import plain
+from sigma_noise.attribution import NO_CAUSE
 from sigma_noise.calibrate import calibrate, split
 from sigma_noise.compare import MARGINS, Comparison, compare
 from sigma_noise.project import project
+from sigma_noise.reading import read_quanta
 from sigma_noise.trace import Trace
+from sigma_noise.windows import chosen, is_fixed_time, kernels
 
 COMPARISONS = 200  # of A with A, in a calibration
 N = 2048
+PLAN = (
+    "quantum_s",
+    "threads",
+    "sizes",
+    "backend",
+)  # of what a run says that it did, all runs must say the same
 Numbers = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs of one folder: for each metric a number a run, what they measured, and units that were slowed down."""
+
+    folder: Path
+    numbers: Numbers
+    plan: str
+    throttled: tuple[str, ...]
 
 
 def judged(
@@ -38,19 +59,31 @@ def judged(
     given = dict(map(as_margin, margins))
     if wrong := [name for name in metrics or () if name not in MARGINS]:
         raise WrongInput(f"--metric must be one of {', '.join(MARGINS)}, found {wrong[0]!r}")
-    arms = [numbers(runs_of(folder), kernel) for folder in (base, new)]
-    throttled = sorted({unit for folder in (base, new) for unit in throttled_in(runs_of(folder))})
-    if calibration is not None:
-        own = numbers(runs_of(calibration), kernel)
-        arm = len(own["median_s"]) // 2
-        try:
-            pairs = split(own, arm, COMPARISONS, np.random.default_rng(seed))
-            given = dict(calibrate(pairs, given).margins)
-        except ValueError as error:
-            raise WrongInput(f"--calibrate {calibration}: {error}") from None
-    common = [name for name in arms[0] if name in arms[1]]
+    arms = [arm_of(base, kernel), arm_of(new, kernel)]
+    own = [] if calibration is None else [arm_of(calibration, kernel)]
+    for arm in (*arms, *own):
+        if arm.plan != arms[0].plan:
+            raise WrongInput(
+                f"{arm.folder}: runs must measure what {base} has, {arms[0].plan}, found {arm.plan}"
+            )
     try:
-        return compare(*arms, margins=given, metrics=metrics or common, alpha=alpha, throttled=throttled)
+        for arm in own:
+            pairs = split(
+                arm.numbers, len(arm.numbers["median_s"]) // 2, COMPARISONS, np.random.default_rng(seed)
+            )
+            given = dict(calibrate(pairs, given).margins)
+    except ValueError as error:
+        raise WrongInput(f"--calibrate {calibration}: {error}") from None
+    common = [name for name in arms[0].numbers if name in arms[1].numbers]
+    throttled = sorted({unit for arm in arms for unit in arm.throttled})
+    try:
+        return compare(
+            *(arm.numbers for arm in arms),
+            margins=given,
+            metrics=metrics or common,
+            alpha=alpha,
+            throttled=throttled,
+        )
     except ValueError as error:
         raise WrongInput(str(error)) from None
 
@@ -77,27 +110,43 @@ def runs_of(folder: Path) -> list[Path]:
     return found
 
 
-def numbers(runs: Sequence[Path], kernel: str | None) -> Numbers:
-    """For each metric a number a run.  A metric that some run cannot tell is left out."""
-    found = [metrics_of(trace.read(run), kernel, run) for run in runs]
-    asked = {json.dumps(plain(what), sort_keys=True) for _, what in found}
-    if len(asked) > 1:
-        raise WrongInput(f"{runs[0].parent}: runs must measure the same, found {len(asked)} different plans")
-    names = [name for name in found[0][0] if all(name in one for one, _ in found)]
-    return {name: [one[name] for one, _ in found] for name in names}
+def arm_of(folder: Path, kernel: str | None) -> Arm:
+    """Each run is read once.  A metric that some run cannot tell is left out."""
+    numbers: list[dict[str, float]] = []
+    plans, throttled = [], []
+    for path in runs_of(folder):
+        measured = read_quanta(path)
+        name = fixed_work(measured, kernel, path)
+        numbers.append(metrics_of(measured, name, path))
+        about = {"kernel": name, "ranks": len(measured.ranks)} | {k: measured.run.get(k) for k in PLAN}
+        plans.append(json.dumps(plain(about), sort_keys=True))
+        throttled += throttled_in(measured)
+    if len(different := sorted(set(plans))) > 1:
+        raise WrongInput(f"{folder}: runs must measure the same, found {' and '.join(different[:2])}")
+    names = [name for name in numbers[0] if all(name in one for one in numbers)]
+    return Arm(folder, {name: [one[name] for one in numbers] for name in names}, plans[0], tuple(throttled))
 
 
-def metrics_of(
-    measured: Trace, kernel: str | None, path: Path
-) -> tuple[dict[str, float], Mapping[str, object]]:
-    """Means over ranks of fixed work; S(2048) of windows of one quantum, by a tail, where it can be had."""
-    names = [n for n in measured.names() if not n.endswith("_ftq") and n != "a2a"]
-    asked = [n for n in (*measured.run.get("kernels", ()), *names) if n in names]
-    name = kernel or next(iter(asked), None)
-    if name not in names:
+def fixed_work(measured: Trace, kernel: str | None, path: Path) -> str:
+    """Raises: WrongInput for a kernel of fixed time, or none."""
+    names = [name for name in kernels(measured) if not is_fixed_time(measured, name)]
+    only = Trace(
+        measured.run, measured.ranks, {key: s for key, s in measured.rows.items() if key[2] in names}
+    )
+    try:
+        name = chosen(only, kernel)
+    except ValueError:
+        name = ""
+    if not name:
         raise WrongInput(
-            f"{path}: no fixed work of {name or 'any kernel'} here, of {', '.join(names) or 'none'}"
+            f"{path}: --kernel must be fixed work that was measured, of {', '.join(names) or 'none'}, found "
+            f"{kernel or 'none'}"
         )
+    return name
+
+
+def metrics_of(measured: Trace, name: str, path: Path) -> dict[str, float]:
+    """Means over ranks of fixed work; S(2048) of windows of one quantum, by a tail, where it can be had."""
     of_rank: list[dict[str, float]] = []
     rows = []
     for rank in measured.ranks:
@@ -120,22 +169,18 @@ def metrics_of(
     slowdown = project(rows, (N,), model="gpd", resamples=2).slowdown[0]
     if np.isfinite(slowdown):
         found["slowdown_2048"] = float(slowdown)
-    keys = ("quantum_s", "threads", "sizes", "backend")
-    return found, {"kernel": name, "ranks": len(rows)} | {k: measured.run.get(k) for k in keys}
+    return found
 
 
-def throttled_in(runs: Sequence[Path]) -> list[str]:
-    """Units of which an accelerator's poller told that they were slowed down."""
+def throttled_in(measured: Trace) -> list[str]:
+    """Reasons of accelerators to slow down that held while they were polled."""
     found = []
-    for run in runs:
-        measured = trace.read(run)
-        for rank in measured.ranks:
-            found += [
-                f"{name} of rank {rank}"
-                for name, series in measured.of(rank, "event")
-                if "thermal" in name or "hw slowdown" in name.lower()
-                if len(series)
-            ]
+    for rank, about in measured.ranks.items():
+        poller: dict[str, Any] = about.get("accelerators") or {}
+        for name, series in measured.of(rank, "event"):
+            is_of_device = any(name.startswith(f"{device} ") for device in poller.get("devices", ()))
+            if is_of_device and len(series) and not name.endswith(NO_CAUSE):
+                found.append(f"{name} of rank {rank}")
     return found
 
 

@@ -5,7 +5,7 @@ from math import isfinite
 
 import numpy as np
 
-from sigma_noise.analysis import Analysis, Gaps, OfRank
+from sigma_noise.analysis import Analysis, OfRank
 from sigma_noise.detours import Noise
 from sigma_noise.intervals import Interval
 from sigma_noise.periods import Period
@@ -24,8 +24,8 @@ def lines(found: Analysis) -> list[str]:
     worst = found.worst
     if worst is not None:
         out += [*noise_of(worst, len(found.of(found.kernel))), *rhythm(worst.periods), *levels(worst)]
-    out += [line for gaps in found.gaps[:1] for line in of_gaps(gaps, found)]
-    out += ranks_of(found)
+    out += idle_loop(found)
+    out += [*ranks_of(found), *collectives_of(found)]
     if worst is not None and worst.causes is not None:
         out.append(f"causes      rank {worst.rank}: {worst.causes.sentence}")
     elif worst is not None:
@@ -98,7 +98,9 @@ def levels(s: OfRank) -> Iterator[str]:
         )
 
 
-def of_gaps(gaps: Gaps, found: Analysis) -> Iterator[str]:
+def idle_loop(found: Analysis) -> Iterator[str]:
+    if not found.gaps:
+        return
     worst = max(found.gaps, key=lambda g: g.noise.share)
     yield f"idle loop   rank {worst.rank}: {share_of(worst.noise.share)} of the time; {detours_of(worst.noise)}"
     if not any(s.periods for s in found.series):
@@ -115,16 +117,20 @@ def ranks_of(found: Analysis) -> Iterator[str]:
         f"ranks       {len(scores.ranks)} by {found.ranked}, {scores.steps:,} steps: {scores.pattern}; the slowest of "
         f"them makes {scores.slowdown:.3f} of the median rank"
     )
-    if found.collectives is not None:
-        times = found.collectives.times_last
-        who, decided = int(times.argmax()), max(1, int(times.sum()))
-        wait, transfer = (
-            time_of(float(x.mean())) for x in (found.collectives.wait_s, found.collectives.transfer_s)
-        )
-        yield (
-            f"collective  rank {list(found.hosts)[who]} arrived last in {times[who] / decided:.0%} of {decided:,}; "
-            f"mean wait {wait}, transfer {transfer}"
-        )
+
+
+def collectives_of(found: Analysis) -> Iterator[str]:
+    if found.exchanges is None:
+        return
+    parts = found.exchanges.parts
+    times, steps = parts.times_last, len(parts.step)
+    wait, transfer = (time_of(float(x.mean())) for x in (parts.wait_s, parts.transfer_s))
+    if (decided := int(times.sum())) > 0:
+        last = found.exchanges.ranks[int(times.argmax())]
+        who = f"rank {last} arrived last in {times.max() / decided:.0%} of {decided:,}"
+    else:
+        who = f"in none of {steps:,} do the clocks say who arrived last"
+    yield f"collective  {who}; mean wait {wait}, transfer {transfer}"
 
 
 def rank_line(r: RankScore) -> str:

@@ -71,7 +71,7 @@ def must_be_writable(setting: str, folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WrongInput(
-            f"{setting}: cannot write in {folder}: {error.strerror}; name another folder"
+            f"{setting}: cannot write in {folder}: {error.strerror or error}; name another folder"
         ) from None
 
 
