@@ -136,7 +136,7 @@ def attribute(
             claim = np.maximum(claim - credit.get("cgroup throttle", 0.0), 0.0)
         credit[cause] = _settle(rest, claim)
         rest = np.maximum(rest - credit[cause], 0.0)  # rounding
-    return _summary(lost.per_bin(edges), credit, rest, unread or {}, seed)
+    return summary(lost.per_bin(edges), credit, rest, unread or {}, seed)
 
 
 def attribute_trace(
@@ -263,9 +263,10 @@ def _settle(rest: Bins, claim: Bins) -> Bins:
     return paid + later
 
 
-def _summary(
+def summary(
     lost: Bins, credit: Mapping[str, Bins], rest: Bins, unread: Mapping[str, str], seed: int
 ) -> Attribution:
+    """Of seconds lost in each bin: what each cause took, and what none did."""
     total = float(lost.sum())
     if total == 0.0:
         nothing = Share("unknown", 0.0, 0.0, 0.0, 0.0)

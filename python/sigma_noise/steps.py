@@ -74,8 +74,7 @@ def step_noise(trace: Trace, warm_up: int = WARM_UP) -> StepNoise:
         raise ValueError(
             f"step_noise: all ranks of the trace must have a step after the first {warm_up}, found none"
         )
-    attempts = [_Attempt(trace, number, windows, warm_up) for number, windows in _attempts(trace).items()]
-    attempts = [attempt for attempt in attempts if attempt.n]
+    attempts = attempts_of(trace, warm_up)
     ranks = sorted({rank for attempt in attempts for rank in attempt.ranks})
     place = {rank: i for i, rank in enumerate(ranks)}
     sums: dict[str, Any] = {name: np.zeros(len(ranks)) for name in _BY_RANK}
@@ -116,11 +115,17 @@ def has_steps(trace: Trace, warm_up: int = WARM_UP) -> bool:
             len(_within(trace.get(rank, "quantum", "step"), window)) > warm_up
             for rank, window in windows.items()
         )
-        for windows in _attempts(trace).values()
+        for windows in windows_of(trace).values()
     )
 
 
-def _attempts(trace: Trace) -> dict[int, dict[int, Window]]:
+def attempts_of(trace: Trace, warm_up: int = WARM_UP) -> "list[Attempt]":
+    """Those that have a step on every rank."""
+    found = [Attempt(trace, number, windows, warm_up) for number, windows in windows_of(trace).items()]
+    return [attempt for attempt in found if attempt.n]
+
+
+def windows_of(trace: Trace) -> dict[int, dict[int, Window]]:
     """Of each start of the ranks, whose number all of them have, when it was on each rank's clock."""
     found: dict[int, dict[int, Window]] = {}
     for rank in trace.ranks:
@@ -134,36 +139,36 @@ def _attempts(trace: Trace) -> dict[int, dict[int, Window]]:
     return dict(sorted(found.items()))
 
 
-class _Attempt:
+class Attempt:
     """Sums over the steps of one start of the ranks."""
 
     def __init__(self, trace: Trace, number: int, windows: Mapping[int, Window], warm_up: int) -> None:
         self.trace, self.number, self.windows, self.ranks = trace, number, windows, sorted(windows)
         self.warm_up = warm_up
-        self.steps = {rank: _after(self._rows(rank, "quantum", "step"), warm_up) for rank in self.ranks}
+        self.steps = {rank: _after(self.rows(rank, "quantum", "step"), warm_up) for rank in self.ranks}
         self.n = min(len(steps) for steps in self.steps.values())
         if not self.n:
             return
         self._check_numbers()
-        self.blocked = {rank: self._rows(rank, "quantum", "blocked") for rank in self.ranks}
+        self.blocked = {rank: self.rows(rank, "quantum", "blocked") for rank in self.ranks}
         whole = np.stack([self.steps[rank].seconds[: self.n] for rank in self.ranks], 1)
         blocked = np.stack([self._by_step(rank, self.blocked[rank]) for rank in self.ranks], 1)
         self.blocked_s = blocked.sum(0)
         self.steps_s = float(whole.mean(1).sum())
         self._compare(whole - blocked)
-        self.gc_s = np.array([self._by_step(r, self._rows(r, "event", "gc")).sum() for r in self.ranks])
+        self.gc_s = np.array([self._by_step(r, self.rows(r, "event", "gc")).sum() for r in self.ranks])
         self.phases_s = {
-            name: np.array([self._by_step(r, self._rows(r, "quantum", name)).sum() for r in self.ranks])
+            name: np.array([self._by_step(r, self.rows(r, "quantum", name)).sum() for r in self.ranks])
             for name in trace.run.get("phases", ())
         }
         self._split_blocked()
 
-    def _rows(self, rank: int, kind: str, name: str) -> Series:
+    def rows(self, rank: int, kind: str, name: str) -> Series:
         return _within(self.trace.get(rank, kind, name), self.windows[rank])
 
     def _check_numbers(self) -> None:
         numbers = [
-            _after(self._rows(rank, "counter", "step"), self.warm_up).value[: self.n] for rank in self.ranks
+            _after(self.rows(rank, "counter", "step"), self.warm_up).value[: self.n] for rank in self.ranks
         ]
         for rank, own in zip(self.ranks, numbers, strict=True):
             if not np.array_equal(own, numbers[0]):
@@ -172,7 +177,7 @@ class _Attempt:
                     f"rank {rank} has others than rank {self.ranks[0]}"
                 )
 
-    def _step_of(self, rank: int, series: Series) -> Counts:
+    def step_of(self, rank: int, series: Series) -> Counts:
         """In which of the n steps each row begins and ends; -1: in none."""
         steps = self.steps[rank]
         step = np.searchsorted(steps.start_ns, series.start_ns, "right") - 1
@@ -181,7 +186,7 @@ class _Attempt:
 
     def _by_step(self, rank: int, series: Series) -> Floats:
         """[n], the seconds of these rows in each step."""
-        step = self._step_of(rank, series)
+        step = self.step_of(rank, series)
         return np.bincount(step[step >= 0], series.seconds[step >= 0], self.n)
 
     def _compare(self, local: Floats) -> None:
@@ -202,21 +207,25 @@ class _Attempt:
         """Wait and transfer of each rank, and who came last, over all collectives of whose ranks all are known."""
         self.wait_s, self.transfer_s = np.zeros(len(self.ranks)), np.zeros(len(self.ranks))
         self.last, self.collectives = np.zeros(len(self.ranks), np.int64), 0
-        peers_of = set()
+        for name, peers in self.peers():
+            if set(peers) <= set(self.ranks) and len(peers) > 1:
+                self._split(name, peers)
+
+    def peers(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Collectives, and the ranks that take part in each."""
+        found = set()
         for about in (self.trace.ranks[rank] for rank in self.ranks):
             groups = about.get("groups", {}).get(str(self.number), {})
             named = about.get("collectives", {}).items()
-            peers_of |= {(name, tuple(groups[group])) for name, group in named if group in groups}
-        for name, peers in sorted(peers_of):
-            if set(peers) <= set(self.ranks) and len(peers) > 1:
-                self._split(name, peers)
+            found |= {(name, tuple(groups[group])) for name, group in named if group in groups}
+        return sorted(found)
 
     def _split(self, name: str, peers: tuple[int, ...]) -> None:
         """Of one collective, whose k-th call is the same on all of its ranks."""
         rows, steps = [], []
         for rank in peers:
-            series = self._rows(rank, "quantum", name)
-            step = self._step_of(rank, series)
+            series = self.rows(rank, "quantum", name)
+            step = self.step_of(rank, series)
             rows.append(_where(series, step >= 0))
             steps.append(step[step >= 0])
         if not all(np.array_equal(step, steps[0]) for step in steps):
@@ -225,10 +234,10 @@ class _Attempt:
             )
         if not len(steps[0]):
             return
-        waits = np.stack([self._waits_ns(rank, own, name) for rank, own in zip(peers, rows, strict=True)])
+        waits = np.stack([self.waits_ns(rank, own, name) for rank, own in zip(peers, rows, strict=True)])
         ends = np.stack([own.end_ns for own in rows])
         blocked = ends - waits
-        if self._share_a_clock(peers):
+        if self.share_a_clock(peers):
             arrivals = np.stack([own.start_ns for own in rows])
             wait = np.clip(np.minimum(ends, arrivals.max(0)) - waits, 0, None)
             last = arrivals.argmax(0)
@@ -241,7 +250,7 @@ class _Attempt:
         self.last[at] += np.bincount(last, minlength=len(peers))
         self.collectives += len(last)
 
-    def _waits_ns(self, rank: int, rows: Series, name: str) -> Counts:
+    def waits_ns(self, rank: int, rows: Series, name: str) -> Counts:
         """When the rank began to wait for each of these: the begin of the time blocked that ends with it."""
         blocked = self.blocked[rank]
         at = np.minimum(np.searchsorted(blocked.end_ns, rows.end_ns), len(blocked) - 1)
@@ -249,7 +258,7 @@ class _Attempt:
             raise ValueError(f"step_noise: each {name} of rank {rank} must end with a row of blocked")
         return blocked.start_ns[at]
 
-    def _share_a_clock(self, peers: tuple[int, ...]) -> bool:
+    def share_a_clock(self, peers: tuple[int, ...]) -> bool:
         boots = {self.trace.ranks[rank].get("boot") for rank in peers}
         return len(boots) == 1 and None not in boots
 

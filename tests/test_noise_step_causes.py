@@ -1,0 +1,140 @@
+"""Why a rank of a training was late, on simulated ranks of which every nanosecond is known."""
+
+import numpy as np
+import pytest
+from sigma_noise.attribution import STOPPED
+from sigma_noise.step_causes import COMPUTING, late
+from sigma_noise.trace import Series, Trace
+from test_noise_steps import Simulated
+
+MS = 1_000_000
+STEPS, CALLS, RANKS, WORST = 60, 4, 4, 2
+
+
+def work(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(2 * MS, 2 * MS + MS // 20, (STEPS, CALLS, RANKS))
+
+
+def with_counters(simulated: Simulated, **more: np.ndarray) -> Trace:
+    """Read where steps begin and end.  A rank is on a CPU while it works but for `more`, ns by step of the worst."""
+    trace = simulated.trace()
+    rows = dict(trace.rows)
+    for rank in range(RANKS):
+        steps = trace.get(rank, "quantum", "step")
+        stamps = np.stack([steps.start_ns, steps.end_ns], 1).ravel()
+        took = {name: (ns if rank == WORST else 0 * ns) for name, ns in more.items()}
+        off = sum(took.values(), np.zeros(STEPS))
+        rises = {"on_cpu_ns": simulated.work[:, :, rank].sum(1) - off, "run_delay_ns": np.zeros(STEPS)}
+        rises |= {"throttled_ns": np.zeros(STEPS)}
+        rises |= {name: ns for name, ns in took.items() if name in rises}
+        for name, rise in rises.items():
+            value = np.repeat(np.concatenate([[0.0], np.cumsum(rise)]), 2)[1:-1]
+            rows[rank, "counter", name] = Series(stamps, stamps, value.astype(np.float64))
+    return Trace(trace.run, trace.ranks, rows)
+
+
+def delayed(ns: int, call: int = 1, every: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Work of all with the worst rank's `call` longer in every so many steps, and by how much, [steps]."""
+    by_step = np.where(np.arange(STEPS) % every == 0, ns, 0)
+    of_all = work()
+    of_all[:, call, WORST] += by_step
+    return of_all, by_step
+
+
+@pytest.mark.parametrize(
+    ("counter", "cause"),
+    [
+        ("throttled_ns", "cgroup throttle"),
+        ("run_delay_ns", "run-queue wait"),
+        ("stopped", STOPPED),
+        (None, COMPUTING),
+    ],
+)
+def test_the_cause_is_what_the_counters_of_the_late_rank_say(counter, cause):
+    of_all, by_step = delayed(30 * MS)
+    transfer = np.full((STEPS, CALLS), MS // 10)
+    found = late(
+        with_counters(Simulated(of_all, transfer), **({counter: by_step} if counter else {})), warm_up=0
+    )
+    assert found.rank == WORST
+    assert found.causes.named == cause
+    assert found.causes.share(cause) == pytest.approx(1, abs=0.01)
+    assert found.causes.lost_s == pytest.approx(20 * 0.03, rel=0.01)
+    gain = found.regained[cause]
+    plain = Simulated(work(), transfer).ended[0] - Simulated(of_all, transfer).ended[0]
+    assert gain.seconds == pytest.approx(-plain * 1e-9 / STEPS, rel=0.01)
+    assert gain.low < gain.seconds < gain.high
+    assert f"rank {WORST}: cause: {cause}" in found.sentence
+
+
+def test_what_another_rank_covers_is_not_regained():
+    """Defends: a loss of a step as the sum of what its ranks lost."""
+    of_all, by_step = delayed(30 * MS)
+    of_all[:, 1, 0] += np.where(by_step > 0, 20 * MS, 0)  # rank 0 in the same segments
+    found = late(
+        with_counters(Simulated(of_all, np.ones((STEPS, CALLS), np.int64)), run_delay_ns=by_step), warm_up=0
+    )
+    assert found.rank == WORST
+    assert found.regained["run-queue wait"].seconds == pytest.approx(0.01 / 3, rel=0.02)
+    of_all, by_step = delayed(30 * MS)
+    of_all[:, 3, 0] += np.where(by_step > 0, 20 * MS, 0)  # and in others: a step is as late as both
+    found = late(
+        with_counters(Simulated(of_all, np.ones((STEPS, CALLS), np.int64)), run_delay_ns=by_step), warm_up=0
+    )
+    assert found.regained["run-queue wait"].seconds == pytest.approx(0.03 / 3, rel=0.02)
+
+
+def test_a_log_of_injections_comes_first():
+    of_all, by_step = delayed(30 * MS)
+    simulated = Simulated(of_all, np.full((STEPS, CALLS), MS // 10))
+    trace = with_counters(simulated, run_delay_ns=by_step)
+    ends = trace.get(WORST, "quantum", "sum").start_ns.reshape(STEPS, CALLS)[by_step > 0, 1]
+    log = {"stops": Series(ends - 30 * MS, ends, np.ones(len(ends)))}
+    found = late(trace, injected=log, warm_up=0)
+    assert found.causes.named == "stops"
+    assert found.regained["stops"].seconds == pytest.approx(0.01, rel=0.02)
+    steps = trace.get(WORST, "quantum", "step")
+    some = late(trace, injected=log, between=(int(steps.start_ns[30]), int(steps.end_ns[-1])), warm_up=0)
+    assert some.steps == 30
+    with pytest.raises(ValueError, match="must have steps with others in this time, found none"):
+        late(trace, between=(0, 1), warm_up=0)
+
+
+class LeavesLate(Simulated):
+    """The worst rank is stopped while it waits: it goes on 30 ms after all others, in the first call of each step."""
+
+    def add(self, rank, kind, name, start, end, value=1.0):
+        if rank == WORST and name in ("sum", "blocked") and self._calls_of(start) == 0:
+            end += 30 * MS
+        super().add(rank, kind, name, start, end, value)
+
+    def _calls_of(self, start: int) -> int:
+        return len(self.rows.get((WORST, "quantum", "blocked"), ())) % CALLS
+
+
+def test_a_rank_that_is_stopped_while_it_waits_goes_on_late():
+    """Defends: a stop within a collective that is seen as transfer, and by nobody's name."""
+    of_all = work()
+    simulated = Simulated.__new__(LeavesLate)
+    # Its own work after the call begins 30 ms late, which the others wait for in the next.
+    of_all[:, 1, WORST] += 30 * MS
+    Simulated.__init__(simulated, of_all, np.full((STEPS, CALLS), MS // 10))
+    found = late(with_counters(simulated, stopped=np.full(STEPS, 30 * MS)), warm_up=0)
+    assert found.rank == WORST
+    assert found.causes.named == STOPPED
+    assert found.causes.lost_s == pytest.approx(STEPS * 0.03, rel=0.02)
+    assert found.regained[STOPPED].seconds == pytest.approx(0.03, rel=0.02)
+
+
+def test_without_counters_nothing_is_made_up():
+    of_all, _ = delayed(30 * MS)
+    found = late(Simulated(of_all, np.ones((STEPS, CALLS), np.int64)).trace(), warm_up=0)
+    assert found.rank == WORST
+    assert found.causes.named is None
+    assert found.causes.unknown.share == 1.0
+    assert set(found.causes.unread) == {"throttled_ns", "run_delay_ns", "on_cpu_ns"}
+
+
+def test_one_rank_is_late_for_nobody():
+    alone = Simulated(work()[:, :, :1], np.ones((STEPS, CALLS), np.int64))
+    assert late(alone.trace(), warm_up=0) is None
