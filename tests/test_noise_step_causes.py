@@ -89,15 +89,15 @@ def test_a_log_of_injections_comes_first():
     simulated = Simulated(of_all, np.full((STEPS, CALLS), MS // 10))
     trace = with_counters(simulated, run_delay_ns=by_step)
     ends = trace.get(WORST, "quantum", "sum").start_ns.reshape(STEPS, CALLS)[by_step > 0, 1]
-    log = {"stops": Series(ends - 30 * MS, ends, np.ones(len(ends)))}
+    log = {WORST: {"stops": Series(ends - 30 * MS, ends, np.ones(len(ends)))}}
     found = late(trace, injected=log, warm_up=0)
     assert found.causes.named == "stops"
     assert found.regained["stops"].seconds == pytest.approx(0.01, rel=0.02)
     steps = trace.get(WORST, "quantum", "step")
-    some = late(trace, injected=log, between=(int(steps.start_ns[30]), int(steps.end_ns[-1])), warm_up=0)
+    some = late(trace, injected=log, between=[(int(steps.start_ns[30]), int(steps.end_ns[-1]))], warm_up=0)
     assert some.steps == 30
     with pytest.raises(ValueError, match="must have steps with others in this time, found none"):
-        late(trace, between=(0, 1), warm_up=0)
+        late(trace, between=[(0, 1)], warm_up=0)
 
 
 class LeavesLate(Simulated):

@@ -2,8 +2,13 @@
 // sigma_noise/loops.py has checked them and keeps the memory alive.
 #include "bindings.h"
 
-#include <cstdint>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "heartbeat.h"
 #include "loops.h"
 #include "work.h"
 
@@ -107,6 +112,15 @@ void bind(py::module_& m) {
       [](Detours& d, int64_t duration_ns, Address stop) { detours(d, duration_ns, at<uint8_t>(stop)); },
       no_gil());
   bind_work(m);
+  py::class_<Heartbeat>(m, "Heartbeat")
+      .def(py::init<int64_t, int64_t>())
+      .def_property_readonly("spent_ns", &Heartbeat::spent_ns)
+      .def("take", [](Heartbeat& heartbeat) {
+        std::vector<std::array<int64_t, 3>> rows;
+        for (const LateWake& late : heartbeat.take())
+          rows.push_back({late.due_ns, late.woke_ns, late.waited_ns});
+        return rows;
+      });
 }
 
 }  // namespace sigma::noise

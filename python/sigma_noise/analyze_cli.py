@@ -41,13 +41,13 @@ def analyze(
     from sigma_train.errors import WrongInput
     from sigma_train.files import must_be_writable, write_text
 
-    from sigma_noise import screen, steps, steps_view, trace
-    from sigma_noise.analysis import Options
+    from sigma_noise import screen, step_causes, steps, steps_view, trace
+    from sigma_noise.analysis import Options, injections
     from sigma_noise.analysis import analyze as of_trace
     from sigma_noise.as_json import as_json
     from sigma_noise.reading import read_any
 
-    measured = read_any(path)
+    measured, log = read_any(path), None if truth is None else trace.read(truth)
     if steps.has_steps(
         measured
     ):  # of sigma train: ranks are told apart by steps, whose phases are no fixed work
@@ -56,8 +56,14 @@ def analyze(
                 f"{path}: a record of sigma train, whose report.html has this; leave --report and --json out"
             )
         print(steps_view.sentence(steps.step_noise(measured)))
+        try:
+            injected = {} if log is None else injections(measured, log)
+            why = step_causes.late(measured, injected=injected, seed=seed)
+        except ValueError as error:
+            raise WrongInput(f"{path}: {as_options(str(error))}") from None
+        if why is not None:
+            print(why.sentence)
         return
-    log = None if truth is None else trace.read(truth)
     try:
         options = Options(kernel, tau, whole_numbers("ranks", ranks), window, alpha, seed)
         found = of_trace(measured, options, truth=log, digests=trace.digests(path))

@@ -22,6 +22,16 @@ def union(start_ns: Stamps, end_ns: Stamps) -> tuple[Stamps, Stamps]:
     return start[begins], reach[np.append(begins[1:], len(start)) - 1]
 
 
+def without(of: tuple[Stamps, Stamps], other: tuple[Stamps, Stamps]) -> tuple[Stamps, Stamps]:
+    """What lies in the first union and not in the second."""
+    edges = np.unique(np.concatenate([*of, *other]))
+    if len(edges) < 2:
+        return of
+    start, end = edges[:-1], edges[1:]
+    is_in = (overlap_s(start, end, of) > 0) & (overlap_s(start, end, other) == 0)
+    return union(start[is_in], end[is_in])
+
+
 def covered(at_ns: Stamps, start_ns: Stamps, end_ns: Stamps) -> NDArray[np.float64]:
     """Length in ns of a union that lies before each of `at_ns`."""
     if not len(start_ns):

@@ -8,16 +8,20 @@ went on at e,
 less what it waited for some ranks only: a rank that is stopped while it waits goes on later than others do (seen where
 ranks share a clock).  A step takes sum_k max_r own[k, r], and what the data take, so of a cause that took x[k, r] of it
 
-    regained = sum_k max_r own[k, r] - max_r (own[k, r] - x[k, r])
+    regained = sum_k max_r own[k, r] - max_r (own[k, r] - x[k, r]) + y[k, r]
 
-What a rank lost is its own time beyond that of the median rank, step by step.  Events claim it first, by overlap, then
-what the counters of the rank's thread rose by beyond those of the median rank: time that its group was throttled,
+where y is what an event took after all ranks had come and before they went on, late together: a rank that is stopped
+then sends nothing.
+
+What a rank lost is y, and its own time beyond that of the median rank, step by step.  Events claim it first, by
+overlap: injections that are known, garbage collection, late wakes of the process' heartbeat, which was stopped then.
+Then what the counters of the rank's thread rose by beyond those of the median rank: time that its group was throttled,
 runnable time without a CPU, time neither on a CPU nor runnable nor waiting (`STOPPED`), and at last time on a CPU,
 which is more work or a slower clock (`COMPUTING`).  Counters do not say when within a step: segments of the longest
 excess are theirs first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +29,8 @@ from numpy.typing import NDArray
 
 from sigma_noise import spans
 from sigma_noise.attribution import STOPPED, Attribution, summary
-from sigma_noise.steps import WARM_UP, Attempt, attempts_of
+from sigma_noise.step_counters import LATE
+from sigma_noise.steps import WARM_UP, Attempt, attempts_of, where
 from sigma_noise.trace import Series, Trace
 
 COMPUTING = "longer on a CPU"
@@ -34,6 +39,7 @@ RESAMPLES = 2000
 LEVEL = 0.9
 
 Floats = NDArray[np.float64]
+Stamps = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -74,24 +80,23 @@ def late(
     trace: Trace,
     *,
     rank: int | None = None,
-    injected: Mapping[str, Series] | None = None,
-    between: tuple[int, int] | None = None,
+    injected: Mapping[int, Mapping[str, Series]] | None = None,
+    between: Sequence[tuple[int, int]] | None = None,
     warm_up: int = WARM_UP,
     seed: int = 0,
 ) -> Late | None:
     """Of `rank`, else of the one with most own time beyond the median; None of a single rank, late for nobody.
 
-    Args:    injected: events that are known, by cause, on the rank's clock.
-             between: ns of the rank's clock, within which steps must lie that are looked at.
+    Args:    injected: events that are known, by rank and cause, on its clock.
+             between: windows, ns of the rank's clock; steps that do not lie within one are passed over.
     Raises:  ValueError as `step_noise`, if ranks met unequally often, or if no step is left.
     """
     segments = [_Segments(attempt) for attempt in attempts_of(trace, warm_up) if len(attempt.ranks) > 1]
     if not segments:
         return None
     rank = _worst(segments) if rank is None else rank
-    parts = [
-        _of_attempt(each, rank, injected or {}, between) for each in segments if rank in each.attempt.ranks
-    ]
+    known = (injected or {}).get(rank, {})
+    parts = [_of_attempt(each, rank, known, between) for each in segments if rank in each.attempt.ranks]
     parts = [part for part in parts if len(part.lost)]
     if not parts:
         raise ValueError(f"late: rank {rank} must have steps with others in this time, found none")
@@ -150,37 +155,88 @@ class _Part:
 
 
 def _of_attempt(
-    segments: "_Segments", rank: int, injected: Mapping[str, Series], between: tuple[int, int] | None
+    segments: "_Segments",
+    rank: int,
+    injected: Mapping[str, Series],
+    between: Sequence[tuple[int, int]] | None,
 ) -> _Part:
     attempt, at = segments.attempt, segments.attempt.ranks.index(rank)
     steps = attempt.steps[rank]
     kept = np.ones(attempt.n, bool)
     if between is not None:
-        kept = (steps.start_ns[: attempt.n] >= between[0]) & (steps.end_ns[: attempt.n] <= between[1])
-    rest = lost = _over_median(segments.by_step(segments.own), at)
+        begin, end = steps.start_ns[: attempt.n], steps.end_ns[: attempt.n]
+        kept = np.any([(begin >= a) & (end <= b) for a, b in between], axis=0)
+    rest = _over_median(segments.by_step(segments.own), at)
     room = _over_median(segments.own, at)
-    claimed, taken = {}, {}
-
-    def claim(cause: str, seconds: Floats, of_segments: Floats) -> None:
-        nonlocal rest, room
-        claimed[cause], taken[cause] = np.minimum(rest, seconds), of_segments
-        rest, room = rest - claimed[cause], room - of_segments
-
-    for cause, series in {**injected, "gc": attempt.rows(rank, "event", "gc")}.items():
-        inside = spans.overlap_s(*segments.spans[at], spans.union(series.start_ns, series.end_ns))
-        of_segments = np.minimum(room, inside)
-        claim(cause, segments.by_step(of_segments), of_segments)
+    claimed: dict[str, Floats] = {}
+    saved: dict[str, Floats] = {}
+    together = np.zeros(attempt.n)  # lost by all ranks alike
+    known = np.zeros(attempt.n)  # by events, of the rank's own time
     counted, unread = _counted(segments, at)
-    for cause, seconds in counted.items():
-        claim(cause, seconds, segments.longest_first(room, seconds))
+    for cause, spans_of in _events(segments, at, injected, counted).items():
+        before, after = segments.overlap(at, *spans_of)
+        mine, of_all = np.minimum(room, before), segments.by_step(after)
+        seconds = np.minimum(rest, segments.by_step(mine))
+        claimed[cause], saved[cause] = seconds + of_all, segments.saved(at, mine) + of_all
+        rest, room, together, known = rest - seconds, room - mine, together + of_all, known + seconds
+    lost = rest + known + together
+    for cause, seconds in _without(counted, known).items():
+        mine = segments.longest_first(room, seconds)
+        claimed[cause] = claimed.get(cause, 0.0) + np.minimum(rest, seconds)
+        saved[cause] = saved.get(cause, 0.0) + segments.saved(at, mine)
+        rest, room = rest - np.minimum(rest, seconds), room - mine
     told = [cause for cause, seconds in claimed.items() if seconds.any()]
     return _Part(
         lost[kept],
         steps.seconds[: attempt.n][kept],
         {cause: claimed[cause][kept] for cause in told},
-        {cause: segments.saved(at, taken[cause])[kept] for cause in told},
+        {cause: saved[cause][kept] for cause in told},
         unread,
     )
+
+
+def _events(
+    segments: "_Segments", at: int, injected: Mapping[str, Series], counted: Mapping[str, Floats]
+) -> dict[str, tuple[Stamps, Stamps]]:
+    """Begin and end of what is known to the ns, by cause, each time named once.
+
+    A late wake of the heartbeat is a stop, unless it was runnable for most of it, or is a throttle where the group's
+    counter rose by half of it or more in the same step.
+    """
+    attempt, rank = segments.attempt, segments.attempt.ranks[at]
+    late = attempt.rows(rank, "event", LATE)
+    late = where(late, late.value * 1e-9 < late.seconds / 2)
+    step = np.searchsorted(
+        attempt.steps[rank].end_ns[: attempt.n], late.start_ns
+    )  # which ends after it began
+    by_step = np.bincount(step, late.seconds, attempt.n + 1)[: attempt.n]
+    throttled = counted.get(COUNTED["throttled_ns"], np.zeros(attempt.n))
+    is_throttle = np.append((by_step > 0) & (throttled >= by_step / 2), False)[step]
+    series = {
+        **injected,
+        "gc": attempt.rows(rank, "event", "gc"),
+        COUNTED["throttled_ns"]: where(late, is_throttle),
+        STOPPED: where(late, ~is_throttle),
+    }
+    found, taken = {}, spans.union(np.empty(0, np.int64), np.empty(0, np.int64))
+    for cause, each in series.items():
+        found[cause] = spans.without(spans.union(each.start_ns, each.end_ns), taken)
+        taken = spans.union(*(np.concatenate([a, b]) for a, b in zip(taken, found[cause], strict=True)))
+    return found
+
+
+def _without(counted: Mapping[str, Floats], known: Floats) -> dict[str, Floats]:
+    """Counters less what events took already, step by step: of the one that rose most, then of the next."""
+    if not counted:
+        return {}
+    table = np.stack(list(counted.values()), 1)
+    rest = known.copy()
+    rows = np.arange(len(table))
+    for column in np.argsort(-table, axis=1).T:
+        less = np.minimum(rest, table[rows, column])
+        table[rows, column] -= less
+        rest -= less
+    return dict(zip(counted, table.T, strict=True))
 
 
 def _over_median(by_rank: Floats, at: int) -> Floats:
@@ -227,18 +283,21 @@ class _Segments:
     def __init__(self, attempt: Attempt) -> None:
         self.attempt = attempt
         met = [_met(attempt, r) for r in attempt.ranks]
-        if not all(np.array_equal(step, met[0][0]) for step, _ in met):
+        if not all(np.array_equal(step, met[0][0]) for step, _, _ in met):
             raise ValueError("late: ranks must have met as often in each step")
         met_in = met[0][0]
-        left = np.stack([end for _, end in met], 1)  # [collectives, R]
+        left = np.stack([end for _, _, end in met], 1)  # [collectives, R]
         late = np.zeros(left.shape)
+        arrived = np.full(len(left), np.iinfo(np.int64).max)  # the last of all, where their clock tells
         if len(left) and attempt.share_a_clock(tuple(attempt.ranks)):
             late = np.maximum(0.0, (left - np.median(left, 1, keepdims=True)) * 1e-9)
+            arrived = np.stack([came for _, came, _ in met], 1).max(1)
         # A step is its collectives and its end.
         self._step = np.concatenate([met_in, np.arange(attempt.n)])
         order = np.argsort(self._step, kind="stable")
         self._step = self._step[order]
-        own, self.spans = [], []
+        own, self.spans, self._late = [], [], []
+        self._arrived = np.concatenate([arrived, np.full(attempt.n, np.iinfo(np.int64).max)])[order]
         for i, r in enumerate(attempt.ranks):
             steps, blocked = attempt.steps[r], attempt.blocked[r]
             end = np.concatenate([left[:, i], steps.end_ns[: attempt.n]])[order]
@@ -247,7 +306,9 @@ class _Segments:
             begin[is_first] = steps.start_ns[: attempt.n]
             waited = spans.overlap_s(begin, end, spans.union(blocked.start_ns, blocked.end_ns))
             too_late = np.concatenate([late[:, i], np.zeros(attempt.n)])[order]
-            own.append((end - begin) * 1e-9 - waited + np.minimum(too_late, waited))
+            too_late = np.minimum(too_late, waited)
+            own.append((end - begin) * 1e-9 - waited + too_late)
+            self._late.append(too_late)
             self.spans.append((begin, end))
         self.own = np.stack(own, 1)
 
@@ -256,6 +317,15 @@ class _Segments:
         found = np.zeros((self.attempt.n, *seconds.shape[1:]))
         np.add.at(found, self._step, seconds)
         return found
+
+    def overlap(self, at: int, start: Stamps, end: Stamps) -> tuple[Floats, Floats]:
+        """Seconds [K] of a union of time in each segment of a rank: in its own part, and while all go on late."""
+        begins, ends = self.spans[at]
+        came = np.clip(self._arrived, begins, ends)
+        before = spans.overlap_s(begins, came, (start, end))
+        after = spans.overlap_s(came, ends, (start, end))
+        alone = np.minimum(after, self._late[at])
+        return before + alone, after - alone
 
     def longest_first(self, room: Floats, seconds: Floats) -> Floats:
         """[n] of each step shared out to its segments, of which each has room for so much, the longest first: [K]."""
@@ -274,14 +344,15 @@ class _Segments:
         return self.by_step(np.maximum(mine, others) - np.maximum(mine - taken, others))
 
 
-def _met(attempt: Attempt, rank: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Collectives of all ranks, by time: in which step, and when this rank went on, ns."""
-    steps, ends = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+def _met(attempt: Attempt, rank: int) -> tuple[Stamps, Stamps, Stamps]:
+    """Collectives of all ranks, by time: in which step, and when this rank came and went on, ns."""
+    steps, comes, ends = ([np.empty(0, np.int64)] for _ in range(3))
     for name, peers in attempt.peers():
         if set(peers) == set(attempt.ranks):
             series = attempt.rows(rank, "quantum", name)
             step = attempt.step_of(rank, series)
             steps.append(step[step >= 0])
+            comes.append(series.start_ns[step >= 0])
             ends.append(series.end_ns[step >= 0])
     order = np.argsort(np.concatenate(ends), kind="stable")
-    return np.concatenate(steps)[order], np.concatenate(ends)[order]
+    return np.concatenate(steps)[order], np.concatenate(comes)[order], np.concatenate(ends)[order]

@@ -226,7 +226,7 @@ class Attempt:
         for rank in peers:
             series = self.rows(rank, "quantum", name)
             step = self.step_of(rank, series)
-            rows.append(_where(series, step >= 0))
+            rows.append(where(series, step >= 0))
             steps.append(step[step >= 0])
         if not all(np.array_equal(step, steps[0]) for step in steps):
             raise ValueError(
@@ -265,7 +265,7 @@ class Attempt:
 
 def _within(series: Series, window: Window) -> Series:
     """Those that begin in the window."""
-    return _where(series, (series.start_ns >= window[0]) & (series.start_ns < window[1]))
+    return where(series, (series.start_ns >= window[0]) & (series.start_ns < window[1]))
 
 
 def _after(series: Series, n: int) -> Series:
@@ -273,5 +273,5 @@ def _after(series: Series, n: int) -> Series:
     return Series(series.start_ns[n:], series.end_ns[n:], series.value[n:])
 
 
-def _where(series: Series, mask: NDArray[np.bool_]) -> Series:
+def where(series: Series, mask: NDArray[np.bool_]) -> Series:
     return Series(series.start_ns[mask], series.end_ns[mask], series.value[mask])

@@ -72,9 +72,14 @@ class StepNoise(NoRecord):
     """One rank's record.  Not for use by several trainers of a process at once: collectives tell all that ask."""
 
     def __init__(self, out: Path, config: Config, ranks: Ranks) -> None:
-        from sigma_noise import parts, recorder  # pyarrow, which runs without a record do without
+        from sigma_noise import (
+            parts,
+            recorder,
+            step_counters,
+        )  # pyarrow, which runs without a record do without
 
         self._recorder, self._now = recorder.Recorder(ranks.rank), recorder.now_ns
+        self._counters = step_counters.StepCounters(self._recorder)
         code = self._recorder.code
         self._phases = [code("quantum", name) for name in PHASES]
         self._pauses = {name: code("quantum", name) for name in PAUSES}
@@ -111,6 +116,7 @@ class StepNoise(NoRecord):
         self._recorder.add(self._attempt, now, now, attempt)
         self.save()  # what the first write imports, and a folder that refuses it, are met before the first step
         self._recorder.watch_gc()
+        self._counters.begin()
 
     def _watch_collectives(self, model: LanguageModel, mesh: Mesh, attempt: int) -> None:
         from sigma_train.parallel import observe_shards
@@ -148,6 +154,7 @@ class StepNoise(NoRecord):
         self._recorder.add(self._blocked, waits_ns, ended_ns)
 
     def begin_step(self, number: int) -> None:
+        self._counters.begin_step()
         self._current, self._phase = number, FLAGS
         self._began = self._since = self._now()
 
@@ -160,6 +167,7 @@ class StepNoise(NoRecord):
         self.turn(FLAGS)
         self._recorder.add(self._step, self._began, self._since)
         self._recorder.add(self._number, self._began, self._began, self._current)
+        self._counters.read()
         self._recorder.make_room()
         if self._recorder.is_full:
             self.save()
@@ -184,6 +192,7 @@ class StepNoise(NoRecord):
 
     def close(self) -> None:
         self._recorder.unwatch_gc()
+        self._counters.end()
         if self._see in collectives.OBSERVERS:
             collectives.OBSERVERS.remove(self._see)
         if self._parts is not None:

@@ -1,8 +1,13 @@
 // The timed loops: stamps in order, what is stored where a ring, a deadline or a grid ends.
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <thread>
 
 #include "check.h"
+#include "noise/heartbeat.h"
 #include "noise/loops.h"
 #include "noise/work.h"
 
@@ -193,6 +198,35 @@ void test_work() {
   expect("its stamps", f.done == 4 && rises(edges, 5));
 }
 
+void test_heartbeat() {
+  constexpr int64_t kMs = 1'000'000;
+  {
+    Heartbeat none(kMs, int64_t{1} << 40);
+    sleep_ms(100);
+    expect("it never was so late", none.take().empty());
+    expect("it took some time", none.spent_ns() > 0 && none.spent_ns() < 50 * kMs);
+  }
+  Heartbeat heartbeat(2 * kMs, 30 * kMs);
+  const pid_t parent = getpid();
+  const pid_t child = fork();
+  if (child == 0) {  // the process cannot wake itself
+    sleep_ms(20);
+    kill(parent, SIGSTOP);
+    sleep_ms(100);
+    kill(parent, SIGCONT);
+    _exit(0);
+  }
+  const int64_t begin = now_ns();
+  waitpid(child, nullptr, 0);
+  sleep_ms(10);
+  const auto late = heartbeat.take();
+  bool found = false;
+  for (const LateWake& l : late)
+    found |= l.woke_ns - l.due_ns > 90 * kMs && l.due_ns > begin && l.woke_ns < now_ns();
+  expect("a stop of 100 ms is seen", found);
+  expect("and once", heartbeat.take().empty());
+}
+
 }  // namespace
 
 int main() {
@@ -203,6 +237,7 @@ int main() {
   test_fixed_time();
   test_detours();
   test_work();
+  test_heartbeat();
   std::printf("noise: %d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

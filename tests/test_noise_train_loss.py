@@ -1,0 +1,101 @@
+"""A training of our MoE on four ranks, of which the injector stops one now and then: which, why, and what it costs."""
+
+import contextlib
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import forked
+import numpy as np
+import pytest
+import rank_faults
+from sigma_noise import trace
+from sigma_noise.analysis import injections
+from sigma_noise.attribution import STOPPED
+from sigma_noise.step_causes import Late, late
+from sigma_noise.trace import Series, Trace
+from sigma_train.metrics import read_metrics
+from sigma_train.step_noise import FOLDER
+from support import SIGMA
+
+pytestmark = [pytest.mark.live, pytest.mark.timeout(400)]
+
+RANKS, DISTURBED = 4, 2
+TURNS, TURN_S = 4, 8  # disturbed, and as long undisturbed before each
+STOP = ("--length", "30ms", "--period", "300ms")
+
+
+def steps_done(out: Path) -> int:
+    metrics = out / "metrics.jsonl"
+    return sum("loss" in row for row in read_metrics(metrics)) if metrics.exists() else 0
+
+
+def disturbed(cache: dict[str, str], out: Path) -> tuple[Trace, list[Path]]:
+    """The record, and the injector's logs."""
+    never = ("--set", "train.eval_every=1000000", "--set", "train.save_every=1000000")
+    args = ["train", "--preset", "smoke", "--out", str(out), "--steps", "1000000", "--noise", *never]
+    args += ["--set", "train.threads=1"]
+    logs = [out.with_name(f"stops{turn}.parquet") for turn in range(TURNS)]
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(forked.Running(args, env, None, rank_faults.nothing))
+            for env in forked.environments(RANKS, cache)
+        ]
+        while steps_done(out) < 20:
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        target = ("--target", "proc", "--pid", str(processes[DISTURBED].pid), "--duration", f"{TURN_S}s")
+        for log in logs:
+            time.sleep(TURN_S)
+            subprocess.run([*SIGMA, "noise", "inject", *target, *STOP, "--truth", str(log)], check=True)
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        results = [process.result(200) for process in processes]
+    assert [result.returncode for result in results] == [0] * RANKS, results
+    return trace.read(out / FOLDER), logs
+
+
+def lost_a_step(steps: Series, windows: list[tuple[int, int]]) -> tuple[float, float]:
+    """Mean step within the windows less that without, and its standard error, by turns: each and what came before."""
+    lost = []
+    since = int(steps.start_ns[5])
+    for begin, end in windows:
+        inside = (steps.start_ns >= begin) & (steps.end_ns <= end)
+        before = (steps.start_ns >= since) & (steps.end_ns <= begin)
+        lost.append(float(steps.seconds[inside].mean() - steps.seconds[before].mean()))
+        since = end
+    return float(np.mean(lost)), float(np.std(lost, ddof=1) / np.sqrt(len(lost)))
+
+
+def test_the_rank_the_cause_and_the_loss_are_told(cache, tmp_path):
+    found, logs = disturbed(cache, tmp_path / "run")
+    truth = [trace.read(log) for log in logs]
+    stops = [log.get(0, "event", "stop") for log in truth]
+    windows = [(int(s.start_ns[0]), int(s.end_ns[-1])) for s in stops]
+    measured_s, error_s = lost_a_step(found.get(DISTURBED, "quantum", "step"), windows)
+    why = late(found, between=windows)
+    told = injections(found, Trace({}, truth[0].ranks, {(0, "event", "stop"): joined(stops)}))
+    known = late(found, between=windows, injected=told)
+    print(f"measured {measured_s * 1e3:.1f} +- {error_s * 1e3:.1f} ms a step")
+    for each in (why, known):
+        print(each.sentence)
+    stopped_s = sum(float(s.seconds.sum()) for s in stops) / why.steps
+    if error_s > 0.1 * stopped_s:
+        pytest.skip(f"unfit: turns differ by {error_s * 1e3:.1f} ms a step, stops are {stopped_s * 1e3:.1f}")
+    assert why.rank == known.rank == DISTURBED
+    assert why.causes.named == STOPPED
+    assert known.causes.named == "stop"
+    assert_holds(why, STOPPED, measured_s, error_s)
+    assert_holds(known, "stop", measured_s, error_s)
+
+
+def joined(series: list[Series]) -> Series:
+    start, end, value = (np.concatenate([getattr(s, f) for s in series]) for f in ("start_ns", "end_ns", "value"))
+    return Series(start, end, value)
+
+
+def assert_holds(why: Late, cause: str, measured_s: float, error_s: float) -> None:
+    """The prediction's interval is of 90 %, the measurement's two standard errors."""
+    gain = why.regained[cause]
+    assert gain.low - 2 * error_s <= measured_s <= gain.high + 2 * error_s, (gain, measured_s, error_s)
