@@ -91,7 +91,9 @@ def test_the_rank_the_cause_and_the_loss_are_told(cache, tmp_path):
 
 
 def joined(series: list[Series]) -> Series:
-    start, end, value = (np.concatenate([getattr(s, f) for s in series]) for f in ("start_ns", "end_ns", "value"))
+    start, end, value = (
+        np.concatenate([getattr(s, f) for s in series]) for f in ("start_ns", "end_ns", "value")
+    )
     return Series(start, end, value)
 
 

@@ -9,7 +9,7 @@ from sigma_cli.commands import app
 from sigma_noise import screen
 from sigma_noise.analysis import Options, analyze
 from sigma_noise.as_json import as_json
-from sigma_noise.many_ranks import over_budget, projections
+from sigma_noise.many_ranks import over_budget, projections, without
 from sigma_noise.trace import Series, Trace, rank_file
 from sigma_noise.windows import chosen, exchanges_of, is_fixed_time, windows_of
 from typer.testing import CliRunner
@@ -276,3 +276,43 @@ def test_options_are_checked_and_told():
     assert told["options"] == {
         "kernel": None, "tau_s": 1e-3, "ranks": [8], "window_s": 1e-2, "alpha": 0.01, "seed": 3,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("told_by", ["event", "counter"])
+def test_what_a_cause_costs_many_ranks(tmp_path, told_by):
+    """Defends: a budget of other windows than those projected; a counter's seconds on quanta that lost nothing."""
+    n, rows, plain = 4000, {}, {}
+    for rank in range(2):
+        took = noisy(rank, n)
+        plain[rank, "quantum", "spin"] = series(took)
+        hit = np.arange(7 + rank, n, 40)
+        took[hit] += 5 * MS
+        rows[rank, "quantum", "spin"] = quanta = series(took)
+        if told_by == "event":
+            ends = quanta.end_ns[hit]
+            rows[rank, "event", "gc"] = Series(ends - 5 * MS, ends, np.zeros(len(hit)))
+        else:
+            at = quanta.start_ns[::100]
+            waited = np.concatenate(
+                [[0.0], np.cumsum(np.bincount(hit // 100, minlength=n // 100) * 5.0 * MS)[:-1]]
+            )
+            rows[rank, "counter", "run_delay_ns"] = Series(at, at, waited)
+    cause = {"event": "gc", "counter": "run-queue wait"}[told_by]
+    write(trace_of(rows, kernels=["spin"]), tmp_path / "run")
+    result = invoke(
+        "project", tmp_path / "run", "--window", "4ms", "--ranks", "8", "--model", "ecdf", "--without", cause
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert f"without {cause}, ecdf" in result.output
+    of = {"kernel": None, "ranks": (8,), "window_s": 4e-3, "per_step": 1, "models": ("ecdf",), "seed": 0}
+    (gain,) = without(trace_of(rows, kernels=["spin"]), cause, **of)
+    with_it, without_it = (
+        projections(trace_of(each, kernels=["spin"]), is_cosched=False, **of)[0].step_s[0]
+        for each in (rows, plain)
+    )
+    assert gain.seconds[0] == pytest.approx(with_it - without_it, rel=0.02)
+    assert gain.low[0] < gain.seconds[0] < gain.high[0]
+    with pytest.raises(
+        ValueError, match=f"--without must be a cause that was seen, of {cause}, found 'steal'"
+    ):
+        without(trace_of(rows, kernels=["spin"]), "steal", **of)

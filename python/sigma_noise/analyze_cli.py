@@ -102,27 +102,33 @@ def project(
             min=1.0, help="exit with 1 if S at the largest N is certain to be above, 3 if it is refused"
         ),
     ] = None,
+    without: Annotated[
+        str | None, typer.Option(help="cause, as analyze names them: what a step regains if it were gone")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """S(N): how much longer N ranks take than one, because they wait for the slowest."""
     from sigma_train.errors import WrongInput
 
-    from sigma_noise.many_ranks import over_budget, projections, show
+    from sigma_noise import many_ranks
     from sigma_noise.reading import read_quanta
 
     measured = read_quanta(path)
+    of = {
+        "kernel": kernel, "ranks": whole_numbers("ranks", ranks), "window_s": window,
+        "per_step": barriers if layers is None else 2 * layers, "models": tuple(model.split(",")), "seed": seed,
+    }  # fmt: skip
     try:
-        found = projections(
-            measured, kernel=kernel, ranks=whole_numbers("ranks", ranks), window_s=window,
-            per_step=barriers if layers is None else 2 * layers, models=tuple(model.split(",")), is_cosched=cosched,
-            seed=seed,
-        )  # fmt: skip
+        found = many_ranks.projections(measured, is_cosched=cosched, **of)
+        gains = [] if without is None else many_ranks.without(measured, without, **of)
     except ValueError as error:
         raise WrongInput(f"{path}: {as_options(str(error))}") from None
-    show(found)
+    many_ranks.show(found)
+    if without is not None:
+        many_ranks.show_regained(without, gains)
     if budget is None:
         return
-    verdict, largest = over_budget(found, budget), max(found[0].ranks)
+    verdict, largest = many_ranks.over_budget(found, budget), max(found[0].ranks)
     if verdict is None:
         print(f"not decided: no model has a figure for {largest:,} ranks, to be held against {budget:g}")
         raise typer.Exit(Exit.INCONCLUSIVE)

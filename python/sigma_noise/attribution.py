@@ -100,6 +100,29 @@ class Attribution:
         }
 
 
+@dataclass(frozen=True)
+class Claims:
+    """What causes took of `lost`: events, quantum by quantum; all of them, by bins between `edges_ns`."""
+
+    lost: Lost
+    events: Mapping[str, Lost]
+    left: Lost  # by events
+    edges_ns: NDArray[np.int64]
+    credit: Mapping[str, Bins]
+    rest: Bins
+
+    def of_quanta(self, cause: str) -> Bins:
+        """Seconds that a cause took of each quantum [n]: what a counter claimed of a bin, shared out by excess."""
+        if cause in self.events:
+            return self.events[cause].excess_s
+        of_bin = self.left.per_bin(self.edges_ns)
+        share = np.divide(self.credit[cause], of_bin, out=np.zeros(len(of_bin)), where=of_bin > 0)
+        middle = self.left.start_ns + (self.left.end_ns - self.left.start_ns) // 2
+        at = np.clip(np.searchsorted(self.edges_ns, middle, "right") - 1, 0, len(of_bin) - 1)
+        taken: Bins = self.left.excess_s * np.minimum(1.0, share[at])
+        return taken
+
+
 def attribute(
     lost: Lost,
     counters: Mapping[str, Series],
@@ -116,6 +139,17 @@ def attribute(
             unread: counters that could not be read, with the reason; passed on.
     Raises: ValueError if stamps of a counter do not rise.
     """
+    found = claims(lost, counters, events, costs)
+    return summary(lost.per_bin(found.edges_ns), found.credit, found.rest, unread or {}, seed)
+
+
+def claims(
+    lost: Lost,
+    counters: Mapping[str, Series],
+    events: Mapping[str, Series],
+    costs: Mapping[str, float] | None = None,
+) -> Claims:
+    """As `attribute`."""
     for name, series in counters.items():
         if np.any(np.diff(series.start_ns) <= 0):
             raise ValueError(f"counters[{name!r}]: stamps must rise")
@@ -136,25 +170,25 @@ def attribute(
             claim = np.maximum(claim - credit.get("cgroup throttle", 0.0), 0.0)
         credit[cause] = _settle(rest, claim)
         rest = np.maximum(rest - credit[cause], 0.0)  # rounding
-    return summary(lost.per_bin(edges), credit, rest, unread or {}, seed)
+    return Claims(lost, per_cause, left, edges, credit, rest)
 
 
 def attribute_trace(
     trace: Trace, rank: int, lost: Lost, *, injected: Mapping[str, Series] | None = None, seed: int = 0
 ) -> Attribution:
     """The same, with the counters and events of a rank's file, and a log of injections if there is one."""
+    found = claims_of_trace(trace, rank, lost, injected)
+    unread = trace.ranks.get(rank, {}).get("sampler", {}).get("unread") or {}
+    return summary(lost.per_bin(found.edges_ns), found.credit, found.rest, unread, seed)
+
+
+def claims_of_trace(
+    trace: Trace, rank: int, lost: Lost, injected: Mapping[str, Series] | None = None
+) -> Claims:
     events = dict(injected or {})
     events |= {n: s for n, s in trace.of(rank, "event") if not n.endswith(NO_CAUSE) and n not in events}
-    about = trace.ranks.get(rank, {})
-    sampler = about.get("sampler", {})
-    return attribute(
-        lost,
-        dict(trace.of(rank, "counter")),
-        events,
-        costs=about.get("fault_cost_s"),
-        unread=sampler.get("unread"),
-        seed=seed,
-    )
+    costs = trace.ranks.get(rank, {}).get("fault_cost_s")
+    return claims(lost, dict(trace.of(rank, "counter")), events, costs)
 
 
 def _claimed_by_event(

@@ -6,12 +6,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from sigma_noise import changes, detours
+from sigma_noise.attribution import Claims, claims_of_trace
+from sigma_noise.budget import Budget, regained
 from sigma_noise.detours import FLOOR
+from sigma_noise.lost import Lost
 from sigma_noise.project import Projection, Work, project, project_replay
 from sigma_noise.replay import Detours
 from sigma_noise.step import FLAGS, Barrier
 from sigma_noise.trace import Trace
-from sigma_noise.units import count, time_of
+from sigma_noise.units import count, share_of, time_of
 from sigma_noise.windows import FEWEST_QUANTA, Windows, chosen, exchanges_of, windows_of
 
 MODELS = ("ecdf", "gpd", "replay")
@@ -36,12 +40,7 @@ def projections(
         raise ValueError(f"--model must be of {', '.join(MODELS)}, found {wrong[0]!r}")
     if is_cosched and set(models) != {"replay"}:
         raise ValueError(f"--cosched is of --model replay, found {','.join(models)}")
-    exchanges, impossible = exchanges_of(measured) if kernel is None else (None, "")
-    if impossible:
-        raise ValueError(f"{impossible}; --kernel names one to project by its quanta")
-    windows = windows_of(measured, chosen(measured, kernel), exchanges, window_s)
-    if windows is None:
-        raise ValueError(f"collectives or {FEWEST_QUANTA} quanta of fixed work are wanted, found none")
+    windows = windows_to_project(measured, kernel, window_s)
     found = []
     for model in models:
         if model == "replay":
@@ -50,6 +49,16 @@ def projections(
             barrier = Barrier(windows.what, list(windows.rows.values()), per_step)
             found.append(project([barrier], ranks, hosts=windows.host_names, model=model, seed=seed))
     return found
+
+
+def windows_to_project(measured: Trace, kernel: str | None, window_s: float) -> Windows:
+    exchanges, impossible = exchanges_of(measured) if kernel is None else (None, "")
+    if impossible:
+        raise ValueError(f"{impossible}; --kernel names one to project by its quanta")
+    windows = windows_of(measured, chosen(measured, kernel), exchanges, window_s)
+    if windows is None:
+        raise ValueError(f"collectives or {FEWEST_QUANTA} quanta of fixed work are wanted, found none")
+    return windows
 
 
 def replayed(
@@ -69,6 +78,73 @@ def replayed(
         by_host.setdefault(host, []).append(Detours.of(start_s[took], excess[took], end_s))
     work = [Work(windows.what, windows.work_s, per_step)]
     return project_replay(list(by_host.values()), work, ranks, is_cosched=is_cosched, seed=seed)
+
+
+def without(
+    measured: Trace,
+    cause: str,
+    *,
+    kernel: str | None,
+    ranks: Sequence[int],
+    window_s: float,
+    per_step: int,
+    models: Sequence[str],
+    seed: int,
+) -> list[Budget]:
+    """What would be regained if a cause were gone from all ranks, by models other than replay.
+
+    Raises: ValueError as `projections`, or for a cause that took nothing.
+    """
+    if "replay" in models:
+        raise ValueError("--without is of --model ecdf and gpd, found replay")
+    windows = windows_to_project(measured, kernel, window_s)
+    claimed = {rank: _claims(measured, rank, windows.kernel) for rank in windows.rows}
+    causes = sorted({name for of in claimed.values() for name, bins in of.credit.items() if bins.any()})
+    if cause not in causes:
+        raise ValueError(
+            f"--without must be a cause that was seen, of {', '.join(causes) or 'none'}, found {cause!r}"
+        )
+    rows, removed = [], []
+    for rank, row in windows.rows.items():
+        taken = (
+            claimed[rank].of_quanta(cause)
+            if cause in claimed[rank].credit
+            else np.zeros(len(claimed[rank].lost.start_ns))
+        )
+        rows.append(row)
+        removed.append(np.minimum(windows.sums(rank, taken), row * (1 - 1e-9)))
+    return [
+        regained(rows, removed, ranks, per_step=per_step, hosts=windows.host_names, model=model, seed=seed)
+        for model in models
+    ]
+
+
+def _claims(measured: Trace, rank: int, kernel: str) -> Claims:
+    series = measured.get(rank, "quantum", kernel)
+    if not len(series):
+        raise ValueError(f"--without wants quanta of {kernel}, found none of rank {rank}")
+    floor = detours.floor(series.seconds, changes.segments(np.maximum(series.seconds, 1e-9)))
+    return claims_of_trace(measured, rank, Lost.over_floor(series, floor))
+
+
+def show_regained(cause: str, found: Sequence[Budget]) -> None:
+    console = Console()
+    for b in found:
+        table = Table(
+            "ranks", "regained a step", "90 %", "of the step", "flags", title=f"without {cause}, {b.model}"
+        )
+        for i, n in enumerate(b.ranks):
+            if b.refusals[i] is not None:
+                table.add_row(f"{n:,}", "-", "-", "-", "refused")
+            else:
+                interval = f"{time_of(float(b.low[i]))} to {time_of(float(b.high[i]))}"
+                table.add_row(
+                    f"{n:,}", time_of(float(b.seconds[i])), interval, share_of(float(b.share[i])), ", ".join(b.flags[i])
+                )  # fmt: skip
+        console.print(table)
+        for n, reason in zip(b.ranks, b.refusals, strict=True):
+            if reason is not None:
+                console.print(f"{n:,} ranks: {reason}", highlight=False, soft_wrap=True)
 
 
 def over_budget(found: Sequence[Projection], budget: float) -> bool | None:

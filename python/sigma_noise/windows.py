@@ -34,7 +34,7 @@ class Exchanges:
 class Windows:
     """Seconds [n] by rank, and the host of each.
 
-    They are sums of quanta of `kernel`, and each holds `work_s` seconds of useful work.
+    They are sums of `width` quanta of `kernel`, the first of each by `first`, and hold `work_s` seconds of useful work.
     """
 
     what: str
@@ -42,6 +42,14 @@ class Windows:
     work_s: float
     rows: Mapping[int, Floats]
     hosts: Mapping[int, str]
+    first: Mapping[int, NDArray[np.int64]]
+    width: int = 1
+
+    def sums(self, rank: int, of_quanta: Floats) -> Floats:
+        """[n] of each window, of values of all quanta of a rank."""
+        so_far = np.concatenate([[0.0], np.cumsum(of_quanta)])
+        found: Floats = so_far[self.first[rank] + self.width] - so_far[self.first[rank]]
+        return found
 
     @property
     def mean_s(self) -> float:
@@ -147,23 +155,24 @@ def windows_of(trace: Trace, kernel: str, exchanges: Exchanges | None, window_s:
         raise ValueError(f"window must be more than 0 s, found {window_s:g}")
     if exchanges is not None:
         rows = dict(zip(exchanges.ranks, exchanges.parts.local_s, strict=True))
-        kernel, what = LOCAL, f"local time before {COLLECTIVE}"
+        kernel, what, width = LOCAL, f"local time before {COLLECTIVE}", 1
+        first = dict.fromkeys(rows, exchanges.parts.step)
     elif not kernel or is_fixed_time(trace, kernel):
         return None
     else:
         quanta = {rank: trace.get(rank, "quantum", kernel) for rank in trace.ranks}
-        rows = summed({rank: s for rank, s in quanta.items() if len(s) >= FEWEST_QUANTA}, window_s)
-        what = kernel
+        rows, width = summed({rank: s for rank, s in quanta.items() if len(s) >= FEWEST_QUANTA}, window_s)
+        first, what = {rank: width * np.arange(len(row)) for rank, row in rows.items()}, kernel
     if not rows:
         return None
     work_s = float(np.quantile(np.concatenate(list(rows.values())), FLOOR))
-    return Windows(what, kernel, work_s, rows, {rank: host_of(trace, rank) for rank in rows})
+    return Windows(what, kernel, work_s, rows, {rank: host_of(trace, rank) for rank in rows}, first, width)
 
 
-def summed(quanta: Mapping[int, Series], window_s: float) -> dict[int, Floats]:
+def summed(quanta: Mapping[int, Series], window_s: float) -> tuple[dict[int, Floats], int]:
     """As many quanta a window as take `window_s` together, by the median of all; the same number on every rank."""
     if not quanta:
-        return {}
+        return {}, 1
     seconds: Sequence[Floats] = [series.seconds for series in quanta.values()]
     width = max(1, round(window_s / max(1e-9, float(np.median(np.concatenate(seconds))))))
     rows = {
@@ -178,4 +187,4 @@ def summed(quanta: Mapping[int, Series], window_s: float) -> dict[int, Floats]:
         raise ValueError(
             f"window must be shorter than the {time_of(longest)} that were measured, found {time_of(window_s)}"
         )
-    return rows
+    return rows, width
