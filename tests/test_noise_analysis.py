@@ -77,7 +77,7 @@ def test_a_period_is_shown_with_its_source():
 def test_noise_is_what_was_put_in():
     """Defends: shares of another denominator.  Of 1 % of quanta of 10 ms among quanta of 1 ms 9/109 is lost."""
     (found,) = analyze(measured({0: quanta(3, 50_000, tail=0.01)})).series
-    assert found.noise.burst == pytest.approx(9 / 109, rel=0.05)  # 500 +- 22 of them
+    assert found.noise.burst == pytest.approx(9 / 109, rel=0.1)  # 500 +- 22 of them
     assert found.share.low < found.noise.share < found.share.high
 
 

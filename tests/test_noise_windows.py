@@ -292,9 +292,9 @@ def test_what_a_cause_costs_many_ranks(tmp_path, told_by):
             ends = quanta.end_ns[hit]
             rows[rank, "event", "gc"] = Series(ends - 5 * MS, ends, np.zeros(len(hit)))
         else:
-            at = quanta.start_ns[::100]
+            at = np.append(quanta.start_ns[::100], quanta.end_ns[-1])
             waited = np.concatenate(
-                [[0.0], np.cumsum(np.bincount(hit // 100, minlength=n // 100) * 5.0 * MS)[:-1]]
+                [[0.0], np.cumsum(np.bincount(hit // 100, minlength=n // 100) * 5.0 * MS)]
             )
             rows[rank, "counter", "run_delay_ns"] = Series(at, at, waited)
     cause = {"event": "gc", "counter": "run-queue wait"}[told_by]

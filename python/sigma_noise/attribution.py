@@ -112,15 +112,24 @@ class Claims:
     rest: Bins
 
     def of_quanta(self, cause: str) -> Bins:
-        """Seconds that a cause took of each quantum [n]: what a counter claimed of a bin, shared out by excess."""
+        """Seconds that a cause took of each quantum [n]; a counter claims the longest excess of a bin first."""
         if cause in self.events:
             return self.events[cause].excess_s
-        of_bin = self.left.per_bin(self.edges_ns)
-        share = np.divide(self.credit[cause], of_bin, out=np.zeros(len(of_bin)), where=of_bin > 0)
+        bins = len(self.edges_ns) - 1
         middle = self.left.start_ns + (self.left.end_ns - self.left.start_ns) // 2
-        at = np.clip(np.searchsorted(self.edges_ns, middle, "right") - 1, 0, len(of_bin) - 1)
-        taken: Bins = self.left.excess_s * np.minimum(1.0, share[at])
-        return taken
+        at = np.clip(np.searchsorted(self.edges_ns, middle, "right") - 1, 0, bins - 1)
+        return longest_first(self.left.excess_s, at, self.credit[cause])
+
+
+def longest_first(excess_s: Bins, bin_of: NDArray[np.int64], seconds: Bins) -> Bins:
+    """Seconds [bins] shared out to excesses [n], of which each takes its own at most, the longest of a bin first."""
+    order = np.lexsort((-excess_s, bin_of))
+    sums = np.concatenate([[0.0], np.cumsum(excess_s[order])])
+    first = np.searchsorted(bin_of[order], np.arange(len(seconds)))
+    before = sums[:-1] - sums[first][bin_of[order]]
+    taken = np.empty_like(excess_s)
+    taken[order] = np.clip(seconds[bin_of[order]] - before, 0.0, excess_s[order])
+    return taken
 
 
 def attribute(

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sigma_noise import spans
-from sigma_noise.attribution import STOPPED, Attribution, summary
+from sigma_noise.attribution import STOPPED, Attribution, longest_first, summary
 from sigma_noise.step_counters import LATE
 from sigma_noise.steps import WARM_UP, Attempt, attempts_of, where
 from sigma_noise.trace import Series, Trace
@@ -181,7 +181,7 @@ def _of_attempt(
         rest, room, together, known = rest - seconds, room - mine, together + of_all, known + seconds
     lost = rest + known + together
     for cause, seconds in _without(counted, known).items():
-        mine = segments.longest_first(room, seconds)
+        mine = longest_first(room, segments.step, seconds)
         claimed[cause] = claimed.get(cause, 0.0) + np.minimum(rest, seconds)
         saved[cause] = saved.get(cause, 0.0) + segments.saved(at, mine)
         rest, room = rest - np.minimum(rest, seconds), room - mine
@@ -293,16 +293,16 @@ class _Segments:
             late = np.maximum(0.0, (left - np.median(left, 1, keepdims=True)) * 1e-9)
             arrived = np.stack([came for _, came, _ in met], 1).max(1)
         # A step is its collectives and its end.
-        self._step = np.concatenate([met_in, np.arange(attempt.n)])
-        order = np.argsort(self._step, kind="stable")
-        self._step = self._step[order]
+        self.step = np.concatenate([met_in, np.arange(attempt.n)])
+        order = np.argsort(self.step, kind="stable")
+        self.step = self.step[order]
         own, self.spans, self._late = [], [], []
         self._arrived = np.concatenate([arrived, np.full(attempt.n, np.iinfo(np.int64).max)])[order]
         for i, r in enumerate(attempt.ranks):
             steps, blocked = attempt.steps[r], attempt.blocked[r]
             end = np.concatenate([left[:, i], steps.end_ns[: attempt.n]])[order]
             begin = np.concatenate([[0], end[:-1]])
-            is_first = np.concatenate([[True], self._step[1:] != self._step[:-1]])
+            is_first = np.concatenate([[True], self.step[1:] != self.step[:-1]])
             begin[is_first] = steps.start_ns[: attempt.n]
             waited = spans.overlap_s(begin, end, spans.union(blocked.start_ns, blocked.end_ns))
             too_late = np.concatenate([late[:, i], np.zeros(attempt.n)])[order]
@@ -315,7 +315,7 @@ class _Segments:
     def by_step(self, seconds: Floats) -> Floats:
         """[K] or [K, R] to [n] or [n, R]."""
         found = np.zeros((self.attempt.n, *seconds.shape[1:]))
-        np.add.at(found, self._step, seconds)
+        np.add.at(found, self.step, seconds)
         return found
 
     def overlap(self, at: int, start: Stamps, end: Stamps) -> tuple[Floats, Floats]:
@@ -326,16 +326,6 @@ class _Segments:
         after = spans.overlap_s(came, ends, (start, end))
         alone = np.minimum(after, self._late[at])
         return before + alone, after - alone
-
-    def longest_first(self, room: Floats, seconds: Floats) -> Floats:
-        """[n] of each step shared out to its segments, of which each has room for so much, the longest first: [K]."""
-        order = np.lexsort((-room, self._step))
-        sums = np.cumsum(room[order])
-        first = np.searchsorted(self._step, np.arange(self.attempt.n))
-        before = sums - room[order] - np.concatenate([[0.0], sums])[first][self._step]
-        taken = np.empty_like(room)
-        taken[order] = np.clip(seconds[self._step] - before, 0.0, room[order])
-        return taken
 
     def saved(self, at: int, taken: Floats) -> Floats:
         """[n]: by how much steps would be shorter without what was taken of a rank's segments [K]."""
