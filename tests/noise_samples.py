@@ -105,6 +105,12 @@ def kineto(**changed: Any) -> dict[str, Any]:
     } | changed
 
 
+def bernoulli_slowdown(work: float, detour: float, chance: float, ranks: Any) -> Any:
+    """S(N) = (T + d (1 - (1 - p)^N)) / (T + d p) of windows of T that a detour of d lengthens with chance p."""
+    hit = -np.expm1(np.asarray(ranks, np.float64) * np.log1p(-chance))
+    return (work + detour * hit) / (work + detour * chance)
+
+
 def written(path: Path, content: str | bytes | dict | list) -> Path:
     if isinstance(content, dict | list):
         content = json.dumps(content, indent=1)
