@@ -64,7 +64,7 @@ NETGAUGE = """\
 # Time [ns]\tselfish duration [ns]
 0.00\t1211.43
 999871.43\t1402.86
-2000004.29\t35.50
+2000004.29\t351.50
 # CPU overhead due to noise: 0.13%
 # Measurement period: 0.00 s
 """  # noqa: W291

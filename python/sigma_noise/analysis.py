@@ -215,7 +215,7 @@ def of_fixed_time(
     own: Mapping[str, float],
     seed: int,
 ) -> OfRank:
-    quantum_s = float(trace.run["quantum_s"])
+    quantum_s = float(np.median(series.seconds))
     count = series.value
     bounds = changes.segments(np.maximum(count, 0.5))
     if (
