@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import typer
-from noise_samples import HIST, NETGAUGE, TOP, TRACER, kineto, same, written
+from noise_samples import HIST, NETGAUGE, TOP, TRACER, everything, kineto, same, written
 from prometheus_client.parser import text_string_to_metric_families
 from sigma_noise import analyze_cli, formats_cli
 from sigma_noise.trace import Series, Trace, read
@@ -207,6 +207,19 @@ def test_figures_are_those_of_the_first_screen(tmp_path):
         lengths = [int(line.split("\t")[1]) for line in text.split("\n") if line[0] != "#"]
         assert len(lengths) == noise["detours"] + 1
         assert sum(lengths) * 1e-9 == pytest.approx(noise["burst"] * noise["observed_s"], rel=1e-6)
+
+
+def test_what_collectives_tell_is_not_of_another_kernel(tmp_path):
+    """Defends: S(N) of local times before collectives under the name of the first kernel."""
+    everything(2).write(tmp_path / "m.parquet")
+    run("export", tmp_path / "m.parquet", tmp_path / "n.prom")
+    families = {f.name: f for f in text_string_to_metric_families((tmp_path / "n.prom").read_text())}
+    for name in ("projected_slowdown_ratio", "straggler_what_if_ratio"):
+        found = families[f"sigma_noise_{name}"].samples
+        assert {s.labels["kernel"] for s in found} == {"a2a_local"}, name
+    assert {s.labels["kernel"] for s in families["sigma_noise_ratio"].samples} == {
+        "a2a_local", "detour", "spin", "spin_ftq",
+    }  # fmt: skip
 
 
 def test_export_for_prometheus(tmp_path):

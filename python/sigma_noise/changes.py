@@ -101,7 +101,7 @@ def segments(x: ArrayLike, penalty: float = PENALTY) -> NDArray[np.int64]:
     if len(x) < 2 * LEAST_BLOCKS or np.ptp(x) == 0:
         return np.array([0, len(x)])
     y, unit, width = _prepared(x)
-    if np.ptp(y) == 0:  # but for detours, which are no level
+    if np.ptp(y) == 0:  # detours alone leave every block's median where it is
         return np.array([0, len(x)])
     least = np.finfo(float).eps * np.ptp(y) ** 2  # of two exact levels, which have no variance
     found = _pelt(y, max(penalty * unit, least))
