@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
-from sigma_noise.trace import Series, Trace
+from sigma_noise.formats.rank_detours import facts
+from sigma_noise.trace import Key, Series, Trace
+
+MS = 1_000_000
 
 TRACER = """\
 # tracer: osnoise
@@ -64,7 +67,7 @@ NETGAUGE = """\
 # Time [ns]\tselfish duration [ns]
 0.00\t1211.43
 999871.43\t1402.86
-2000004.29\t35.50
+2000004.29\t351.50
 # CPU overhead due to noise: 0.13%
 # Measurement period: 0.00 s
 """  # noqa: W291
@@ -103,6 +106,54 @@ def kineto(**changed: Any) -> dict[str, Any]:
         "traceEvents": events,
         "traceName": "trace.json",
     } | changed
+
+
+def bernoulli_slowdown(work: float, detour: float, chance: float, ranks: Any) -> Any:
+    """S(N) = (T + d (1 - (1 - p)^N)) / (T + d p) of windows of T that a detour of d lengthens with chance p."""
+    hit = -np.expm1(np.asarray(ranks, np.float64) * np.log1p(-chance))
+    return (work + detour * hit) / (work + detour * chance)
+
+
+def spun(rng: np.random.Generator, n: int) -> Series:
+    """Of 1 ms, and 1.1 ms from the middle on; 9 ms more in 1 % of them."""
+    took = MS * (1 + 0.01 * rng.exponential(size=n))
+    took[n // 2 :] *= 1.1
+    took[rng.random(n) < 0.01] += 9 * MS
+    end = np.cumsum(np.rint(took).astype(np.int64))
+    return Series(end - np.rint(took).astype(np.int64), end, np.ones(n))
+
+
+def everything(ranks: int) -> Trace:
+    """Fixed work and fixed time, an idle loop, collectives of all ranks, and counters that tell causes."""
+    rng = np.random.default_rng(1)
+    rows: dict[Key, Series] = {}
+    local = (10 * MS + rng.exponential(MS, (ranks, 1500))).astype(np.int64)
+    end = np.cumsum(local.max(axis=0) + 2 * MS)
+    begin = np.append(0, end[:-1])
+    arrival = begin + local
+    strikes = 50 * MS * np.arange(60)
+    loop = Series(strikes, strikes + 9000, np.full(60, 8.95e-6))
+    for rank in range(ranks):
+        spin = spun(rng, 4000)
+        begins = MS * np.arange(600)
+        read_ns = spin.end_ns[99::100]
+        rows |= {
+            (rank, "quantum", "spin"): spin,
+            (rank, "quantum", "spin_ftq"): Series(begins, begins + MS, 1000.0 - rng.poisson(5, 600)),
+            (rank, "quantum", "a2a"): Series(arrival[rank], end, np.ones(1500)),
+            (rank, "quantum", "a2a_local"): Series(begin, arrival[rank], np.ones(1500)),
+            (rank, "event", "detour"): loop,
+            (rank, "counter", "run_delay_ns"): Series(read_ns, read_ns, 5e6 * np.arange(40)),
+            (rank, "counter", "on_cpu_ns"): Series(read_ns, read_ns, 1e8 * np.arange(40)),
+        }
+    about = {
+        "host": "a",
+        "sampler": {"period_s": 0.1, "unread": {"steal_ns": "no such file"}},
+        "measured": {"detour": facts((0, 3000 * MS), loop, 1e-6, 50e-9), "spin_ftq": {"mode": "ftq"}},
+        "warnings": ["the clock is slow"],
+    }
+    run = {"kernels": ["spin", "a2a"], "quantum_s": 1e-3}
+    return Trace(run, dict.fromkeys(range(ranks), about), rows)
 
 
 def written(path: Path, content: str | bytes | dict | list) -> Path:

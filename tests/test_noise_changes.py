@@ -128,6 +128,8 @@ def test_series_without_noise():
     """Defends: a penalty of zero times sigma."""
     assert ch.segments(np.full(500, 2.0)).tolist() == [0, 500]
     assert ch.segments(np.repeat([2.0, 3.0], 400)).tolist() == [0, 400, 800]
+    with_detours = np.where(np.arange(500) % 97 == 3, 9.0, 2.0)
+    assert ch.segments(with_detours).tolist() == [0, 500]
 
 
 def run(detector, x):

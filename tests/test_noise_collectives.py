@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sigma_noise import clock
 from sigma_noise.collectives import NOBODY, split
 from sigma_noise.links import Finding, links
 from sigma_noise.scores import score
@@ -166,40 +165,6 @@ def test_parts_are_the_whole_and_ranks_may_change_places(ranks, n, seed):
 def test_wrong_stamps(arrival, end, options, message):
     with pytest.raises(ValueError, match=message):
         split(arrival, end, **options)
-
-
-# Clocks.
-
-
-def pings(rng, n: int, offset_ns: float, drift: float, one_way_ns: float, back_ns: float):
-    """Over 100 s; queues on either side, sometimes long."""
-    sent = np.sort(rng.integers(0, 100 * 1000 * MS, n)) + 5 * 10**15
-    there = one_way_ns + rng.exponential(30_000, n)
-    back = back_ns + rng.exponential(30_000, n)
-    at = sent + there
-    remote = at + offset_ns + drift * (at - 5 * 10**15)
-    return sent, remote.astype(np.int64), (at + back).astype(np.int64)
-
-
-@pytest.mark.parametrize("one_way, back", [(20_000, 20_000), (5_000, 60_000)])
-@pytest.mark.parametrize("offset, drift", [(0.0, 0.0), (-3e9, 2e-5), (7e12, -1e-6)])
-def test_a_clock_is_known_within_its_residual(one_way, back, offset, drift):
-    """Defends: sign of the offset, a drift left out, a residual that forgets an unequal way there and back."""
-    rng = generator(10)
-    for _ in range(20):
-        found = clock.fit(*pings(rng, 400, offset, drift, one_way, back))
-        at = 5 * 10**15 + np.linspace(0, 100e9, 11).astype(np.int64)
-        error = np.abs(found.offset(at) - (offset + drift * (at - 5 * 10**15)))
-        assert error.max() <= found.residual_ns
-        assert found.residual_ns < one_way + back + 100_000
-        assert found.drift == pytest.approx(drift, abs=2e-6)
-
-
-def test_wrong_pings():
-    with pytest.raises(ValueError, match="8 pings or more"):
-        clock.fit([1], [2], [3])
-    with pytest.raises(ValueError, match="found a round trip of -1 ns"):
-        clock.fit(np.arange(8), np.arange(8), np.arange(8) - 1)
 
 
 # Links.

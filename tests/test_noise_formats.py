@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from noise_samples import same, traces
 from prometheus_client.parser import text_string_to_metric_families
-from sigma_noise.formats import chrome, hdr, netgauge, perfetto, prometheus, rank_detours
+from sigma_noise.analysis import analyze
+from sigma_noise.formats import FORMATS, chrome, hdr, netgauge, perfetto, prometheus, rank_detours
 from sigma_noise.trace import Series, Trace
 from sigma_train.errors import Failure, WrongInput
 
@@ -136,7 +137,7 @@ def test_detours_come_back_as_they_were(tmp_path_factory, begin, gaps, rest, ran
     window = [begin, at + rest + (not gaps)]
     trace = Trace(
         {},
-        {rank: {"host": "n1", "measured": {"detour": rank_detours.facts(window, 5e-6)}}},
+        {rank: {"host": "n1", "measured": {"detour": rank_detours.facts(window, events, 5e-6)}}},
         {(rank, "event", "detour"): events},
     )
     netgauge.write(trace, path)
@@ -144,7 +145,7 @@ def test_detours_come_back_as_they_were(tmp_path_factory, begin, gaps, rest, ran
     assert list(back.ranks) == [rank]
     told = back.ranks[rank]
     assert told["host"] == "n1"
-    assert told["measured"]["detour"] == rank_detours.facts((0, window[1] - window[0]), 5e-6)
+    assert told["measured"]["detour"] == rank_detours.facts((0, window[1] - window[0]), events, 5e-6)
     got = back.get(rank, "event", "detour")
     assert np.array_equal(got.start_ns, events.start_ns - begin)
     assert np.array_equal(got.end_ns, events.end_ns - begin)
@@ -157,12 +158,12 @@ def test_detours_come_back_as_they_were(tmp_path_factory, begin, gaps, rest, ran
 def test_detours_of_quanta_are_what_they_took_over_their_floor(tmp_path):
     """Defends: a detour that lacks its floor, one at the threshold, starts from the wrong end of a quantum."""
     took = [10_000] * 100
-    took[7], took[30], took[99] = 15_000, 12_000, 110_000
+    took[7], took[30], took[99] = 15_000, 11_999, 110_000
     trace = one_rank(spin=quanta(took, begin_ns=500), gemm=quanta([7] * 3))
     netgauge.write(trace, tmp_path / "t.tsv", name="spin", threshold_s=2e-6)
     back = netgauge.read(tmp_path / "t.tsv")
     got = back.get(0, "event", "detour")
-    assert got.start_ns.tolist() == [70_000, 99 * 10_000 + 7_000]
+    assert got.start_ns.tolist() == [70_000, 99 * 10_000 + 6_999]
     assert (got.end_ns - got.start_ns).tolist() == [5_000, 100_000]
     assert back.ranks[0]["measured"]["detour"]["window_ns"] == [0, sum(took)]
     assert rank_detours.of(trace, 0, "spin").threshold_s == 2e-6  # the least, as 6 deviations are 0 here
@@ -172,24 +173,71 @@ def test_detours_of_quanta_are_what_they_took_over_their_floor(tmp_path):
     assert found.length_ns.tolist() == [20_000]
 
 
+def test_detours_are_over_the_floor_of_their_time(tmp_path):
+    """Defends: one floor for a whole run, over which every quantum is a detour once the clock has slowed down."""
+    rng = np.random.default_rng(5)
+    took = (1_000_000 * (1 + 0.001 * rng.random(4000))).astype(int)
+    took[2000:] = took[2000:] * 1.2
+    took[1000::1000] += 300_000
+    trace = one_rank(spin=quanta(took.tolist()))
+    (shown,) = analyze(trace).series
+    assert shown.noise.share < 0.002
+    for threshold_s in (None, 1e-4):
+        (shown,) = analyze(trace, tau_s=threshold_s).series
+        found = rank_detours.of(trace, threshold_s=threshold_s)
+        assert found.start_ns.tolist() == trace.get(0, "quantum", "spin").start_ns[1000::1000].tolist()
+        assert found.threshold_s == shown.noise.tau_s
+        np.testing.assert_allclose(found.length_ns, shown.noise.detours.length_s * 1e9, atol=0.5)
+        prometheus_figures = figures_of(trace, tmp_path, threshold_s)
+        spin = ("kernel", "spin")
+        assert prometheus_figures["sigma_noise_ratio", spin] == pytest.approx(shown.noise.share, rel=1e-12)
+        assert prometheus_figures["sigma_noise_detour_seconds_count", spin] == 3
+        assert prometheus_figures["sigma_noise_observed_rank_seconds_total", spin] == pytest.approx(
+            took.sum() / 1e9
+        )
+
+
+def test_detours_of_fixed_time_are_of_its_counts(tmp_path):
+    """Defends: quanta of fixed time that are left out, or whose equal lengths are taken for what they lost."""
+    count = np.full(400, 1000.0)
+    count[[50, 51, 300]] = 500.0, 900.0, 0.0
+    starts = 1_000_000 * np.arange(400)
+    trace = one_rank(spin_ftq=Series(starts, starts + 1_000_000, count))
+    found = rank_detours.of(trace)
+    assert found.start_ns.tolist() == [50_000_000, 300_000_000]
+    assert found.length_ns.tolist() == [600_000, 1_000_000]
+    figures = figures_of(trace, tmp_path)
+    spin = ("kernel", "spin_ftq")
+    assert figures["sigma_noise_ratio", spin] == pytest.approx(1.6 / 400)
+    assert figures["sigma_noise_detour_seconds_sum", spin] == pytest.approx(1.6e-3)
+    hdr.write(trace, tmp_path / "t.hlog")
+    lines = [line for line in (tmp_path / "t.hlog").read_text().splitlines() if line.startswith("Tag=")]
+    assert [line.split(",")[:4] for line in lines] == [
+        ["Tag=rank0.spin_ftq", "0.000000", "1.000000", "1.000"]
+    ]
+
+
 def test_detours_of_a_loop_are_shorter_than_its_gaps(tmp_path):
     """Defends: gaps for lengths; a window of what else the rank measured; one that ends at the last detour."""
     gaps = Series(np.array([5_000, 90_000]), np.array([5_120, 95_000]), np.array([100e-9, 4_980e-9]))
-    told = {"measured": {"detour": {"mode": "detours", "threshold_s": 1e-7, "observed_s": 0.002}}}
+    about = {"mode": "detours", "threshold_s": 1e-7, "observed_s": 0.002, "least_gap_s": 2e-8}
+    told = {"measured": {"detour": about}}
     rows = {(0, "event", "detour"): gaps, (0, "quantum", "spin"): quanta([10_000] * 900, begin_ns=10**9)}
     trace = Trace({}, {0: told}, rows)
     netgauge.write(trace, tmp_path / "t.tsv")
     assert as_loggopsim_reads((tmp_path / "t.tsv").read_text()) == [(0, 100), (85_000, 4_980), (2_000_000, 0)]
     netgauge.write(trace, tmp_path / "t.tsv", threshold_s=1e-6)
     assert as_loggopsim_reads((tmp_path / "t.tsv").read_text()) == [(85_000, 4_980), (2_000_000, 0)]
-    figures = prometheus.measured(trace)
+    back = netgauge.read(tmp_path / "t.tsv")
+    assert back.get(0, "event", "detour").end_ns.tolist() == [90_000]  # of the gap, with the least gap again
+    figures = prometheus.figures(analyze(trace))
     assert list(figures) == ["spin", "detour"]
     assert figures["detour"].noise_ratio == {0: pytest.approx(5_080e-9 / 0.002)}
     assert figures["detour"].threshold_s == 1e-7
     assert figures["detour"].detours_s.tolist() == pytest.approx([100e-9, 4_980e-9])
-    broken = Series(gaps.start_ns, gaps.end_ns, np.array([1.0, np.nan]))
-    with pytest.raises(WrongInput, match="a detour must last 0 s or more, found \\[nan\\] s"):
-        netgauge.write(Trace({}, {0: told}, {(0, "event", "detour"): broken}), tmp_path / "t.tsv")
+    about["observed_s"] = 1e-6
+    with pytest.raises(WrongInput, match=r"detour of rank 0: .* window_s hold all gaps \(5.12e-06 s\)"):
+        netgauge.write(trace, tmp_path / "t.tsv")
 
 
 def test_which_detours_is_asked_where_it_is_not_plain(tmp_path):
@@ -202,7 +250,7 @@ def test_which_detours_is_asked_where_it_is_not_plain(tmp_path):
         (two, {"rank": 7}, "--rank wants one of 0, 1, found 7"),
         (one_rank(a=quanta([1]), b=quanta([1])), {}, "--name wants one of a, b, found None"),
         (one_rank(a=quanta([1])), {"name": "c"}, "--name wants one of a, found c"),
-        (one_rank(a=quanta([1], value=0.5)), {}, "'a' of rank 0 are of fixed time"),
+        (one_rank(a_ftq=quanta([1], value=0.0)), {}, "a_ftq of rank 0: count must be positive"),
         (Trace({}, {}, {}), {}, "--rank wants one of none: nothing was measured"),
     ]:
         with pytest.raises(WrongInput, match=message):
@@ -221,6 +269,11 @@ FIGURES = {
     ),
     "spin": prometheus.Figures(observed_s={0: 1.5}),
 }
+
+
+def figures_of(trace, folder, threshold_s=None) -> dict[tuple, float]:
+    FORMATS["prometheus"].write(trace, folder / "n.prom", threshold_s)
+    return samples(folder / "n.prom")
 
 
 def samples(path) -> dict[tuple, float]:
@@ -246,13 +299,7 @@ def test_prometheus_figures(tmp_path, per_rank):
     assert got["sigma_noise_projected_slowdown_ratio", gemm, ("ranks", "2048")] == 1.087
     assert got["sigma_noise_detour_threshold_seconds", gemm] == 1e-6
     bucket = {key[2][1]: n for key, n in got.items() if key[0] == "sigma_noise_detour_seconds_bucket"}
-    assert (bucket["1e-06"], bucket["2e-06"], bucket["5e-06"], bucket["10"], bucket["+Inf"]) == (
-        1,
-        2,
-        3,
-        4,
-        5,
-    )
+    assert [bucket[edge] for edge in ("1e-06", "2e-06", "5e-06", "10", "+Inf")] == [1, 2, 3, 4, 5]
     assert list(bucket.values()) == sorted(bucket.values())
     assert got["sigma_noise_detour_seconds_count", gemm] == 5
     assert got["sigma_noise_detour_seconds_sum", gemm] == pytest.approx(20.0040055)
@@ -294,10 +341,10 @@ def test_prometheus_file_is_whole_at_any_moment(tmp_path, monkeypatch):
 
 
 def test_figures_of_quanta(tmp_path):
-    """Defends: noise against the mean instead of the floor; counters of fixed time taken for durations."""
+    """Defends: noise against the mean instead of the floor; figures of quanta too few for any."""
     took = [1000] * 99 + [101_000]
-    trace = one_rank(spin=quanta(took), ftq=quanta([1000] * 9, value=31.0))
-    figures = prometheus.measured(trace)
+    trace = one_rank(spin=quanta(took), few=quanta([1000] * 9))
+    figures = prometheus.figures(analyze(trace))
     assert list(figures) == ["spin"]
     assert figures["spin"].observed_s == {0: pytest.approx(200e-6)}
     assert figures["spin"].noise_ratio == {0: pytest.approx(0.5)}
@@ -333,6 +380,7 @@ def test_hdr_log_is_read_by_its_library(tmp_path):
     assert [row[4] for row in found] == pytest.approx([0.01, 0.01, 7200, 0.01], rel=1e-3)
     detour = Series(np.array([7]), np.array([207]), np.array([150e-9]))
     trace.rows[1, "event", "detour"] = trace.rows[1, "event", "gc"] = detour
+    trace.ranks[1]["measured"] = {"detour": rank_detours.facts((0, 300), detour, least_gap_s=50e-9)}
     hdr.write(trace, tmp_path / "t.hlog", name="detour", interval_s=60)
     lines = [line for line in (tmp_path / "t.hlog").read_text().splitlines() if line.startswith("Tag=")]
     assert [line.rpartition(",")[0] for line in lines] == ["Tag=rank1.detour,0.000000,60.000000,0.000"]

@@ -81,7 +81,7 @@ def test_events_of_a_gpu_job(tmp_path):
     assert list(trace.ranks) == [3]
     assert trace.ranks[3]["host"] == "node7"
     assert trace.ranks[3]["clock"] == {"name": "CLOCK_REALTIME", "identity": "node7"}
-    assert trace.ranks[3]["measured"]["step"] == {"mode": "spans"}
+    assert trace.ranks[3]["measured"]["step"] == {"mode": "fwq", "quantum_s": pytest.approx(2_000_500e-9)}
     assert trace.names() == [
         "forward",
         "gpu:forward",
@@ -164,7 +164,9 @@ def test_lines_of_the_tracer(tmp_path):
     assert rows(trace, 8, "counter", "osnoise_noise_us")[-1] == (5791000001000, 0, 846.0)
     assert {rank: facts["lost_events"] for rank, facts in trace.ranks.items()} == {8: 17, 9: 0}
     assert trace.ranks[9]["measured"]["detour"]["window_ns"] == [5789899980000, 5789900008000]
-    assert trace.ranks[8]["measured"]["osnoise_ftq"]["mode"] == "ftq"
+    assert trace.ranks[8]["measured"]["osnoise_ftq"] == {"mode": "ftq", "kernel": "osnoise", "quantum_s": 1.0}
+    assert trace.ranks[8]["measured"]["detour"]["threshold_s"] == 5e-6
+    assert trace.ranks[9]["measured"]["detour"]["least_gap_s"] == 0
     assert "osnoise_ftq" not in trace.ranks[9]["measured"]
     causes = "\n".join(line for line in TRACER.splitlines() if "sample_threshold" not in line)
     assert "detour" not in rtla.read(written(tmp_path / "t.txt", causes)).ranks[8]["measured"]
@@ -178,6 +180,7 @@ def test_table_of_rtla_top(tmp_path):
         assert rows(trace, 0, "quantum", "osnoise_ftq") == [(0, 53_100_000_000, 53_100_000 - 304_896.0)]
         assert rows(trace, 3, "counter", "osnoise_irq") == [(0, 0, 0.0), (53_100_000_000, 0, 53_156.0)]
         assert rows(trace, 0, "counter", "osnoise_noise_us")[1][2] == 304_896
+        assert trace.ranks[0]["measured"]["osnoise_ftq"]["quantum_s"] == pytest.approx(53.1)
         assert trace.ranks[3]["osnoise"] == {"periods": 59, "max_noise_us": 6251, "max_single_us": 33}
     end = TOP.splitlines()[2].index("NMI") + 3
     trace = rtla.read(written(tmp_path / "t.txt", "\n".join(line[:end] for line in TOP.splitlines())))
@@ -196,15 +199,20 @@ def test_table_of_rtla_hist(tmp_path):
 
 
 def test_netgauge(tmp_path):
-    """Defends: a threshold in per cent for one in ns, decimals cut instead of rounded."""
+    """Defends: a threshold in per cent for one in ns, decimals cut, lengths without the least gap for gaps."""
     trace = netgauge.read(written(tmp_path / "noise.dat", NETGAUGE), rank=2)
     assert rows(trace, 2, "event", "detour") == [
-        (0, 1211, 1.211e-6),
-        (999871, 1403, 1403e-9),
-        (2000004, 36, 36e-9),
+        (0, 1211 + 24, 1.211e-6),
+        (999871, 1403 + 24, 1403e-9),
+        (2000004, 352 + 24, 352e-9),
     ]
-    assert trace.ranks[2]["measured"]["detour"]["threshold_s"] == pytest.approx(24.5e-9 * 9)
-    assert trace.ranks[2]["measured"]["detour"]["window_ns"] == [0, 2000040]
+    assert trace.ranks[2]["measured"]["detour"] == {
+        "mode": "detours",
+        "threshold_s": pytest.approx(24.5e-9 * 9),
+        "least_gap_s": 24e-9,
+        "observed_s": 2000380e-9,
+        "window_ns": [0, 2000380],
+    }
 
 
 def test_formats_are_told_by_content_then_by_name(tmp_path):

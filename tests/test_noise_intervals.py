@@ -15,6 +15,10 @@ from sigma_noise import intervals as iv
 FRESH = int(os.environ.get("SIGMA_FRESH_SEED", "0"))
 
 
+def interval(x, statistic, **options):
+    return iv.intervals(x, [statistic], **options)[statistic]
+
+
 def ar1(rng, phi, n, repetitions=1):
     """[repetitions, n], begun 500 samples earlier; shocks of variance 1."""
     return lfilter([1], [1, -phi], rng.normal(size=(repetitions, n + 500)), axis=1)[:, 500:]
@@ -48,7 +52,7 @@ def test_coverage_of_nominal_95_per_cent(phi, least, most, seed):
 def test_coverage_of_the_99th_percentile():
     """Defends: limits of a tail quantile on the wrong side of F, where there are samples enough to have any."""
     rng = np.random.default_rng(13 + FRESH)
-    found = [iv.interval(x, 0.99, seed=r) for r, x in enumerate(rng.normal(size=(200, 4000)))]
+    found = [interval(x, 0.99, seed=r) for r, x in enumerate(rng.normal(size=(200, 4000)))]
     assert all(f.note == "" for f in found)
     assert 182 <= sum(f.low <= norm.ppf(0.99) <= f.high for f in found) <= 197
 
@@ -78,7 +82,7 @@ def test_block_length_equals_arch(phi, n):
 def test_quantile_limits_equal_a_resampling_of_the_samples_themselves():
     """Defends: the way by shares and back, against arch's percentile intervals of medians of resampled series."""
     x = np.exp(ar1(np.random.default_rng(4), 0.6, 1500)[0])
-    ours = iv.interval(x, "median", resamples=4000)
+    ours = interval(x, "median", resamples=4000)
     arch = StationaryBootstrap(iv.block_length(x), x, seed=1)
     low, high = arch.conf_int(np.median, reps=2000, method="percentile").ravel()
     assert ours.estimate == np.median(x)
@@ -101,7 +105,7 @@ def test_a_million_samples():
     """Defends: memory of resamples x n, and a width that forgets tau where cells are longer than blocks."""
     phi, n = 0.95, 1_000_000
     x = ar1(np.random.default_rng(6), phi, n)[0]
-    found = iv.interval(x, "mean")
+    found = interval(x, "mean")
     half = 1.96 / (1 - phi) / sqrt(n)
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.15)
     assert found.n_eff == pytest.approx(n * (1 - phi) / (1 + phi), rel=0.05)
@@ -147,7 +151,7 @@ def test_blocks_span_three_periods():
     """Defends: a train of detours torn apart, which makes its share look far less certain than it is."""
     x = np.zeros(10_000)
     x[7::100] = 1.0
-    torn, whole = iv.interval(x, "mean"), iv.interval(x, "mean", period=100)
+    torn, whole = interval(x, "mean"), interval(x, "mean", period=100)
     assert iv._block([x], 100) == 300
     assert whole.high - whole.low < 0.5 * (torn.high - torn.low)
     assert whole.low < 0.01 < whole.high
@@ -159,7 +163,7 @@ def test_slow_drift_under_rare_detours_is_seen():
     level = 0.02 * ar1(rng, 0.98, 20_000)[0]
     x = np.exp(level) + 100 * (rng.random(20_000) < 0.01)
     assert iv.autocorrelation_time(x) < 2
-    found = iv.interval(x, "median")
+    found = interval(x, "median")
     assert found.n_eff < 20_000 / 30
     assert found.low < np.exp(np.median(level)) < found.high
 
@@ -190,7 +194,7 @@ def test_another_unit_scales_the_interval(n, scale, shift, seed):
     """Defends: thresholds with a unit in them; results that depend on anything but data and seed."""
     x = np.random.default_rng(seed).normal(size=n)
     for statistic, a in iv.intervals(x, ["mean", "median", 0.9], resamples=100, seed=seed).items():
-        b = iv.interval(x * scale + shift, statistic, resamples=100, seed=seed)
+        b = interval(x * scale + shift, statistic, resamples=100, seed=seed)
         if statistic != "mean":  # one block for all three rows, so that the mean's is another alone
             assert b.estimate == pytest.approx(a.estimate * scale + shift, rel=1e-6, abs=1e-6)
         again = iv.intervals(x * scale + shift, ["mean", "median", 0.9], resamples=100, seed=seed)[statistic]

@@ -12,7 +12,6 @@ from sigma_noise.blocks import draw, quantiles
 from sigma_noise.flags import contest, flag
 from sigma_noise.intervals import autocorrelation_time
 from sigma_noise.losses import Losses
-from sigma_noise.nvrx import THRESHOLD, nvrx_score
 from sigma_noise.outliers import cut, robust_z
 from sigma_noise.scores import SPREAD, score
 
@@ -44,6 +43,12 @@ def steps(rng, ranks: int, n: int, sigma: float = 0.01, phi: float = 0.0):
 def detours(rng, x, rank: int, share: float = 0.01, factor: float = 10.0):
     x[rank, rng.random(x.shape[1]) < share] *= factor
     return x
+
+
+def of_medians(x):
+    """The score of NVIDIA's resiliency extension (NVRx), of one kernel: the fastest median over each, [P]."""
+    medians = np.median(x, axis=1)
+    return medians.min() / medians
 
 
 # Test 12 of the acceptance list: nobody stands out, and nobody is named.
@@ -137,12 +142,11 @@ def test_a_rank_with_a_tail_is_named_which_medians_do_not_see(ranks, runs):
         scores = score(x, replicates=8)
         worst = scores.ranks[0]
         named += (scores.flagged, worst.rank, worst.kind) == ([rough], rough, "rare long detours")
-        least = min(least, nvrx_score(x).min())
+        least = min(least, of_medians(x).min())
         assert worst.tail < 0.12
         assert worst.what_if > 0.03
     assert runs - named <= most(runs, 0.05)
-    assert least > 0.98
-    assert least > THRESHOLD
+    assert least > 0.98  # a straggler to NVRx is below 0.75
 
 
 def test_one_tail_of_2048():
@@ -152,7 +156,7 @@ def test_one_tail_of_2048():
     assert np.flatnonzero(flags.has_tail).tolist() == [1234]
     assert not flags.is_slow.any()
     assert Losses(x).what_if().argmax() == 1234
-    assert nvrx_score(x)[1234] > 0.98
+    assert of_medians(x)[1234] > 0.98
 
 
 def test_what_does_not_recur_is_not_flagged():
@@ -281,20 +285,6 @@ def test_location_and_tail_by_hand():
         1.0,
         0.5,
     ]
-
-
-def test_nvrx_score_by_hand():
-    """Two kernels, each weighted by the rank's total time in it."""
-    first = [[1.0, 1.0, 9.0], [2.0, 2.0, 2.0]]
-    second = [[4.0], [2.0]]
-    np.testing.assert_allclose(nvrx_score(first), [1.0, 0.5])
-    np.testing.assert_allclose(
-        nvrx_score(first, second), [(11 * 1.0 + 4 * 0.5) / 15, (6 * 0.5 + 2 * 1.0) / 8]
-    )
-    with pytest.raises(ValueError, match="the same ranks, found 2, 1"):
-        nvrx_score(first, [[1.0]])
-    with pytest.raises(ValueError, match="a call of every kernel"):
-        nvrx_score([[1.0], []])
 
 
 def test_contest_by_hand():

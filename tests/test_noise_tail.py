@@ -1,4 +1,4 @@
-"""E[max_N] in closed form and of a sample, and tails: fits, gates, the splice, and what belongs to time instead."""
+"""E[max_N] in closed form and of a sample, and tails: fits, gates, the splice."""
 
 import math
 import os
@@ -6,16 +6,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from noise_samples import bernoulli_slowdown
 from scipy import integrate, stats
 from sigma_noise import pareto
-from sigma_noise.expected_max import (
-    bernoulli_slowdown,
-    exponential_max,
-    pareto_max,
-    sample_max,
-    uniform_max,
-)
-from sigma_noise.extremal_index import extremal_index
+from sigma_noise.expected_max import pareto_max, sample_max
 from sigma_noise.tail import NoTail, Parameters, Tail, excess_max, fit_tail, spliced_max
 
 FRESH = int(os.environ.get("SIGMA_FRESH_SEED", "0"))
@@ -34,9 +28,9 @@ def test_figures_of_the_study():
     """Defends: an exponent of N - 1, a slowdown over T instead of over E[W], H_{N-1}."""
     slowdown = bernoulli_slowdown(10, 1, 1e-3, [8, 64, 512, 2048, 16384])
     assert np.round(slowdown, 4).tolist() == [1.0007, 1.0061, 1.0400, 1.0870, 1.0999]
-    assert exponential_max(1.0, 2048) == pytest.approx(8.2021, abs=5e-5)
-    assert exponential_max(3.0, 4) == pytest.approx(3 * (1 + 1 / 2 + 1 / 3 + 1 / 4))
-    assert uniform_max(8) == 8 / 9
+    assert pareto_max(0.0, 1.0, 2048) == pytest.approx(8.2021, abs=5e-5)
+    assert pareto_max(0.0, 3.0, 4) == pytest.approx(3 * (1 + 1 / 2 + 1 / 3 + 1 / 4))
+    assert pareto_max(-1.0, 1.0, 8) == pytest.approx(8 / 9)
     assert pareto_max(0.2, 1.0, 2048) == pytest.approx(21.75, abs=5e-3)
     with pytest.raises(ValueError, match=r"shape must be below 1, .* found 1"):
         pareto_max(1.0, 1.0, 8)
@@ -47,8 +41,8 @@ CLOSED = {  # survival exp(-t) -> value, and E[max_N]
         lambda t: 10.0 + (t > -math.log(1e-3)),
         lambda N: 10.001 * bernoulli_slowdown(10, 1, 1e-3, N),
     ),
-    "exponential": (lambda t: 2.0 * t, lambda N: exponential_max(2.0, N)),
-    "uniform": (lambda t: -np.expm1(-t), uniform_max),
+    "exponential": (lambda t: 2.0 * t, lambda N: pareto_max(0.0, 2.0, N)),
+    "uniform": (lambda t: -np.expm1(-t), lambda N: N / (N + 1)),
     "pareto": (lambda t: pareto.quantile(t, 0.2, 1.0), lambda N: pareto_max(0.2, 1.0, N)),
     "bounded": (lambda t: pareto.quantile(t, -0.3, 1.0), lambda N: pareto_max(-0.3, 1.0, N)),
 }
@@ -277,19 +271,3 @@ def test_refitted_needs_thirty_exceedances_for_a_shape():
     assert found.shape[0] == 0.3
     assert found.scale[0] == pytest.approx(0.7 * 0.55)
     assert found.shape[2] < 0  # evenly spread excesses end
-
-
-@pytest.mark.parametrize("theta", [0.2, 0.5, 1.0])
-def test_extremal_index_of_a_max_autoregression(theta):
-    """Defends: theta of X_t = max((1 - theta) X_{t-1}, theta Z_t), Z Frechet: clusters of mean size 1/theta."""
-    rng = rng_of(61)
-    Z = 1 / rng.exponential(size=40_000)
-    X = np.empty_like(Z)
-    X[0] = Z[0]
-    for t in range(1, len(Z)):
-        X[t] = max((1 - theta) * X[t - 1], theta * Z[t])
-    assert extremal_index(np.quantile(X, 0.97) < X) == pytest.approx(theta, abs=0.08)
-    clustered = np.isin(np.arange(30), [2, 3, 4, 5, 25])  # gaps 1, 1, 1, 20
-    assert extremal_index(clustered) == pytest.approx(2 * 19**2 / (4 * 19 * 18))
-    with pytest.raises(ValueError, match="at least two windows"):
-        extremal_index([False, True, False])

@@ -34,10 +34,3 @@ _EXITS = {
     Verdict.INCONCLUSIVE: Exit.INCONCLUSIVE,
     Verdict.UNFIT: Exit.UNFIT,
 }
-
-
-def exit_of(*verdicts: Verdict, over_budget: bool = False) -> Exit:
-    """One code for several verdicts: unfit before regressed before inconclusive; of none, whether a budget held."""
-    worst = (Exit.UNFIT, Exit.REGRESSED, Exit.INCONCLUSIVE)
-    exits = {verdict.exit for verdict in verdicts} | ({Exit.REGRESSED} if over_budget else set())
-    return next((code for code in worst if code in exits), Exit.OK)

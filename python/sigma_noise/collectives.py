@@ -65,7 +65,8 @@ def split(
 
     Args:    arrival_ns, end_ns: int64 [P, n], or P series, of which some may lack the last steps.
              begin_ns: [P], where the first local part began; without it the first step has none and is left out.
-             offset_ns: [P], what each clock shows beyond the common one (`clock.fit`), or [P, n] where it drifts.
+             offset_ns: [P], what each clock shows beyond the common one, so that common = own - offset (that of
+             `sigma_noise.offset` is the opposite), or [P, n] where it drifts.
              residual_ns: [P], how far the clock may be off after that.  Two arrivals closer than both residuals have
              no order.
              most: keep the last so many steps only.

@@ -28,6 +28,7 @@ from sigma_noise.intervals import NORMAL_MAD, Array, series
 FLOOR = 0.05  # the quantile that is called undisturbed
 MIN_GAP_TAU_S, GAP_TAU_FLOORS = 1e-6, 9.0
 MIN_WORK_TAU_S, WORK_TAU_SIGMA = 2e-6, 6.0
+ROUNDING = 1e-9  # of a window that gaps may fill to the last ns
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,12 @@ def gaps(
     start_s, gap_s = np.asarray(start_s, np.float64), np.asarray(gap_s, np.float64)
     tau_s = gap_threshold(g0_s) if tau_s is None else tau_s
     _check(start_s, gap_s, "gap_s", tau_s)
-    if not 0 <= g0_s <= tau_s or not isfinite(window_s) or window_s <= 0 or gap_s.sum() > window_s:
+    if (
+        not 0 <= g0_s <= tau_s
+        or not isfinite(window_s)
+        or window_s <= 0
+        or gap_s.sum() > window_s * (1 + ROUNDING)
+    ):
         raise ValueError(
             f"g0_s must lie in 0..tau ({tau_s:g}) and window_s hold all gaps ({gap_s.sum():g} s), found {g0_s:g} and "
             f"{window_s:g}"

@@ -13,26 +13,6 @@ Floats = NDArray[np.float64]
 VANISHED = -45.0  # log F^N below which 1 - F^N is 1 to the last bit
 
 
-def bernoulli_slowdown(work: float, detour: float, chance: float, ranks: ArrayLike) -> Floats:
-    """S(N) of windows of `work` seconds that a detour of `detour` seconds lengthens with the given chance.
-
-    S(N) = (T + d (1 - (1 - p)^N)) / (T + d p).
-    """
-    hit = -np.expm1(np.asarray(ranks, np.float64) * np.log1p(-chance))
-    return (work + detour * hit) / (work + detour * chance)
-
-
-def exponential_max(scale: float, ranks: ArrayLike) -> Floats:
-    """E[max_N] = scale * H_N, the harmonic number."""
-    return scale * (digamma(np.asarray(ranks, np.float64) + 1) + np.euler_gamma)
-
-
-def uniform_max(ranks: ArrayLike) -> Floats:
-    """E[max_N] = N / (N + 1) on 0..1."""
-    N = np.asarray(ranks, np.float64)
-    return N / (N + 1)
-
-
 def pareto_max(shape: float, scale: float, ranks: ArrayLike) -> Floats:
     """E[max_N] of the generalised Pareto distribution: scale/xi (N B(N, 1 - xi) - 1), for a shape xi < 1.
 

@@ -68,8 +68,10 @@ def export(
     from sigma_noise.formats import told_by
     from sigma_noise.trace import read
 
-    if threshold_s is not None and not 0 <= threshold_s < float("inf"):
-        raise WrongInput(f"--threshold must not be negative, found {threshold_s}")
+    if threshold_s is not None and not 0 < threshold_s < float("inf"):
+        raise WrongInput(
+            f"--threshold must be more than 0 s, found {threshold_s:g}; leave it out for the usual one"
+        )
     chosen = told_by(to, format, to_write=True)
     options = _applying(
         chosen,

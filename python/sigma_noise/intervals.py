@@ -142,11 +142,6 @@ def _significant_lags(x: Array, gamma: Array, run: int) -> int | None:
     return int(starts[0]) if len(starts) else None
 
 
-def interval(x: ArrayLike, statistic: Statistic, **options: object) -> Interval:
-    """One of `intervals`."""
-    return intervals(x, [statistic], **options)[statistic]  # type: ignore[arg-type]
-
-
 def intervals(
     x: ArrayLike,
     statistics: list[Statistic] | tuple[Statistic, ...] = ("mean", "median"),

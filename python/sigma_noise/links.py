@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from sigma_noise.outliers import EFFICIENCY, PRIOR_FREEDOM, TO_DEVIATION, cut, robust_z
+from sigma_noise.intervals import NORMAL_MAD
+from sigma_noise.outliers import EFFICIENCY, PRIOR_FREEDOM, cut, robust_z
 
 LEAST_RANKS = 4  # a median of fewer than three cells is no protection against one
 TURNS, SETTLED = 10, 1e-9  # of the polish
@@ -115,7 +116,7 @@ def _scatter(rest: NDArray[np.float64], spread: float) -> tuple[float, float]:
     size = np.sort(np.abs(rest[~np.isnan(rest)]))
     free = size[min(2 * len(rest) - 1, len(size) - 1) :]
     own = EFFICIENCY * len(free)
-    square = PRIOR_FREEDOM * spread**2 + own * (TO_DEVIATION * np.median(free)) ** 2
+    square = PRIOR_FREEDOM * spread**2 + own * (NORMAL_MAD * np.median(free)) ** 2
     return float(np.sqrt(square / (PRIOR_FREEDOM + own))), PRIOR_FREEDOM + own
 
 

@@ -19,6 +19,8 @@ from math import isfinite, log
 import numpy as np
 from scipy.special import gammaln
 
+from sigma_noise.intervals import NORMAL_MAD
+
 PROBABILITY = 0.9
 LEAST_SHIFT = 0.10
 LEAST_SHIFT_OFFLINE = 0.02
@@ -75,7 +77,7 @@ class Online:
 
     def _begin(self, first: np.ndarray) -> None:
         centre = float(np.median(first))
-        sigma = max(1.4826 * float(np.median(np.abs(first - centre))), 1e-6)
+        sigma = max(NORMAL_MAD * float(np.median(np.abs(first - centre))), 1e-6)
         # kappa: how many samples the prior's mean is worth, so that sigma / sqrt(kappa) is the spread of levels.
         self._prior = np.array([centre, min(1.0, (sigma / LEVELS_SPREAD) ** 2), 1.0, sigma**2])
         self._log_p = np.zeros(1)

@@ -4,8 +4,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-TO_DEVIATION = 1.4826  # of the median absolute deviation, where numbers are normal
-# What 1.4826 MAD lacks in small samples (Croux and Rousseeuw 1992); N / (N - 0.8) beyond.
+from sigma_noise.intervals import NORMAL_MAD
+
+# What a MAD so scaled lacks in small samples (Croux and Rousseeuw 1992); N / (N - 0.8) beyond.
 SMALL_SAMPLE = {2: 1.196, 3: 1.495, 4: 1.363, 5: 1.206, 6: 1.200, 7: 1.140, 8: 1.129, 9: 1.107}
 EFFICIENCY = 0.37  # of the MAD against the standard deviation: N numbers are worth 0.37 N degrees of freedom
 PRIOR_FREEDOM = 3.0  # degrees of freedom that `spread` is worth
@@ -27,7 +28,7 @@ def robust_z(values: ArrayLike, spread: float = 0.0) -> NDArray[np.float64]:
     n = x.shape[-1]
     away = x - np.median(x, axis=-1, keepdims=True)
     mad = np.median(np.abs(away), axis=-1, keepdims=True)
-    mad *= TO_DEVIATION * SMALL_SAMPLE.get(n, n / (n - 0.8))
+    mad *= NORMAL_MAD * SMALL_SAMPLE.get(n, n / (n - 0.8))
     prior, own = _freedom(n, spread)
     scale = np.sqrt((prior * spread**2 + own * mad**2) / max(prior + own, 1e-9))
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import fft
 
-from sigma_noise.intervals import Array, series
+from sigma_noise.intervals import Array
 
 HARMONICS = 20
 PENALTY = 4.0
@@ -144,11 +144,6 @@ class _Scan:
         counts = np.bincount(at, minlength=self.bins).astype(np.float32)
         z = fft.rfft(counts, size)[: len(gain)]
         return (z.real**2 + z.imag**2) * gain * (2 / len(t)), step_hz
-
-
-def h_test(t: ArrayLike, frequency_hz: float) -> float:
-    """H at one frequency, straight from its definition.  t: stamps [n], seconds."""
-    return float(_h_exact(series(t, "t"), np.array([frequency_hz]))[0])
 
 
 def _h_exact(t: Array, frequencies: Array) -> Array:

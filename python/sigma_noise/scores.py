@@ -89,7 +89,7 @@ def score(
 
     Args:    durations [P, n], or P series of unequal lengths, in seconds of *local* time, before a collective evens it;
              only steps that all ranks made are taken, so that all are judged by the same time.
-             reference: M is the "median" over ranks, or for L the "min", as in `nvrx_score`; flags take the median.
+             reference: M is the "median" over ranks, or for L the "min", as NVRx has it; flags take the median.
              spread: relative deviation of healthy ranks that is expected beforehand; it matters below 16 ranks.
     Raises:  ValueError if there are fewer than 2 ranks or 16 steps, a duration is not above 0 and finite, or an
              argument is out of its range.

@@ -1,4 +1,4 @@
-"""Spectra for the eye, with an alarm level: Welch on a grid, Lomb-Scargle on stamps that are not one.
+"""A spectrum for the eye, with an alarm level: Welch's, of samples on a grid.
 
 Which period there is, `periods` says better: the tallest line of a pulse train may be any harmonic.  A line is called
 one where its power stands above the alarm level, which is set so that series without a period have a line in less than
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from math import pi
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy import fft, signal, stats
+from numpy.typing import ArrayLike
+from scipy import signal, stats
 
 from sigma_noise.intervals import Array, series
 
@@ -37,14 +37,6 @@ class Spectrum:
     background: Array
     alarm: Array
 
-    @property
-    def lines_hz(self) -> Array:
-        """Frequencies of local maxima above the alarm level, the tallest against it first."""
-        ratio = np.concatenate([[0.0], self.power / self.alarm, [0.0]])
-        middle = ratio[1:-1]
-        at = np.flatnonzero((middle > 1) & (middle >= ratio[:-2]) & (middle > ratio[2:]))
-        return self.frequency_hz[at[np.argsort(-middle[at])]]
-
 
 def welch(x: ArrayLike, step_s: float, *, segments: int = SEGMENTS) -> Spectrum:
     """Of samples x [n] that are step_s apart, such as counts of fixed-time quanta: x^2 per Hz.
@@ -63,41 +55,6 @@ def welch(x: ArrayLike, step_s: float, *, segments: int = SEGMENTS) -> Spectrum:
         1, -1
     )  # the mean is taken off, which takes of the first bins too; the last has half the freedom
     return _alarmed(frequency[inner], power[inner], ar1_shape(x, frequency[inner] * step_s), freedom)
-
-
-def lomb_scargle(t: ArrayLike, x: ArrayLike) -> Spectrum:
-    """Of samples x [n] at stamps t [n], seconds: standard normalisation, 0..1 (Lomb 1976, Scargle 1982).
-
-    At multiples of 1 / (t[-1] - t[0]) up to half the mean rate.  The sums over stamps come from two FFTs of samples
-    shared out to the two nearest points of a fine grid (in the way of Press & Rybicki 1989).
-    Raises: ValueError as `welch`, or on stamps that do not rise.
-    """
-    x, t = _checked(x), series(t, "t")
-    if len(t) != len(x) or not (np.diff(t) > 0).all():
-        raise ValueError(f"t must rise and have the {len(x)} samples of x, found {len(t)}")
-    n, span = len(t), float(t[-1] - t[0])
-    frequency = np.arange(1, (n - 1) // 2 + 1) / span
-    y = x - x.mean()
-    phase = (t - t[0]) / span
-    sums, twice = _fourier(phase, y, len(frequency)), _fourier(phase, np.ones(n), 2 * len(frequency))[1::2]
-    turn = 0.5 * np.angle(twice)  # 2 pi f tau of the time shift that makes sine and cosine orthogonal
-    rotated = sums * np.exp(-1j * turn)
-    cosines = n / 2 + np.abs(twice) / 2
-    sines = np.maximum(n / 2 - np.abs(twice) / 2, 1e-9 * n)
-    power = (rotated.real**2 / cosines + rotated.imag**2 / sines) / (y @ y)
-    return _alarmed(frequency, power, ar1_shape(x, frequency * (span / (n - 1))), 2.0)
-
-
-def _fourier(phase: Array, weight: Array, most: int) -> NDArray[np.complex128]:
-    """sum_j w_j exp(2 pi i k phase_j) for k = 1..most, phase in 0..1."""
-    size = fft.next_fast_len(16 * most, real=True)
-    at = phase * size
-    left = np.floor(at).astype(np.int64)
-    right_share = at - left
-    grid = np.bincount(left % size, weight * (1 - right_share), size)
-    grid += np.bincount((left + 1) % size, weight * right_share, size)
-    k = np.arange(1, most + 1)
-    return np.conj(fft.rfft(grid)[1 : most + 1]) / np.sinc(k / size) ** 2
 
 
 def ar1_shape(x: Array, cycles: Array) -> Array:

@@ -109,7 +109,12 @@ Window = tuple[float, float]  # ns, the end not included
 
 
 def has_steps(trace: Trace, warm_up: int = WARM_UP) -> bool:
-    """Whether all ranks of some attempt have a step after the first."""
+    """Whether all ranks of some attempt have a step after the first.
+
+    Of a training: steps that another tool measured say how, and are quanta.
+    """
+    if any("step" in about.get("measured", {}) for about in trace.ranks.values()):
+        return False
     return any(
         all(
             len(_within(trace.get(rank, "quantum", "step"), window)) > warm_up

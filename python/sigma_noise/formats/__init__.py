@@ -35,15 +35,16 @@ class Format:
 def _write_prometheus(
     trace: Trace, to: Path, threshold_s: float | None = None, per_rank: bool = False
 ) -> None:
-    """Noise and detours as quanta tell them; of the kernel that `analyze` is about stragglers and S(N) as well."""
+    """The figures of `analyze`."""
     # Here: most measurements go elsewhere, and the client takes a while to load.
     from sigma_noise.analysis import analyze
     from sigma_noise.formats import prometheus
 
-    figures = prometheus.measured(trace, threshold_s)
-    if trace.names():
-        figures = prometheus.judged(figures, analyze(trace, tau_s=threshold_s))
-    prometheus.write(figures, to, per_rank)
+    try:
+        found = analyze(trace, tau_s=threshold_s)
+    except ValueError as error:
+        raise WrongInput(f"no figures for Prometheus: {error}") from None
+    prometheus.write(prometheus.figures(found), to, per_rank)
 
 
 FORMATS = {

@@ -6,7 +6,7 @@ Complete events (`"ph": "X"`) have `ts` and `dur` in microseconds (Trace Event F
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fnmatch import fnmatchcase
@@ -19,7 +19,7 @@ from sigma_train.errors import WrongInput
 from sigma_noise.formats.json_stream import Number, members
 from sigma_noise.formats.rows import Rows, at, in_file
 from sigma_noise.formats.text import opened
-from sigma_noise.trace import Series, Trace
+from sigma_noise.trace import Key, Series, Trace
 
 OURS = "sigma."  # before the kind, in the categories of what `perfetto.write` wrote
 HEAD = "sigma_noise"
@@ -141,7 +141,7 @@ class _Reader:
             raise ValueError(self._nothing())
         rank = self._rank() if rank is None else rank
         rows = {(rank, kind, name): _moved(s, base) for (_, kind, name), s in self._foreign.series().items()}
-        return Trace({}, {rank: self._facts(base)}, rows)
+        return Trace({}, {rank: self._facts(base, rows)}, rows)
 
     def _rank(self) -> int:
         info = self.head.get("distributedInfo")
@@ -150,12 +150,17 @@ class _Reader:
             raise ValueError(f"distributedInfo.rank must be a rank, found {str(rank)[:40]!r}")
         return rank
 
-    def _facts(self, base: int) -> dict[str, Any]:
-        """Ranks of one host share its wall clock; of an unknown host, nothing is known to be shared."""
+    def _facts(self, base: int, rows: Mapping[Key, Series]) -> dict[str, Any]:
+        """Ranks of one host share its wall clock; of an unknown host, nothing is known to be shared.
+
+        Events of one name count as the same work, which takes as long as the shortest of them.
+        """
         host = str(self.head.get("host_name", "unknown"))
         shared = base and host != "unknown"
         name = "CLOCK_REALTIME" if base else "unknown"
-        measured = {name: {"mode": "spans"} for _, _, name in self._foreign.names()}
+        measured = {
+            name: {"mode": "fwq", "quantum_s": float(s.seconds.min())} for (_, _, name), s in rows.items()
+        }
         return {
             "host": host,
             "clock": {"name": name, "identity": host if shared else self._file},

@@ -5,6 +5,7 @@ any span and derive percentiles.  A table of percentiles allows neither, so the 
 `hdrhistogram`, which is not a dependency: without it there is no log, and a sentence says so.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +13,19 @@ from numpy.typing import NDArray
 from sigma_train.errors import Failure, WrongInput
 from sigma_train.files import atomic_file
 
-from sigma_noise.formats.rank_detours import DETOUR, lengths_ns
-from sigma_noise.trace import Series, Trace
+from sigma_noise.formats.rank_detours import DETOUR, is_fixed_time, of
+from sigma_noise.trace import Trace
 
-LOWEST_NS, HIGHEST_NS, DIGITS = (
-    1,
-    3_600_000_000_000,
-    3,
-)  # to an hour, as most logs, so that they can be summed
+# To an hour, as most logs, so that they can be summed.
+LOWEST_NS, HIGHEST_NS, DIGITS = 1, 3_600_000_000_000, 3
 
 
 def write(trace: Trace, to: Path, name: str | None = None, interval_s: float = 1.0) -> None:
-    """A line for each rank, name of quanta or detours, and interval in which any began; values in ns.
+    """A line for each rank, name, and interval in which any of it began; values in ns.
 
-    A line is tagged `rank0.spin`; its maximum is in ms, as the format has it; its times count from the first begin of
-    all, which `StartTime` and `BaseTime` hold in seconds of the trace's clock.
+    Of quanta of fixed work what each took; of a loop that measured detours, and of quanta of fixed time, which all last
+    the same, the lengths of detours.  A line is tagged `rank0.spin`; its maximum is in ms, as the format has it; its
+    times count from the first begin of all, which `StartTime` and `BaseTime` hold in seconds of the trace's clock.
 
     Raises: WrongInput if there is nothing to write or `interval_s` is not positive; Failure without the library;
             OSError.
@@ -37,13 +36,13 @@ def write(trace: Trace, to: Path, name: str | None = None, interval_s: float = 1
         raise Failure(
             "an HDR log wants the library hdrhistogram; pip install hdrhistogram brings it"
         ) from None
-    if not interval_s > 0:
+    if not 0 < interval_s < float("inf"):
         raise WrongInput(f"--interval must be positive, found {interval_s}")
     pieces = [
         piece
-        for (rank, kind, own), series in trace.rows.items()
-        if len(series) and name in (None, own) and (kind == "quantum" or (kind, own) == ("event", DETOUR))
-        for piece in _intervals(f"rank{rank}.{own}", kind, series, trace.origin_ns, interval_s)
+        for rank, own in _series(trace)
+        if name in (None, own)
+        for piece in _intervals(f"rank{rank}.{own}", *_lengths(trace, rank, own), trace.origin_ns, interval_s)
     ]
     if not pieces:
         raise WrongInput(f"no quanta or detours{f' called {name!r}' if name else ''} are in this measurement")
@@ -69,13 +68,29 @@ def _head(trace: Trace) -> str:
     )
 
 
+def _series(trace: Trace) -> Iterator[tuple[int, str]]:
+    """Ranks, and the names of what they have lengths of."""
+    for rank, about in trace.ranks.items():
+        yield from ((rank, name) for name, quanta in trace.of(rank, "quantum") if len(quanta))
+        if DETOUR in about.get("measured", {}):
+            yield rank, DETOUR
+
+
+def _lengths(trace: Trace, rank: int, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Begins and lengths, ns."""
+    if name == DETOUR or is_fixed_time(trace, rank, name):
+        detours = of(trace, rank, name)
+        return detours.start_ns, detours.length_ns
+    quanta = trace.get(rank, "quantum", name)
+    return quanta.start_ns, quanta.end_ns - quanta.start_ns
+
+
 def _intervals(
-    tag: str, kind: str, series: Series, origin_ns: int, interval_s: float
+    tag: str, start_ns: NDArray[np.int64], took: NDArray[np.int64], origin_ns: int, interval_s: float
 ) -> list[tuple[float, str, NDArray[np.int64]]]:
     """Begin of each interval in s, tag without what would end one, lengths in ns of what began in it."""
     tag = "".join("_" if c.isspace() or c in ',"#=' else c for c in tag)
-    took = series.end_ns - series.start_ns if kind == "quantum" else lengths_ns(series)
-    number = np.floor(series.since(origin_ns) / interval_s).astype(np.int64)
+    number = np.floor((start_ns - origin_ns) * 1e-9 / interval_s).astype(np.int64)
     cuts = np.flatnonzero(np.diff(number)) + 1
     pieces = zip(np.split(number, cuts), np.split(took, cuts), strict=True)
     return [(float(numbers[0] * interval_s), tag, lengths) for numbers, lengths in pieces]

@@ -17,10 +17,10 @@ from sigma_train.files import atomic_file
 from sigma_noise.formats.rank_detours import DETOUR, Detours, facts, of
 from sigma_noise.formats.rows import Rows, at
 from sigma_noise.formats.text import lines
-from sigma_noise.trace import Trace
+from sigma_noise.trace import EMPTY, Trace
 
 NUMBER = re.compile(r"\d{1,18}(\.\d{0,9})?")
-FACT = re.compile(r"# (rank|host|threshold_s): (\S.{0,199})")
+FACT = re.compile(r"# (rank|host|threshold_s|least_gap_s): (\S.{0,199})")
 MINIMUM = re.compile(r"# Minimal cycle length \[ns\]: *([\d.]+)")
 PERCENT = re.compile(r"# Threshold: \[% minimal cycle length\]: *(\d{1,9})")
 NO_DETOURS = re.compile(r"# Fixed (Work|Time) Quantum Benchmark")
@@ -52,10 +52,9 @@ def _head(detours: Detours, trace: Trace) -> str:
         "host": trace.ranks.get(detours.rank, {}).get("host", "unknown"),
         "name": detours.name,
         "threshold_s": detours.threshold_s,
+        "least_gap_s": detours.least_gap_s,
     }
-    told = (
-        f"# {key}: {' '.join(str(fact).split())[:200]}\n" for key, fact in known.items() if fact is not None
-    )
+    told = (f"# {key}: {' '.join(str(fact).split())[:200]}\n" for key, fact in known.items())
     return "".join(["# Noise trace of sigma noise for LogGOPSim\n", *told, "# start [ns]\tduration [ns]\n"])
 
 
@@ -64,6 +63,7 @@ class _Learnt:
     rank: int = 0
     host: str = "unknown"
     threshold_s: float | None = None
+    least_gap_ns: int = 0
     minimum_ns: float | None = None
 
 
@@ -84,8 +84,10 @@ def read(path: Path, rank: int | None = None) -> Trace:
                 if start <= before:
                     raise ValueError(f"starts must rise, found {start} ns after {before}")
                 if took:
-                    rows.add((0, "event", DETOUR), start, start + took, took / 1e9)
-                before, last, window_end = start, (start, took), max(window_end, start + took)
+                    end = start + took + learnt.least_gap_ns  # durations lack the least gap
+                    rows.add((0, "event", DETOUR), start, end, took / 1e9)
+                    window_end = max(window_end, end)
+                before, last = start, (start, took)
         except ValueError as error:
             raise at(path, f"line {number}", error) from None
     if before < 0:
@@ -93,12 +95,13 @@ def read(path: Path, rank: int | None = None) -> Trace:
     if not last[1]:
         window_end = last[0]
     rank = learnt.rank if rank is None else rank
+    found = {(rank, kind, name): series for (_, kind, name), series in rows.series().items()}
+    gaps = found.get((rank, "event", DETOUR), EMPTY)
     told = {
         "host": learnt.host,
         "clock": {"name": "from the begin of the window", "identity": path.name},
-        "measured": {DETOUR: facts((0, window_end), learnt.threshold_s)},
+        "measured": {DETOUR: facts((0, window_end), gaps, learnt.threshold_s, learnt.least_gap_ns / 1e9)},
     }
-    found = {(rank, kind, name): series for (_, kind, name), series in rows.series().items()}
     return Trace({}, {rank: told}, found)
 
 
@@ -123,10 +126,13 @@ def _learn(learnt: _Learnt, line: str) -> None:
                 learnt.rank = int(text)
             case "threshold_s", text:
                 learnt.threshold_s = _positive(text)
+            case "least_gap_s", text:
+                learnt.least_gap_ns = round(_positive(text) * 1e9)
             case "host", text:
                 learnt.host = text
     elif found := MINIMUM.match(line):
         learnt.minimum_ns = _positive(found[1])
+        learnt.least_gap_ns = round(learnt.minimum_ns)
     elif (found := PERCENT.match(line)) and learnt.minimum_ns is not None:
         learnt.threshold_s = learnt.minimum_ns * int(found[1]) / 100 / 1e9
 

@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry, write_to_textfile
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from sigma_train.files import failed_writes_are_oserrors
 
-from sigma_noise.analysis import Analysis
-from sigma_noise.formats import rank_detours
-from sigma_noise.trace import Trace
+from sigma_noise.analysis import LOCAL, Analysis
+from sigma_noise.detours import Noise
+from sigma_noise.formats.rank_detours import DETOUR
 
 PREFIX = "sigma_noise"
 BUCKETS_S = (*(round(digit * 10.0**power, 6) for power in range(-6, 1) for digit in (1, 2, 5)), 10.0)
@@ -31,7 +31,8 @@ class Figures:
     noise_ratio:              noise over watched time, by rank, 0..1.
     straggler_what_if_ratio:  S - S(that rank's samples replaced by the median rank's), by rank.
     projected_slowdown_ratio: S(N) = E[max over N ranks] / E[one rank], at least 1, by N.
-    detours_s:                lengths of all detours over `threshold_s`, f64 [n], seconds.
+    detours_s:                lengths of all detours, f64 [n], seconds.
+    threshold_s:              what made a detour, of the ranks the highest.
     """
 
     observed_s: Mapping[int, float]
@@ -49,60 +50,34 @@ class Figures:
         return noisy / watched if watched else None
 
 
-def measured(trace: Trace, threshold_s: float | None = None) -> dict[str, Figures]:
-    """What quanta of fixed work and detours say by themselves, by name; stragglers and projections want the analysis.
-
-    Quanta: noise = sum_i max(0, T_i - b) / sum_i T_i, b the 5th percentile of T over the whole of a rank.  Detours:
-    their sum over the window.  Thresholds as `rank_detours` has them, of the ranks the highest.
-    """
-    found: dict[str, Figures] = {}
-    for name in [*trace.names(), rank_detours.DETOUR]:
-        observed, noise, detours = {}, {}, []
-        for rank in trace.ranks:
-            one = _of_rank(trace, rank, name, threshold_s)
-            if one is not None:
-                observed[rank], noise[rank], each = one
-                detours.append(each)
-        if detours:
-            lengths_s = np.concatenate([each.length_ns for each in detours]) / 1e9
-            thresholds = [each.threshold_s for each in detours if each.threshold_s is not None]
-            found[name] = Figures(observed, noise, {}, {}, lengths_s, max(thresholds, default=None))
-    return found
-
-
-def judged(figures: Mapping[str, Figures], found: Analysis) -> dict[str, Figures]:
-    """With the scores and the projection of an analysis at its kernel; of models the first that has a figure."""
-    if found.kernel not in figures:
-        return dict(figures)
-    what_if = {r.rank: r.what_if for r in found.scores.ranks} if found.scores else {}
-    slowdown: dict[int, float] = {}
-    for projected in found.projections:
-        for N, value in zip(projected.ranks, projected.slowdown.tolist(), strict=True):
-            if math.isfinite(value):
-                slowdown.setdefault(N, value)
-    one = replace(figures[found.kernel], straggler_what_if_ratio=what_if, projected_slowdown_ratio=slowdown)
-    return {**figures, found.kernel: one}
+def figures(found: Analysis) -> dict[str, Figures]:
+    """Of an analysis by name of quanta, or `detour`; of models the first that has a figure."""
+    noises: dict[str, dict[int, Noise]] = {}
+    for each in found.series:
+        noises.setdefault(each.kernel, {})[each.rank] = each.noise
+    for gaps in found.gaps:
+        noises.setdefault(DETOUR, {})[gaps.rank] = gaps.noise
+    made = {name: _of_noise(by_rank) for name, by_rank in noises.items()}
+    kernel = found.kernel if found.collectives is None else LOCAL
+    if kernel in made:
+        what_if = {r.rank: r.what_if for r in found.scores.ranks} if found.scores else {}
+        slowdown: dict[int, float] = {}
+        for projected in found.projections:
+            for N, value in zip(projected.ranks, projected.slowdown.tolist(), strict=True):
+                if math.isfinite(value):
+                    slowdown.setdefault(N, value)
+        made[kernel] = replace(
+            made[kernel], straggler_what_if_ratio=what_if, projected_slowdown_ratio=slowdown
+        )
+    return made
 
 
-def _of_rank(
-    trace: Trace, rank: int, name: str, threshold_s: float | None
-) -> tuple[float, float, rank_detours.Detours] | None:
-    """Seconds watched, noise ratio, detours; None where there is nothing of that name to tell them."""
-    if name == rank_detours.DETOUR:
-        if name not in trace.ranks[rank].get("measured", {}):
-            return None
-        detours = rank_detours.of(trace, rank, name, threshold_s)
-        window = detours.window_ns[1] - detours.window_ns[0]
-        return (window / 1e9, float(detours.length_ns.sum() / window), detours) if window else None
-    quanta = trace.get(rank, "quantum", name)
-    took = quanta.end_ns - quanta.start_ns
-    if not took.any() or not rank_detours.is_fixed_work(quanta):
-        return None
-    over = np.maximum(took - rank_detours.floor_ns(took), 0)
-    return (
-        float(took.sum()) / 1e9,
-        float(over.sum() / took.sum()),
-        rank_detours.of(trace, rank, name, threshold_s),
+def _of_noise(by_rank: Mapping[int, Noise]) -> Figures:
+    return Figures(
+        observed_s={rank: noise.observed_s for rank, noise in by_rank.items()},
+        noise_ratio={rank: noise.share for rank, noise in by_rank.items()},
+        detours_s=np.concatenate([noise.detours.length_s for noise in by_rank.values()]),
+        threshold_s=max(noise.tau_s for noise in by_rank.values()),
     )
 
 

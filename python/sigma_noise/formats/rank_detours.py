@@ -1,4 +1,4 @@
-"""The detours of one rank, for formats that hold nothing else: measured ones, or what quanta tell of them."""
+"""The detours of one rank, for formats that hold nothing else, with the floors and thresholds that `analyze` takes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,39 +8,53 @@ import numpy as np
 from numpy.typing import NDArray
 from sigma_train.errors import WrongInput
 
-from sigma_noise.trace import Series, Trace
+from sigma_noise import changes, detours
+from sigma_noise.detours import Noise
+from sigma_noise.trace import EMPTY, Series, Trace
 
-DETOUR = (
-    "detour"  # the name of the events of a loop that measured detours; their value is the length in seconds
-)
-MAD_TO_SIGMA = 1.4826
-FLOOR = 0.05  # the quantile of durations that counts as free of noise
-LEAST_NS = 2_000
-MOST_S = 2**33  # 272 years: what 64 bits of ns hold
+DETOUR = "detour"  # events of a loop of clock readings: stamps are of the gap, their value is what it lost
+FIXED_TIME = "_ftq"
+HALF_NS = 0.5e-9
 
 
 @dataclass(frozen=True)
 class Detours:
-    """start_ns, length_ns [n] int64, lengths positive; window_ns, begin and end of what was watched."""
+    """start_ns, length_ns [n] int64, lengths positive; window_ns, begin and end of what was watched.
+
+    What was called a detour took more than `threshold_s`, the least gap of a loop included.
+    """
 
     rank: int
     name: str
     start_ns: NDArray[np.int64]
     length_ns: NDArray[np.int64]
     window_ns: tuple[int, int]
-    threshold_s: float | None
+    threshold_s: float
+    least_gap_s: float = 0.0
 
     def __len__(self) -> int:
         return len(self.start_ns)
 
 
-def facts(window_ns: tuple[int, int], threshold_s: float | None) -> dict[str, Any]:
-    """What a rank's `measured` says of its detours."""
-    observed_s = (window_ns[1] - window_ns[0]) / 1e9
+def facts(
+    window_ns: tuple[int, int],
+    gaps: Series = EMPTY,
+    threshold_s: float | None = None,
+    least_gap_s: float = 0.0,
+) -> dict[str, Any]:
+    """What a rank's `measured` says of detours that another tool found.
+
+    The threshold is the one that its file tells, else the usual one; but a detour that the file has is one, so it lies
+    below the shortest.
+    """
+    threshold_s = detours.gap_threshold(least_gap_s) if threshold_s is None else threshold_s
+    if len(gaps):
+        threshold_s = min(threshold_s, float(gaps.seconds.min()) - HALF_NS)
     return {
         "mode": "detours",
-        "threshold_s": threshold_s,
-        "observed_s": observed_s,
+        "threshold_s": max(threshold_s, least_gap_s, HALF_NS),
+        "least_gap_s": least_gap_s,
+        "observed_s": (window_ns[1] - window_ns[0]) / 1e9,
         "window_ns": list(window_ns),
     }
 
@@ -48,42 +62,41 @@ def facts(window_ns: tuple[int, int], threshold_s: float | None) -> dict[str, An
 def of(
     trace: Trace, rank: int | None = None, name: str | None = None, threshold_s: float | None = None
 ) -> Detours:
-    """The events called `detour` if there are any and no other name is asked for, else those of quanta of fixed work.
+    """Those that a loop measured if no other name is asked for, else those of quanta.
 
-    Quanta: d_i = T_i - b with b the 5th percentile of T, where d_i exceeds the threshold, max(2 us, 6 * 1.4826 *
-    MAD(T)) unless given.  A detour begins with its quantum here, since where in it it was is unknown.
+    A detour begins with its quantum, since where in it it was is unknown.
 
-    Raises: WrongInput if ranks or names are several and none is chosen, or the quanta are of fixed time.
+    Raises: WrongInput if ranks or names are several and none is chosen, or there are no figures to be had.
     """
     rank = _the_only("rank", rank, sorted({r for r, _, _ in trace.rows} | set(trace.ranks)))
-    told = trace.ranks.get(rank, {}).get("measured", {}).get(DETOUR, {})
-    if name in (None, DETOUR) and ((rank, "event", DETOUR) in trace.rows or told):
-        return _measured(trace.get(rank, "event", DETOUR), rank, told, threshold_s)
-    name = _the_only("name", name, [each for each, _ in trace.of(rank, "quantum")])
-    quanta = trace.get(rank, "quantum", name)
-    if not is_fixed_work(quanta):
-        raise WrongInput(
-            f"quanta {name!r} of rank {rank} are of fixed time; lengths of detours want fixed work"
-        )
-    return _over_floor(quanta, rank, name, threshold_s)
+    told = trace.ranks.get(rank, {}).get("measured", {})
+    is_of_a_loop = name in (None, DETOUR) and DETOUR in told
+    quanta = [each for each, _ in trace.of(rank, "quantum")]
+    name = DETOUR if is_of_a_loop else _the_only("name", name, quanta)
+    try:
+        if is_of_a_loop:
+            return _measured(trace, rank, told[DETOUR], threshold_s)
+        return _of_quanta(trace, rank, name, threshold_s)
+    except ValueError as error:
+        raise WrongInput(f"{name} of rank {rank}: {error}") from None
 
 
-def lengths_ns(detours: Series) -> NDArray[np.int64]:
-    """What their values say in seconds: a gap between two readings of a clock is longer by the least gap of all."""
-    if not np.all((detours.value >= 0) & (detours.value < MOST_S)):
-        raise WrongInput(
-            f"a detour must last 0 s or more, found {detours.value[~(detours.value >= 0)][:1]} s"
-        )
-    return np.rint(detours.value * 1e9).astype(np.int64)
+def noise_of(quanta: Series, is_fixed_time: bool, tau_s: float | None = None) -> Noise:
+    """Against the floor of each stretch of constant level, as `analyze` has it.  Raises: ValueError."""
+    start_s = quanta.since(int(quanta.start_ns[0]))
+    if not is_fixed_time:
+        seconds = np.maximum(quanta.seconds, 1e-9)
+        return detours.fixed_work(start_s, seconds, changes.segments(seconds), tau_s)
+    count, quantum_s = quanta.value, float(np.median(quanta.seconds))
+    bounds = changes.segments(np.maximum(count, 0.5))
+    if detours.floor(count, bounds, 1 - detours.FLOOR).min() <= 0:
+        bounds = np.array([0, len(count)])  # a stretch in which no work was done is no level
+    return detours.fixed_time(start_s, count, quantum_s, bounds, tau_s)
 
 
-def is_fixed_work(quanta: Series) -> bool:
-    return bool(np.all(quanta.value == 1))
-
-
-def floor_ns(took_ns: NDArray[np.int64]) -> int:
-    """One of the durations, so that a quantum at the floor has no noise."""
-    return int(np.quantile(took_ns, FLOOR, method="lower"))
+def is_fixed_time(trace: Trace, rank: int, name: str) -> bool:
+    told = trace.ranks.get(rank, {}).get("measured", {}).get(name, {})
+    return told.get("mode") == "ftq" or name.endswith(FIXED_TIME)
 
 
 def _the_only(what: str, wanted: Any, there: list[Any]) -> Any:
@@ -95,24 +108,28 @@ def _the_only(what: str, wanted: Any, there: list[Any]) -> Any:
     return wanted
 
 
-def _measured(series: Series, rank: int, told: Mapping[str, Any], threshold_s: float | None) -> Detours:
+def _measured(trace: Trace, rank: int, told: Mapping[str, Any], tau_s: float | None) -> Detours:
     """The window is as told; where its length alone is known, it begins with the first detour, as in netgauge."""
-    length_ns = lengths_ns(series)
+    series = trace.get(rank, "event", DETOUR)
     begin = int(series.start_ns[0]) if len(series) else 0
     last = int(series.end_ns.max()) if len(series) else 0
-    end = max(last, begin + round(told.get("observed_s", 0) * 1e9))
-    window = tuple(told["window_ns"]) if "window_ns" in told else (begin, end)
-    kept = length_ns > (threshold_s or 0) * 1e9
-    used = told.get("threshold_s") if threshold_s is None else threshold_s
-    return Detours(rank, DETOUR, series.start_ns[kept], length_ns[kept], window, used)
+    window = told.get("window_ns", (begin, max(last, begin + round(told["observed_s"] * 1e9))))
+    tau_s = told["threshold_s"] if tau_s is None else max(tau_s, told["threshold_s"])
+    noise = detours.gaps(series.since(begin), series.seconds, told["least_gap_s"], told["observed_s"], tau_s)
+    return _detours(rank, DETOUR, series, noise, (window[0], window[1]), told["least_gap_s"])
 
 
-def _over_floor(quanta: Series, rank: int, name: str, threshold_s: float | None) -> Detours:
-    took = quanta.end_ns - quanta.start_ns
-    over = took - floor_ns(took)
-    if threshold_s is None:
-        spread = MAD_TO_SIGMA * float(np.median(np.abs(took - np.median(took))))
-        threshold_s = max(LEAST_NS, 6 * spread) / 1e9
-    kept = over > threshold_s * 1e9
+def _of_quanta(trace: Trace, rank: int, name: str, tau_s: float | None) -> Detours:
+    quanta = trace.get(rank, "quantum", name)
     window = int(quanta.start_ns[0]), int(quanta.end_ns.max())
-    return Detours(rank, name, quanta.start_ns[kept], over[kept], window, threshold_s)
+    noise = noise_of(quanta, is_fixed_time(trace, rank, name), tau_s)
+    return _detours(rank, name, quanta, noise, window, 0.0)
+
+
+def _detours(
+    rank: int, name: str, series: Series, noise: Noise, window_ns: tuple[int, int], least_gap_s: float
+) -> Detours:
+    length_ns = np.rint(noise.detours.length_s * 1e9).astype(np.int64)
+    return Detours(
+        rank, name, series.start_ns[noise.detours.index], length_ns, window_ns, noise.tau_s, least_gap_s
+    )

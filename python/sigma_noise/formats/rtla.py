@@ -16,17 +16,21 @@ Durations of causes are net, without what interrupted them in turn, so end stamp
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from sigma_train.errors import WrongInput
 
 from sigma_noise.formats import rtla_tables
 from sigma_noise.formats.rank_detours import DETOUR, facts
 from sigma_noise.formats.rows import Rows, at
 from sigma_noise.formats.text import lines
-from sigma_noise.trace import Trace
+from sigma_noise.trace import Key, Series, Trace
 
+THRESHOLD_S = 5e-6  # of the tracer, unless it was set, which its text does not say
 COUNTS = ("hw", "nmi", "irq", "softirq", "thread")  # interferences, in the order of the tracer and of rtla
 
 # TASK-PID (TGID) [CPU] FLAGS STAMP: REST; trace-cmd has no flags, and a task's name may hold anything
@@ -65,20 +69,27 @@ def read(path: Path) -> Trace:
         raise WrongInput(
             f"{path}: no line of the osnoise tracer and no row of a table of rtla osnoise is in it"
         )
-    for cpu in sorted({cpu for cpu, _, _ in rows} - ranks.keys()):
-        own = [series for key, series in rows.items() if key[0] == cpu]
-        window = min(int(s.start_ns[0]) for s in own), max(int(s.end_ns.max()) for s in own)
-        measured = rtla_tables.MEASURED if (cpu, "quantum", rtla_tables.QUANTUM) in rows else {}
-        if (cpu, "event", DETOUR) in rows:  # without its loop's samples nobody knows what it missed
-            measured = measured | {DETOUR: facts(window, None)}
-        ranks[cpu] = {
+    for cpu in {cpu for cpu, _, _ in rows}:
+        of_tracer = {
             "host": "unknown",
             "clock": {"name": "of the tracer", "identity": path.name},
             "cpu": cpu,
-            "measured": measured,
             "lost_events": reader.lost[cpu],
         }
+        ranks[cpu] = {**ranks.get(cpu, of_tracer), "measured": _measured(rows, cpu)}
     return Trace({}, dict(sorted(ranks.items())), rows)
+
+
+def _measured(rows: Mapping[Key, Series], cpu: int) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    if (quanta := rows.get((cpu, "quantum", rtla_tables.QUANTUM))) is not None:
+        quantum_s = float(np.median(quanta.seconds))  # the runtime of a period, some us more or less
+        found[rtla_tables.QUANTUM] = {"mode": "ftq", "kernel": "osnoise", "quantum_s": quantum_s}
+    if (gaps := rows.get((cpu, "event", DETOUR))) is not None:  # else nobody knows what the loop missed
+        own = [series for key, series in rows.items() if key[0] == cpu]
+        window = min(int(s.start_ns[0]) for s in own), max(int(s.end_ns.max()) for s in own)
+        found[DETOUR] = facts(window, gaps, THRESHOLD_S)
+    return found
 
 
 @dataclass

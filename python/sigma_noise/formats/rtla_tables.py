@@ -20,10 +20,7 @@ TOP_ROW = re.compile(
 DURATION = re.compile(r"(?:# D|d)uration: +(\d+) (\d\d):(\d\d):(\d\d)(?: \| time is in us)?")
 SUMMARY = ("over", "count", "min", "avg", "max")
 NUMBER = re.compile(r"\d{1,18}(\.\d{1,9})?")
-
-
 QUANTUM = "osnoise_ftq"  # of fixed time
-MEASURED = {QUANTUM: {"mode": "ftq", "kernel": "osnoise"}}
 
 
 class Table(Protocol):
@@ -89,7 +86,7 @@ class _Top:
                 for at, value in ((0, 0.0), (end, float(n))):
                     rows.add((cpu, "counter", f"osnoise_{name}"), at, at, value)
             told = {"periods": periods, "max_noise_us": max_noise, "max_single_us": max_single}
-            ranks[cpu] = {**_unstamped(cpu), "measured": MEASURED, "osnoise": told}
+            ranks[cpu] = {**_unstamped(cpu), "osnoise": told}
         return ranks
 
 

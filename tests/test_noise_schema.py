@@ -1,0 +1,101 @@
+"""`analysis.schema.json` says what is in an analysis: all of it, and nothing else."""
+
+import json
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from noise_samples import everything, spun
+from sigma_noise.analysis import analyze
+from sigma_noise.as_json import as_json
+from sigma_noise.formats.rank_detours import facts
+from sigma_noise.trace import Series, Trace
+
+SCHEMA = json.loads((files("sigma_noise") / "analysis.schema.json").read_text())
+CHECK = jsonschema.Draft202012Validator(SCHEMA)
+MAPS = {"hosts", "run", "files", "by_decade", "unread"}  # whose keys are data
+
+
+def made(trace: Trace) -> Any:
+    return json.loads(
+        json.dumps(as_json(analyze(trace, digests={"rank00000.parquet": "0f" * 32})), allow_nan=False)
+    )
+
+
+@pytest.fixture(scope="module")
+def full() -> Any:
+    return made(everything(2))
+
+
+def objects(of: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """One object of each place whose names are ours, with its place."""
+    match of:
+        case dict():
+            yield path, of
+            for name, value in of.items():
+                if name not in MAPS:
+                    yield from objects(value, f"{path}.{name}")
+        case list():
+            for value in of:
+                yield from objects(value, path)
+
+
+def test_analyses_are_of_the_schema(full):
+    """Defends: a name, a type or a null that the schema does not have."""
+    CHECK.check_schema(SCHEMA)
+    CHECK.validate(full)
+    CHECK.validate(made(everything(1)))
+    lone = {(0, "quantum", "spin"): spun(np.random.default_rng(2), 40)}
+    CHECK.validate(made(Trace({}, {0: {"host": "a"}}, lone)))
+    loop = everything(1)
+    CHECK.validate(made(Trace({}, loop.ranks, {k: s for k, s in loop.rows.items() if k[2] == "detour"})))
+    quiet = {0: {"measured": {"detour": facts((0, 10**6))}}}
+    events = {(0, "event", "detour"): Series(*np.empty((2, 0), np.int64), np.empty(0))}
+    CHECK.validate(made(Trace({}, quiet, events)))
+
+
+def test_the_analysis_has_all_that_the_schema_tells(full):
+    """Defends: parts that no analysis of this file has, so that the next test would not see them."""
+    assert {s["kernel"] for s in full["series"]} == {"spin", "spin_ftq", "a2a_local"}
+    assert full["collectives"]["steps"] == 1500
+    assert full["idle_loop"][0]["noise"]["detours"] == 60
+    assert len(full["scores"]["ranks"]) == 2
+    of_spin = full["series"][[s["kernel"] for s in full["series"]].index("spin")]
+    assert of_spin["changes"]
+    assert full["idle_loop"][0]["periods"]
+    assert of_spin["causes"]["shares"]
+    assert of_spin["causes"]["unread"]
+    assert full["projections"][1]["tails"]
+
+
+def test_nothing_may_be_missing_or_under_another_name(full):
+    """Defends: an object of the schema that takes any."""
+    seen = set()
+    for place, found in list(objects(full)):
+        if place in seen:
+            continue
+        seen.add(place)
+        for name in list(found):
+            value = found.pop(name)
+            assert not CHECK.is_valid(full), f"{place}.{name} may be missing"
+            found[f"{name}_"] = value
+            assert not CHECK.is_valid(full), f"{place}.{name} may have another name"
+            found[name] = found.pop(f"{name}_")
+        found["further"] = 1
+        assert not CHECK.is_valid(full), f"{place} may have more"
+        del found["further"]
+    CHECK.validate(full)
+    assert len(seen) > 20
+
+
+def test_nothing_may_be_of_another_type(full):
+    """Defends: a schema that has a name and no type."""
+    for place, found in list(objects(full)):
+        for name, value in found.items():
+            found[name] = "NaN" if isinstance(value, bool) else False
+            assert not CHECK.is_valid(full), f"{place}.{name}"
+            found[name] = value
+    CHECK.validate(full)
