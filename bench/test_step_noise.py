@@ -30,7 +30,7 @@ def test_train_step_with_noise(race, device, tmp_path, preset):
 
         def run() -> bool:
             before = len(recording._recorder)
-            trainer.noise = noise
+            trainer.noise = trainer.one_step.noise = noise
             noise.begin_step(1)
             row = trainer._train_step()
             noise.turn(LOG)

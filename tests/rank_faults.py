@@ -11,10 +11,12 @@ from typing import Any
 
 from sigma_cli import pairs
 from sigma_train import generate, loop, report, selfcheck
+from sigma_train import step as one_step
 from sigma_train.config import Config
 from sigma_train.model import LanguageModel
 from sigma_train.ranks import Ranks
 from sigma_train.sharded import Writer
+from sigma_train.step import Step
 
 from sigma_kernels.distributed.moe import local
 
@@ -87,24 +89,24 @@ another_embedding_of_rank_2 = partial(other_weight, "embed_tokens.weight", "2")
 def infinite_expert_7_in_a_copy() -> None:
     """In the third step, in the second layer, on the second of two pairs of ranks, whichever holds it."""
     nothing()
-    gradients = loop.Trainer._gradients
+    gradients = Step.gradients
 
-    def now(trainer: loop.Trainer) -> Any:
-        if trainer.step == 2:
-            moe = trainer.model.moe_layers()[1]
+    def now(step: Step, number: int) -> Any:
+        if number == 2:
+            moe = step.model.moe_layers()[1]
             assert moe.placement is not None, "nobody has moved"
             holder, row = divmod(int(moe.placement[7]), 4)
             if int(os.environ["RANK"]) == 2 + holder:
                 local(moe.experts.gate_up_proj.detach())[row].fill_(math.inf)
-        return gradients(trainer)
+        return gradients(step, number)
 
-    loop.Trainer._gradients = now
+    Step.gradients = now
 
 
 def no_number_in_an_experts_gradient() -> None:
     """On rank 1, in the sixth step."""
     nothing()
-    clip, calls = loop.clip, [0]
+    clip, calls = one_step.clip, [0]
 
     def hurt(model: LanguageModel, most: float) -> Any:
         calls[0] += 1
@@ -112,7 +114,7 @@ def no_number_in_an_experts_gradient() -> None:
             next(model.moe_layers()[0].experts.parameters()).grad.mul_(math.nan)
         return clip(model, most)
 
-    loop.clip = hurt
+    one_step.clip = hurt
 
 
 def infinite_weight_of_an_expert() -> None:
@@ -148,16 +150,18 @@ def late_and_wrong() -> None:
 def goes_back_past_a_placement() -> None:
     """In the sixth step the norm is no number, and the newest checkpoint is damaged."""
     nothing()
-    gradients = loop.Trainer._gradients
+    train_step, gradients = loop.Trainer._train_step, Step.gradients
 
-    def now(trainer: loop.Trainer) -> Any:
-        loss, norm, counts = gradients(trainer)
-        if trainer.step != 5:
-            return loss, norm, counts
-        trainer.saver.wait()
-        if trainer.ranks.is_first:
+    def damages(trainer: loop.Trainer) -> Any:
+        if trainer.step == 5:
+            trainer.saver.wait()
+        if trainer.step == 5 and trainer.ranks.is_first:
             part = trainer.checkpoints / "step-00000004" / "__0_0.distcp"
             part.write_bytes(part.read_bytes()[:-1])
-        return loss, math.nan, counts
+        return train_step(trainer)
 
-    loop.Trainer._gradients = now
+    def now(step: Step, number: int) -> Any:
+        loss, norm, counts = gradients(step, number)
+        return loss, math.nan if number == 5 else norm, counts
+
+    loop.Trainer._train_step, Step.gradients = damages, now

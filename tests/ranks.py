@@ -130,19 +130,31 @@ def visits(rank: int, ranks: int) -> None:
 
 def chunks(rank: int, ranks: int) -> None:
     """Experts in chunks say the same, in forward and backward, with choices that are left out too."""
-    for k in (1, 3):
+    large = (
+        1,
+        1024,
+        2100,
+        torch.bfloat16,
+    )  # 34 MB of a rank's gate and up in bf16: gradients lie in kept memory
+    for k, H, I, dtype in (
+        (1, 24, 16, torch.float32),
+        (3, 24, 16, torch.float32),
+        (2, 24, 16, torch.bfloat16),
+        large,
+    ):
         torch.manual_seed(k)
-        whole = sk.nn.MoE(24, 16, 4 * ranks, k, capacity_factor=1.2)
+        whole = sk.nn.MoE(H, I, 4 * ranks, k, capacity_factor=1.2).to(dtype)
         parts = [ExpertParallelMoE.from_whole(whole, chunks=n) for n in (1, 2, 4)]
-        _, x = tokens(TOKENS[ranks][0], rank, 24, torch.float32)
-        grad = torch.randn(x.shape)
+        _, x = tokens(TOKENS[ranks][0], rank, H, dtype)
+        grad = torch.randn(x.shape).to(dtype)
         found = []
         for part in parts:
             out = part(x)
             found.append([out, *torch.autograd.grad(out, [x, *part.parameters()], grad)])
+        bound = tolerance(dtype, 24 if dtype == torch.float32 else 4)
         for other in found[1:]:
             for got, want in zip(other, found[0], strict=True):
-                assert_close(got, want, tolerance(torch.float32, 24))
+                assert_close(got, want, bound)
     assert "chunks must divide the 4 experts of a rank, found 3" in caught(
         ValueError, lambda: ExpertParallelMoE(16, 8, 4 * ranks, chunks=3)
     )

@@ -25,7 +25,7 @@ def test_on_ranks(tmp_path, size):
     forked.spawn(ranks.run, (CHECKS[size], size, str(tmp_path / "store")), size)
 
 
-@pytest.mark.parametrize("gain", [-1, math.nan, "x"])
+@pytest.mark.parametrize("gain", [-1, math.nan, "x", True, False])
 def test_a_gain_that_is_none_is_refused(gain):
     message = f"balanced_placement: gain must be a number of at least 0, found {gain!r}"
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -100,6 +100,7 @@ WRONG_TYPES = [
     ((torch.ones(2, device="meta"), 2), "load must be real numbers, found torch.float32 on meta"),
     ((torch.ones(2), 1.5), "ranks must be an integer, found 1.5"),
     ((torch.ones(2), True), "ranks must be an integer, found True"),
+    ((torch.ones(2), torch.tensor(2.0)), "ranks must be an integer, found a Tensor [] of torch.float32"),
     ((torch.ones(2), 2, [0, 1]), "placement must be a Tensor, found list"),
     ((torch.ones(2), 2, torch.ones(2)), "placement must be int32 or int64, found torch.float32"),
 ]

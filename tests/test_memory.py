@@ -7,6 +7,7 @@ import torch
 
 import sigma_kernels as sk
 from sigma_kernels import _C
+from sigma_kernels.distributed.moe import _Parts
 from sigma_kernels.ops.library import empty
 
 MiB = 1 << 20
@@ -89,3 +90,42 @@ def test_weight_gradients_reuse_memory_and_stay_right():
         seen.add(gate_up.grad.data_ptr())
         gate_up.grad = down.grad = None
     assert len(seen) == 1, "autograd steals the gradient, so its memory comes back"
+
+
+class Ungraded(torch.autograd.Function):
+    """Says nothing of its input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n, unused", [(1, []), (3, []), (3, [2]), (6, [0, 1, 4])], ids=str)
+def test_gradients_of_parts_come_together_in_kept_memory(dtype, n, unused):
+    """Defends: a part in another's place; what former numbers the memory has where a part has no gradient."""
+    weight = torch.zeros(6, 1000, 3000, dtype=dtype, requires_grad=True)  # 36 MB in bf16
+    empty(weight, *weight.shape).fill_(torch.nan)
+    kept = _C.free_block_bytes()
+    assert kept > 0
+    parts = _Parts.apply(weight, n)
+    assert [part.data_ptr() for part in parts] == [part.data_ptr() for part in weight.chunk(n)]
+    want = torch.arange(1, 7, dtype=dtype)[:, None, None].repeat(1, *weight.shape[1:])
+    used = [i for i in range(n) if i not in unused]
+    outs = [parts[i] for i in used] + [Ungraded.apply(parts[i]) for i in unused]
+    grads = [want.chunk(n)[i] for i in used] + [torch.ones((), dtype=dtype) for _ in unused]
+    (got,) = torch.autograd.grad(outs, weight, grads)
+    for i in unused:
+        want.chunk(n)[i].zero_()
+    assert torch.equal(got, want)
+    assert _C.free_block_bytes() < kept, "the gradient is not in kept memory"
+
+
+def test_parts_without_a_gradient_give_none():
+    weight = torch.randn(4, 3, requires_grad=True)
+    out = sum(Ungraded.apply(part) for part in _Parts.apply(weight, 2))
+    assert torch.autograd.grad(out, weight, allow_unused=True) == (None,)

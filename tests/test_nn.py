@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import re
 
 import forked
+import numpy as np
 import pytest
 import torch
 from support import balance_rank
@@ -28,6 +30,48 @@ def test_moe_equals_its_equation(backend):
 def expert(moe: nn.MoE, e: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     gate, up = (moe.experts.gate_up_proj[e] @ x).chunk(2)
     return moe.experts.down_proj[e] @ (torch.nn.functional.silu(gate) * up)
+
+
+NO_SIZES = {
+    "2.0": 2.0,
+    "'2'": "2",
+    "True": True,
+    "np.float64(2.0)": np.float64(2),
+    "array(2.)": np.array(2.0),
+    "a Tensor [] of torch.float32": torch.tensor(2.0),
+    "a Tensor [] of torch.bool": torch.tensor(True),
+    "a Tensor [2] of torch.int64": torch.tensor([2, 2]),
+}
+
+
+@pytest.mark.parametrize("found, size", NO_SIZES.items(), ids=NO_SIZES)
+def test_a_size_that_is_no_integer_is_refused(found, size):
+    """Defends: tensors and arrays, which have an __index__ whatever they hold."""
+    calls = {
+        "group_by_expert: num_experts": lambda: sk.group_by_expert(torch.zeros(2, 1).int(), size),
+        "Experts: intermediate_size": lambda: nn.Experts(4, size, 2),
+        "TopKRouter: hidden_size": lambda: nn.TopKRouter(size, 4),
+    }
+    for who, call in calls.items():
+        with pytest.raises(TypeError, match=re.escape(f"{who} must be an integer, found {found}") + "$"):
+            call()
+
+
+@pytest.mark.parametrize("size", [np.int64(2), np.array(2), torch.tensor(2)], ids=repr)
+def test_whatever_holds_one_integer_is_a_size(size):
+    assert sk.group_by_expert(torch.zeros(2, 1).int(), size).counts.tolist() == [2, 0]
+
+
+def test_a_size_is_looked_at_in_a_compiled_call():
+    """Defends: what torch.compile cannot follow of a size that may change."""
+    compiled = torch.compile(
+        lambda indices, E: sk.group_by_expert(indices, E).counts,
+        backend="eager",
+        fullgraph=True,
+        dynamic=True,
+    )
+    for size in (4, 5):
+        assert compiled(torch.zeros(2, 1).int(), size).tolist() == [2] + [0] * (size - 1)
 
 
 def test_top_k_of_one_call():

@@ -22,6 +22,7 @@ from sigma_noise.recorder import Recorder, now_ns
 from sigma_noise.steps import StepNoise, step_noise
 from sigma_noise.trace import Trace
 from sigma_train import loop
+from sigma_train import step as one_step
 from sigma_train.config import load_config
 from sigma_train.metrics import read_metrics
 from sigma_train.step_noise import FOLDER, PHASES
@@ -152,7 +153,7 @@ def test_steps_that_are_left_out_stand_in_the_record_and_a_return_does_not(cache
     monkeypatch.setenv("SIGMA_CACHE", cache["SIGMA_CACHE"])
     monkeypatch.setattr(loop, "dense_tokens_per_s", lambda config: 1.0)
     trainer = loop.Trainer(config, Console(quiet=True), resume=False)
-    clip, left = loop.clip, [1]
+    clip, left = one_step.clip, [1]
 
     def hurt(model, most):
         norm = clip(model, most)
@@ -161,7 +162,7 @@ def test_steps_that_are_left_out_stand_in_the_record_and_a_return_does_not(cache
             return math.nan
         return norm
 
-    monkeypatch.setattr(loop, "clip", hurt)
+    monkeypatch.setattr(one_step, "clip", hurt)
     with trainer.ledger:
         trainer.run()
     found = trace.read(tmp_path / "run" / FOLDER)

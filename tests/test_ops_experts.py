@@ -20,6 +20,7 @@ SHAPES = [  # T, H, I, E, k
     (65, 67, 66, 3, 3),
     (300, 130, 70, 9, 1),
     (200, 96, 129, 4, 2),
+    (5, 24, 1100, 4, 1),  # few rows of more columns than a task of the plain product has
 ]
 
 
@@ -98,6 +99,30 @@ def test_moe_experts_at_any_shape(T, H, I, E, data):
     )  # the same numbers when a case is tried again
     x, index, weights, gate_up, down = experts_inputs(T, H, I, E, k)
     check_experts([x.abs(), index, weights, gate_up.abs(), down.abs()], torch.rand(T, H) + 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("N", [5, 1100])
+def test_numbers_that_are_not_finite_reach_what_they_are_part_of(N, transpose, dtype):
+    """Defends: a zero that skips the weight it multiplies; an expert's NaN in its neighbour; few rows and many, more
+    columns than a task has, a contraction whose last pair is half."""
+    K, offsets = 33, torch.tensor([0, 1, 3, 6, 6, 26])
+    x, weight = torch.randn(26, K).to(dtype), torch.randn(5, K, N).to(dtype)
+    x[:, 7] = 0
+    for first in (0, 1, 3, 6):  # of each expert
+        x[first, 3], x[first + (first > 0), 4] = torch.inf, torch.nan
+    weight[:4, 7, 0] = torch.inf  # times zero
+    weight[1:, 2, N - 1] = -torch.inf
+    weight[4, K - 1, 2] = torch.nan
+    weight[3] = torch.nan  # of nobody
+    given = weight.transpose(1, 2).contiguous() if transpose else weight
+    got = sk.grouped_gemm(x, given, offsets, transpose_weight=transpose).double()
+    want = reference.grouped_gemm(x.double(), weight.double(), offsets, transpose_weight=False)
+    finite = want.isfinite()
+    assert 0 < finite.sum() < finite.numel()
+    torch.testing.assert_close(got[~finite], want[~finite], rtol=0, atol=0, equal_nan=True)
+    assert_close(got[finite], want[finite], tolerance(dtype, K))
 
 
 @pytest.mark.parametrize("transpose", [True, False])

@@ -78,7 +78,7 @@ def test_what_autograd_keeps_on_one_rank(make_trainer, dtype, experts):  # noqa:
     )
     kept = plan_ranks.Kept(trainer.model)
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
-        trainer._gradients()
+        trainer.one_step.gradients(0)
     config, where = trainer.config, Layout(1, 1, 8)
     sizes = shapes(config)
     assert kept.bytes == activations(config, sizes, where, None, 4) + copies(config, sizes, where)
@@ -90,7 +90,7 @@ def test_products_are_counted_as_torch_counts_them(make_trainer):  # noqa: F811
     """Defends: a matrix that is left out, a factor of 6 that is another; attention is left to its formula."""
     trainer = make_trainer("run", "model.num_experts=1", "model.tie_embeddings=false")
     with FlopCounterMode(display=False) as counter:
-        trainer._gradients()
+        trainer.one_step.gradients(0)
     counted = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in counted.items() if "attention" not in str(op))
     assert flops(trainer.config, shapes(trainer.config), 1).dense == products

@@ -15,6 +15,7 @@ import rank_faults
 import torch
 from rich.console import Console
 from sigma_train import loop, selfcheck
+from sigma_train import step as one_step
 from sigma_train.checkpoint import latest_checkpoint, load_checkpoint
 from sigma_train.config import GuardConfig, load_config
 from sigma_train.guard import Diverged, Guard, spike
@@ -34,7 +35,7 @@ def poison(
     monkeypatch: pytest.MonkeyPatch, trainer: loop.Trainer, step: int, factor: float, times: int = 1
 ) -> None:
     """Multiply the gradients of a step, so many times that it is computed."""
-    left, clip = [times], loop.clip
+    left, clip = [times], one_step.clip
 
     def hurt(model, most):
         if trainer.step == step and left[0]:
@@ -43,7 +44,7 @@ def poison(
                 p.grad.mul_(factor)
         return clip(model, most)
 
-    monkeypatch.setattr(loop, "clip", hurt)
+    monkeypatch.setattr(one_step, "clip", hurt)
 
 
 def weights(trainer: loop.Trainer) -> list[torch.Tensor]:
@@ -99,14 +100,14 @@ def test_a_run_that_left_a_step_out_resumes_as_if_it_had_not_ended(make_trainer,
 def test_a_step_that_never_gets_better_ends_the_run(make_trainer, monkeypatch):  # noqa: F811
     """Defends: a run that goes back for ever."""
     trainer = make_trainer("run", *EIGHT, "guard.on_nonfinite=rollback", "guard.most=2")
-    clip = loop.clip
+    clip = one_step.clip
 
     def hurt(model, most):
         if trainer.step >= 4:
             next(model.parameters()).grad.fill_(math.nan)
         return clip(model, most)
 
-    monkeypatch.setattr(loop, "clip", hurt)
+    monkeypatch.setattr(one_step, "clip", hurt)
     with pytest.raises(
         Diverged, match=r"^step 7: .*; 2 steps were left out before, guard.most allows no more$"
     ):

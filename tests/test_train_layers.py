@@ -8,7 +8,8 @@ import pytest
 import rank_faults
 import torch
 from rich.console import Console
-from sigma_train import layer_statistics, loop
+from sigma_train import layer_statistics
+from sigma_train import step as one_step
 from sigma_train.guard import Diverged
 from sigma_train.layer_statistics import entropy_sum, square_and_largest
 from sigma_train.loop import Trainer
@@ -33,7 +34,7 @@ class Naive:
         for i, block in enumerate(trainer.model.layers):
             for name, module in (("attention", block.self_attn), ("mlp", block.mlp), ("residual", block)):
                 module.register_forward_hook(lambda m, _, out, key=(name, i): self._keep(key, m, out))
-        clip = loop.clip
+        clip = one_step.clip
 
         def keep_gradients(model, most):
             for i, block in enumerate(model.layers):
@@ -43,7 +44,7 @@ class Naive:
                     self.gradients[group, i].append(p.grad.double().flatten())
             return clip(model, most)
 
-        monkeypatch.setattr(loop, "clip", keep_gradients)
+        monkeypatch.setattr(one_step, "clip", keep_gradients)
 
     def _keep(self, key, module, out) -> None:
         self.outputs[key].append(out.detach().double().flatten())
@@ -125,17 +126,17 @@ def hooks(trainer: Trainer) -> int:
 
 def test_hooks_are_there_in_steps_that_are_due_alone(make_trainer, monkeypatch):  # noqa: F811
     trainer = make_trainer("run", "train.steps=5", "train.eval_every=2", "guard.stats_every=2")
-    seen, cross_entropy = {}, trainer._cross_entropy
+    seen, cross_entropy = {}, trainer.one_step._cross_entropy
 
-    def look(micro):
-        seen[trainer.step + 1] = hooks(trainer)
-        return cross_entropy(micro)
+    def look(number, micro):
+        seen[number + 1] = hooks(trainer)
+        return cross_entropy(number, micro)
 
-    monkeypatch.setattr(trainer, "_cross_entropy", look)
+    monkeypatch.setattr(trainer.one_step, "_cross_entropy", look)
     monkeypatch.setattr(trainer, "_validate", lambda: seen.setdefault("validation", hooks(trainer)))
     trainer.run()
     assert seen == {1: 0, 2: 6, 3: 0, 4: 6, 5: 0, "validation": 0}
-    monkeypatch.setattr(trainer, "_cross_entropy", lambda micro: 1 / 0)
+    monkeypatch.setattr(trainer.one_step, "_cross_entropy", lambda number, micro: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer._train_step()
     assert hooks(trainer) == 0
@@ -271,13 +272,13 @@ def test_the_micro_batch_is_named(make_trainer):  # noqa: F811
 
 
 def hurt_gradients(monkeypatch: pytest.MonkeyPatch, hurt) -> None:
-    clip = loop.clip
+    clip = one_step.clip
 
     def first_hurt(model, most):
         hurt(dict(model.named_parameters()))
         return clip(model, most)
 
-    monkeypatch.setattr(loop, "clip", first_hurt)
+    monkeypatch.setattr(one_step, "clip", first_hurt)
 
 
 def test_a_gradient_is_named_where_the_forward_is_finite(make_trainer, monkeypatch):  # noqa: F811
@@ -303,7 +304,7 @@ def test_gradients_come_in_the_order_of_the_backward(make_trainer):  # noqa: F81
     order = []
     for name, p in trainer.model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
-    trainer._gradients()
+    trainer.one_step.gradients(0)
     names = [name for name, _ in gradients_backward(trainer.model)]
     on_path = ("norm.weight", "input_layernorm", "o_proj", "post_attention_layernorm", "down_proj", "embed")
 
@@ -319,21 +320,23 @@ def test_gradients_come_in_the_order_of_the_backward(make_trainer):  # noqa: F81
 def test_what_has_passed_is_said_to_have(make_trainer, monkeypatch):  # noqa: F811
     """As of a machine that computes wrong once."""
     trainer = make_trainer("run")
-    cross_entropy, calls = trainer._cross_entropy, []
+    cross_entropy, calls = trainer.one_step._cross_entropy, []
     monkeypatch.setattr(
-        trainer, "_cross_entropy", lambda i: cross_entropy(i) * (math.nan if not calls and not calls.append(i) else 1)
-    )  # fmt: skip
+        trainer.one_step,
+        "_cross_entropy",
+        lambda n, i: cross_entropy(n, i) * (math.nan if not calls and not calls.append(i) else 1),
+    )
     assert "; computed again the loss is finite, so that what was wrong has passed; " in told(trainer)
 
 
 def test_the_largest_gradient_is_named_where_each_is_a_number(make_trainer, monkeypatch):  # noqa: F811
     """A norm that overflows, and a spike."""
     trainer = make_trainer("run")
-    trainer._gradients()
+    trainer.one_step.gradients(0)
     gate = trainer.model.layers[1].mlp.experts.gate_up_proj
     gate.grad.mul_(1e4)
     assert (
-        trainer._origin(1.0, 1.0)
+        trainer.one_step.origin(0, 1.0, 1.0)
         == "100% of its square are the gradient of layers.1.mlp.experts.gate_up_proj"
     )
     trainer.optimizer.zero_grad()

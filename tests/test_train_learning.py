@@ -82,7 +82,7 @@ def aux_loss(trainer: Trainer) -> tuple[torch.Tensor, list[tuple[torch.Tensor, t
     trainer.model(inputs)
     layers = [(moe.last_logits.double(), moe.last_routing.counts) for moe in trainer.model.moe_layers()]
     assert len(layers) == 2
-    return trainer._balance_loss(), layers
+    return trainer.one_step.balance_loss(), layers
 
 
 def test_z_loss_by_hand(make_trainer):

@@ -1,12 +1,15 @@
 // Two versions of the CPU schedules in f32, call by call in turn: race BEFORE.so AFTER.so ROUNDS.  See
-// race.sh.
+// race.sh.  Exit code 1 if they do not compute the same.
 #include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <vector>
 
 #include "schedules.h"
@@ -32,14 +35,49 @@ float* floats(int64_t n) {
     std::perror("race: memory");
     std::exit(1);
   }
-  float* const begin = static_cast<float*>(block) + 16;
-  for (int64_t i = 0; i < n; ++i) begin[i] = static_cast<float>(i * 40503 % 256) / 256 - 0.5f;
-  return begin;
+  return static_cast<float*>(block) + 16;
+}
+
+// Within [-0.5, 0.5).
+void fill(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(i * 40503 % 256) / 256 - 0.5f;
 }
 
 double middle(std::vector<double> values) {
   std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
   return values[values.size() / 2];
+}
+
+// What both make of the same memory, once each, `results` floats of it: the largest difference.  Sums of
+// `depth` products below 1/4, whose order is a version's own, differ by 2 sqrt(depth) u depth / 4 as a rule
+// (Higham & Mary 2019, doi 10.1137/18M1226312; u = 2^-24); four times that ends the race, as does what one of
+// them left unwritten.
+double difference(const char* name, Run* const (&versions)[2], const Product& p, float* result,
+                  int64_t results, int64_t depth) {
+  std::vector<float> first(results);
+  for (Run* const run : versions) {
+    if (run != versions[0]) std::copy_n(result, results, first.data());
+    if (p.adds)
+      fill(result, results);
+    else
+      std::fill_n(result, results, std::numeric_limits<float>::quiet_NaN());
+    run(p);
+  }
+  if (std::memcmp(first.data(), result, results * sizeof(float)) == 0) return 0;
+  const double bound = 2 * std::pow(static_cast<double>(depth), 1.5) * std::ldexp(1, -24);
+  double largest = 0;
+  for (int64_t i = 0; i < results; ++i) {
+    const double apart = std::abs(double{first[i]} - result[i]);
+    if (!(apart <= bound)) {
+      std::fprintf(stderr,
+                   "race: %s of E=%ld N=%ld K=%ld must be the same to %.1e, found %g before and %g after at "
+                   "element %ld\n",
+                   name, long{p.E}, long{p.N}, long{p.K}, bound, first[i], result[i], long{i});
+      std::exit(1);
+    }
+    largest = std::max(largest, apart);
+  }
+  return largest;
 }
 
 void race(const char* name, Run* const (&versions)[2], Product p, int64_t T, int rounds) {
@@ -48,23 +86,27 @@ void race(const char* name, Run* const (&versions)[2], Product p, int64_t T, int
   const int64_t sizes[] = {T * p.K, p.E * p.N * p.K, T * p.N};
   float* const x = floats(sizes[0]);
   p.offsets = offsets.data(), p.x = x, p.w = floats(sizes[1]), p.y = floats(sizes[2]);
+  float* const blocks[] = {x, p.w, p.y};
+  for (int i = 0; i < 3; ++i) fill(blocks[i], sizes[i]);
+  const int result = p.is_outer ? 1 : 2;
+  const int64_t depth = p.is_outer ? (T + p.E - 1) / p.E : p.K;
+  const double apart = difference(name, versions, p, blocks[result], sizes[result], depth);
   const int64_t calls = std::max<int64_t>(1, 400'000'000 / (T * p.N * p.K));  // of short ones several a turn
   std::vector<double> ms[2], ratio;
-  for (int round = -1; round < rounds; ++round) {  // the first touches memory
+  for (int round = 0; round < rounds; ++round) {
     double took[2];
-    for (int v = 0; v < 2; ++v) {
+    for (const int v : {round % 2, 1 - round % 2}) {  // who comes first finds other caches
       const auto began = std::chrono::steady_clock::now();
       for (int64_t i = 0; i < calls; ++i) versions[v](p);
       took[v] = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - began).count() /
                 static_cast<double>(calls);
-      if (round >= 0) ms[v].push_back(took[v]);
+      ms[v].push_back(took[v]);
     }
-    if (round >= 0) ratio.push_back(took[1] / took[0]);
+    ratio.push_back(took[1] / took[0]);
   }
-  std::printf("| %s | %ld | %ld | %ld | %ld | %d | %.2f | %.2f | %.2f |\n", name, long{p.E}, long{p.N},
-              long{p.K}, long{T}, p.threads, middle(ms[0]), middle(ms[1]), middle(ratio));
+  std::printf("| %s | %ld | %ld | %ld | %ld | %d | %.1e | %.2f | %.2f | %.2f |\n", name, long{p.E}, long{p.N},
+              long{p.K}, long{T}, p.threads, apart, middle(ms[0]), middle(ms[1]), middle(ratio));
   std::fflush(stdout);
-  float* const blocks[] = {x, p.w, p.y};
   for (int i = 0; i < 3; ++i) munmap(blocks[i] - 16, (sizes[i] + 16) * 4);
 }
 
@@ -74,17 +116,18 @@ int main(int count, char** arguments) {
   if (count != 4) return std::fprintf(stderr, "race BEFORE.so AFTER.so ROUNDS\n"), 2;
   Run* const versions[2] = {load(arguments[1]), load(arguments[2])};
   const int rounds = std::max(1, std::atoi(arguments[3]));
-  std::printf("| product | E | N | K | T | threads | before, ms | after, ms | after / before |\n");
-  std::printf("|---|---|---|---|---|---|---|---|---|\n");
+  std::printf("| product | E | N | K | T | threads | apart | before, ms | after, ms | after / before |\n");
+  std::printf("|---|---|---|---|---|---|---|---|---|---|\n");
   struct Case {
     int64_t E, N, K, T;
     int threads;
   };
-  // Shape A's two products; one thread; weights in a cache; few rows an expert, and many.
+  // Shape A's two products; one thread; weights in the last cache, and one thread; few rows an expert; many.
   for (const Case c : {Case{96, 1024, 1024, 2048, 2},
                        {96, 1024, 512, 2048, 2},
                        {96, 1024, 1024, 2048, 1},
                        {2, 1024, 1024, 42, 2},
+                       {2, 1024, 1024, 42, 1},
                        {96, 1024, 1024, 96, 2},
                        {96, 1024, 1024, 288, 2},
                        {8, 1024, 1024, 4096, 2}}) {

@@ -12,12 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
 
 from sigma_kernels import _C
-from sigma_kernels import nn as sk_nn
 from sigma_train import selfcheck, step_noise
 from sigma_train.bound import dense_tokens_per_s, machine, product_flops_per_s
 from sigma_train.checkpoint import latest_checkpoint, must_fit, read_record
@@ -32,12 +29,12 @@ from sigma_train.layer_statistics import LayerStatistics
 from sigma_train.ledger import Ledger
 from sigma_train.mesh import mesh_of, sizes
 from sigma_train.metrics import Metrics, busiest
-from sigma_train.model import LanguageModel, flops_per_token, precision
-from sigma_train.optim import clip, learning_rate, make_optimizer, set_learning_rate
-from sigma_train.origin import origin
+from sigma_train.model import LanguageModel, flops_per_token
+from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
 from sigma_train.placing import Placing, in_words
 from sigma_train.progress import RunLine
 from sigma_train.ranks import Ranks
+from sigma_train.step import Step
 
 
 class Trainer:
@@ -90,6 +87,7 @@ class Trainer:
         tokens = t.grad_accum * t.batch_size * t.seq_len * ranks.size
         self.ledger.begin(began, ranks.size, self.step, machine(config), tokens, flops)
         self.layers = LayerStatistics(self.model, config.guard.stats_every)
+        self.one_step = Step(config, self.model, self.data, self.mesh, ranks, self.layers, self.noise)
         if ranks.is_first:
             write_text(self.out / "config.toml", config.to_toml())
             self.data.tokenizer.save(self.out / "tokenizer.json")
@@ -249,74 +247,26 @@ class Trainer:
         rate = learning_rate(self.step, self.config) * self.guard.rate_scale
         set_learning_rate(self.optimizer, rate)
         with self.layers.watching(self.step + 1):
-            loss, norm, counts = self._gradients()
+            loss, norm, counts = self.one_step.gradients(self.step)
         row: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": rate}
         self.noise.turn(step_noise.GUARD)
         if trouble := self.guard.trouble(loss, norm):
             policy, told = trouble
-            told += f"; {self._origin(loss, norm)}"
+            told += f"; {self.one_step.origin(self.step, loss, norm)}"
             if policy != "keep":
                 return self._meet(policy, told)
             self.guard.accept(loss, norm)
             self.line.say(f"step {self.step + 1:5d}  {told}", style="yellow")
             row["guard"] = f"kept: {told}"
-        self.noise.turn(step_noise.OPTIMIZER)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.one_step.learn(self.optimizer, counts)
         t = self.config.train
         self.tokens_seen += t.grad_accum * t.batch_size * t.seq_len * self.ranks.size
-        if self.config.router.balance == "bias":
-            for moe, layer in zip(self.model.moe_layers(), counts, strict=True):
-                sk_nn.update_expert_bias(moe.router, layer, self.config.router.bias_rate)
         self.noise.turn(step_noise.LOG)
         row["tokens"] = self.tokens_seen
         self.placing.see(counts)
         if counts:
             row["load"] = [layer.tolist() for layer in counts]
         return row | self.layers.row(self.step + 1, counts, self.ranks)
-
-    def _gradients(self) -> tuple[float, float, list[Tensor]]:
-        """Loss, norm of the gradient, which is cut, and each layer's counts, all over the ranks."""
-        t, loss_sum, counts = self.config.train, 0.0, []
-        for micro in range(t.grad_accum):
-            loss = self._cross_entropy(micro)
-            counts.append([moe.last_routing.counts for moe in self.model.moe_layers()])
-            loss_of_all = (loss + self._balance_loss()) / t.grad_accum
-            self.noise.turn(step_noise.BACKWARD)
-            loss_of_all.backward()
-            loss_sum += loss.item()
-        self.noise.turn(step_noise.GRADIENTS)
-        if self.mesh is not None:
-            late("parallel").average_expert_gradients(self.model, self.mesh)
-        self.layers.see_gradients()
-        norm = clip(self.model, self.config.optim.grad_clip)
-        (loss_sum,) = self.ranks.summed(loss_sum)
-        layers = [sk_nn.global_counts(sum(layer)) for layer in zip(*counts, strict=True)]
-        return loss_sum / self.ranks.size / t.grad_accum, norm, layers
-
-    def _cross_entropy(self, micro: int) -> Tensor:
-        """Of one micro-batch of this rank."""
-        t = self.config.train
-        self.noise.turn(step_noise.DATA)
-        inputs, targets = self.data.train.batch(
-            self.step * t.grad_accum + micro,
-            t.batch_size,
-            t.seq_len,
-            t.seed,
-            self.ranks.rank,
-            self.ranks.size,
-        )
-        self.noise.turn(step_noise.FORWARD)
-        with precision(self.config):
-            logits = self.model(inputs)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    def _origin(self, loss: float, norm: float) -> str:
-        again = [
-            lambda micro=micro: self._cross_entropy(micro) + self._balance_loss()
-            for micro in range(self.config.train.grad_accum)
-        ]
-        return origin(self.model, again, loss, norm, self.ranks)
 
     def _meet(self, policy: str, told: str) -> dict[str, Any] | None:
         """Leave the step out, as the policy says; the gradients, which are not fit, are dropped."""
@@ -357,18 +307,6 @@ class Trainer:
             self.metrics = Metrics(self.out, self.step)
         self.line.advance(self.step)
         return self.step
-
-    def _balance_loss(self) -> Tensor | float:
-        r = self.config.router
-        total: Tensor | float = 0.0
-        for moe in self.model.moe_layers():
-            sums, counts = moe.last_sums, moe.last_routing.counts
-            if r.balance in ("loss", "global") and r.balance_coef:
-                counts = sk_nn.global_counts(counts) if r.balance == "global" else counts
-                total = total + r.balance_coef * sk_nn.load_balancing_loss(sums, counts)
-            if r.z_coef:
-                total = total + r.z_coef * sk_nn.router_z_loss(sums)
-        return total
 
     def _record(self, **row: Any) -> None:
         if self.metrics is not None:

@@ -39,7 +39,7 @@ def balanced_placement(
     """
     op = "balanced_placement"
     E, size = _check_load(op, load, ranks)
-    if not (isinstance(gain, int | float) and gain >= 0):
+    if isinstance(gain, bool) or not (isinstance(gain, int | float) and gain >= 0):
         raise ValueError(f"{op}: gain must be a number of at least 0, found {gain!r}")
     now = _in_order(op, placement, E)
     weight, place = load.tolist(), now.tolist()

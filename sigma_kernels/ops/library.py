@@ -1,6 +1,7 @@
 """The torch library `sigma` and what every operation's file needs: registration, checks, native memory."""
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -232,11 +233,23 @@ def check_tensor(op: str, name: str, x: object) -> None:
         raise TypeError(f"{op}: {name} must be a Tensor, found {type(x).__name__}")
 
 
-def check_size(op: str, name: str, size: int) -> None:
-    if isinstance(size, bool) or not hasattr(size, "__index__"):
-        raise TypeError(f"{op}: {name} must be an integer, found {size!r}")
+def check_size(op: str, name: str, size: Any) -> None:
+    if not _is_integer(size):
+        found = f"a Tensor {list(size.shape)} of {size.dtype}" if isinstance(size, Tensor) else repr(size)
+        raise TypeError(f"{op}: {name} must be an integer, found {found}")
     if size < 1:
         raise ValueError(f"{op}: {name} must be at least 1, found {size}")
+
+
+def _is_integer(x: Any) -> bool:
+    """A tensor of one integer is one, of a float or a bool none, though each has an __index__."""
+    if isinstance(x, int | torch.SymInt):  # first: the index of a SymInt is a constant of the graph
+        return not isinstance(x, bool)
+    try:
+        operator.index(x)
+    except TypeError:
+        return False
+    return getattr(x, "dtype", None) != torch.bool
 
 
 def check_shape(op: str, name: str, tensor: Tensor, wanted: tuple[int | str, ...]) -> None:

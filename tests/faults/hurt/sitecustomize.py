@@ -7,10 +7,10 @@ import sys
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    """Calls `hurt` on sigma_train.loop when that has been imported."""
+    """Calls `hurt` on sigma_train.step when that has been imported."""
 
     def find_spec(self, name, path, target=None):
-        if name != "sigma_train.loop":
+        if name != "sigma_train.step":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -24,9 +24,9 @@ class AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-def nan(loop, step):
+def nan(one_step, step):
     """The gradients of this step, once."""
-    clip, calls = loop.clip, [0]
+    clip, calls = one_step.clip, [0]
 
     def hurt(model, most):
         calls[0] += 1
@@ -34,16 +34,16 @@ def nan(loop, step):
             next(model.moe_layers()[0].experts.parameters()).grad.mul_(float("nan"))
         return clip(model, most)
 
-    loop.clip = hurt
+    one_step.clip = hurt
 
 
-def sign(loop, step):
+def sign(one_step, step):
     """What the expert layer gives in inference, from this step on."""
     import dataclasses
     from importlib import import_module
 
     backends = import_module("sigma_kernels.backends")
-    clip, calls = loop.clip, [0]
+    clip, calls = one_step.clip, [0]
 
     def counted(model, most):
         calls[0] += 1
@@ -53,7 +53,7 @@ def sign(loop, step):
                 backends.register_table(op, [dataclasses.replace(row, run=negated(row.run))])
         return clip(model, most)
 
-    loop.clip = counted
+    one_step.clip = counted
 
 
 def negated(run):
