@@ -152,7 +152,9 @@ def _target(
         case TargetName.quota:
             if length is None or period is None:
                 raise WrongInput("--target quota: --length (stopped of each period) and --period are missing")
-            return targets.Quota(pid, length_s=length, period_s=period)
+            from sigma_noise.quota import Quota
+
+            return Quota(pid, length_s=length, period_s=period)
         case TargetName.gpu:
             return targets.Gpu(device)
 
