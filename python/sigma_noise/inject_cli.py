@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from sigma_train.errors import Failure, Stopped, WrongInput, verdict
 
+from sigma_noise.codes import Exit
 from sigma_noise.options import seconds
 
-UNFIT = 4
 BEGINS = "begins"  # the line of the standard error that a caller can wait for
 
 
@@ -93,7 +93,7 @@ def doctor(
                 typer.echo(f"{'':26}to mend it: {check.remedy}")
         typer.echo("fit" if is_fit(checks) else "unfit")
     if not is_fit(checks):
-        raise typer.Exit(UNFIT)
+        raise typer.Exit(Exit.UNFIT)
 
 
 def selftest(
