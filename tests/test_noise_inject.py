@@ -361,6 +361,14 @@ def test_a_gpu_spins_as_long_as_asked(monkeypatch):
         ({"target": "proc", "pid": 7}, "--length and --period are missing"),
         ({"target": "quota", "pid": 7, "length": 0.01}, "--length .* and --period are missing"),
         ({"target": "cpu", "length": 0.2, "period": 0.1}, "--length .* must be below period"),
+        ({"target": "proc", "cpu": 1}, "--cpu is of --target cpu, memory; proc has no use for it"),
+        ({"target": "cpu", "mib": 64}, "--mib is of --target memory; cpu has no use for it"),
+        ({"target": "memory", "device": 0}, "--device is of --target gpu; memory has no use for it"),
+        (
+            {"target": "quota", "jitter": 0.1},
+            "--jitter is of --target proc, cpu, memory, gpu; quota has no use",
+        ),
+        ({"target": "cpu", "seed": 3}, "--seed is of --jitter"),
         ({"target": "cpu", "truth": Path("/nowhere/at/all")}, "--truth: cannot write in /nowhere/at"),
     ],
 )

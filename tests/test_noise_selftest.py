@@ -5,7 +5,7 @@ import pytest
 from sigma_noise import selftest
 from sigma_noise.selftest import Cell, injecting, judge, limits
 from sigma_noise.trace import Series
-from sigma_train.errors import Failure
+from sigma_train.errors import Failure, WrongInput
 
 MS = 1_000_000
 
@@ -15,6 +15,25 @@ def test_a_failed_injector_is_told(tmp_path):
     with pytest.raises(Failure, match=r"the injector failed: .*--pid is missing"):  # noqa: SIM117
         with injecting(tmp_path / "t", "--target", "proc", "--duration", "1s"):
             pytest.fail("nothing was injected")
+
+
+@pytest.mark.parametrize(
+    "lengths, rates, message",
+    [
+        ([0.01], [0.0], "--rate must be stops a second above 0, found 0"),
+        ([0.01], [5.0, float("inf")], "--rate must be stops a second above 0, found inf"),
+        ([0.0], [5.0], "--length 0 s at --rate 5: length_s must be seconds above 0"),
+        (
+            [0.01, 0.3],
+            [2.0, 5.0],
+            r"--length 0.3 s at --rate 5: length_s \+ 2 jitter_s must be below period_s",
+        ),
+    ],
+)
+def test_stops_that_cannot_be_are_refused_before_any(lengths, rates, message, monkeypatch):
+    monkeypatch.setattr(selftest, "measure_cell", lambda *_, **__: pytest.fail("something was injected"))
+    with pytest.raises(WrongInput, match=message):
+        selftest.curve(lengths, rates)
 
 
 def stamps(pairs) -> Series:
