@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 import torch
 from sigma_noise import cuda, loops
-from sigma_noise.measure import Plan
+from sigma_noise import measure as measure_module
+from sigma_noise.offset import Offset
+from sigma_noise.plan import Plan
 from sigma_train.errors import WrongInput
 from sigma_train.ranks import Ranks
 
 AHEAD_NS = 1_700_000_000_123_456_789  # of the device's timer
+
+
+def on_gpu(**settings) -> Plan:
+    return Plan(**{"modes": ("fwq",), "backend": "cuda"} | settings)
 
 
 class FakeGpu:
@@ -112,12 +118,16 @@ def test_steps_of_a_quantum_are_captured_together(kernel, monkeypatch):
         return lambda: (calls.append(1), step())
 
     monkeypatch.setitem(cuda.STEPS, kernel, counted)
-    plan = Plan(kernels=(kernel,), modes=("fwq",), quantum_s=2e-4, duration_s=0.02, warm_up_s=0, sizes=sizes)
+    plan = on_gpu(
+        kernels=(kernel,), quantum_s=2e-4, duration_s=0.02, warm_up_s=0, sizes={kernel: sizes[kernel]}
+    )
     trace = cuda.measure(plan, Ranks(), fake.gpu())
     how = trace.ranks[0]["measured"][kernel]
     assert how["steps"] == 4
     assert len(calls) == 1 + 4, "captured once alone and once as a quantum"
     assert how["sizes"] == sizes[kernel]
+    assert sum(how.get("tokens_of_expert", [6])) == 6
+    assert ("tokens_of_expert" in how) is (kernel == "grouped")
     series = trace.get(0, "quantum", kernel)
     assert series.end_ns[-1] - series.start_ns[0] >= 0
     assert (series.end_ns[:-1] == series.start_ns[1:]).all()
@@ -127,34 +137,80 @@ def test_steps_of_a_quantum_are_captured_together(kernel, monkeypatch):
 def test_stamps_of_the_device_come_to_the_hosts_clock():
     """Defends: an offset of the wrong sign, rounds of one multiprocessor under another."""
     fake = FakeGpu(lambda i: 0)
-    plan = Plan(kernels=("spin",), modes=("fwq",), quantum_s=1e-4, duration_s=5e-3, warm_up_s=0)
+    plan = on_gpu(quantum_s=1e-4, duration_s=5e-3, warm_up_s=0)
     before = loops.now_ns()
     trace = cuda.measure(plan, Ranks(), fake.gpu())
     after = loops.now_ns()
-    how = trace.ranks[0]["measured"]["spin"]
-    assert how["steps"] == 100
-    assert how["timer_step_ns"] == 32
-    assert abs(how["offset_ns"] + AHEAD_NS) <= how["residual_ns"] + 32
     assert trace.names() == ["spin_mp005", "spin_mp006"]
+    assert sorted(trace.ranks[0]["measured"]) == trace.names(), "facts of a series stand under its name"
     for name in trace.names():
+        how = trace.ranks[0]["measured"][name]
+        assert (how["mode"], how["kernel"], how["steps"]) == ("fwq", "spin", 100)
+        assert how["timer_step_ns"] == 32
+        for offset in how["offsets"]:
+            assert abs(offset["offset_ns"] + AHEAD_NS) <= offset["residual_ns"] + 32
+        residual_ns = max(offset["residual_ns"] for offset in how["offsets"])
         series = trace.get(0, "quantum", name)
         assert len(series) == 50
-        assert np.abs(series.seconds - 1e-4).max() <= 33e-9
-        assert series.start_ns[0] > before - how["residual_ns"] - 32
-        assert series.end_ns[-1] < after + how["residual_ns"] + 32
+        # A drift of two offsets that are wrong by their residuals stretches what lies between them.
+        between_ns = how["offsets"][1]["at_ns"] - how["offsets"][0]["at_ns"]
+        assert np.abs(series.seconds - 1e-4).max() <= 33e-9 + 1e-4 * 2 * residual_ns / between_ns
+        assert series.start_ns[0] > before - residual_ns - 32
+        assert series.end_ns[-1] < after + residual_ns + 32
+
+
+def test_clocks_that_drift():
+    """Defends: stamps at the end of a long measurement that are late by what the clocks have drifted."""
+    stamps = AHEAD_NS + np.array([0, 1_000_000, 5_000_000_000, 10_000_000_000])
+    before = Offset(AHEAD_NS, 77 - AHEAD_NS, 5)
+    after = Offset(AHEAD_NS + 10_000_000_000, 77 - AHEAD_NS + 100_000, 5)  # 10 us a second
+    assert cuda.on_the_host(stamps, before, after).tolist() == [77, 1_000_087, 5_000_050_077, 10_000_100_077]
+    assert (
+        cuda.on_the_host(stamps, before, before.__class__(after.at_ns, before.offset_ns, 5))[3]
+        == 10_000_000_077
+    )
+
+
+def test_ranks_begin_together_and_know_their_offsets(monkeypatch):
+    """Defends: GPUs of which one is timed while others still warm up, stamps of two hosts that do not compare."""
+    done = []
+    fake = FakeGpu(lambda i: 50_000)
+    monkeypatch.setattr(measure_module.dist, "barrier", lambda: done.append("together"))
+    monkeypatch.setattr(Ranks, "gathered", lambda self, value: [value] * self.size)
+    monkeypatch.setattr(
+        cuda, "offset", lambda ranks, identity: (done.append("offset"), Offset(len(done), 7, 1))[1]
+    )
+    real = cuda.replays
+    monkeypatch.setattr(cuda, "replays", lambda *args: (done.append(args[3]), real(*args))[1])
+    plan = on_gpu(kernels=("copy",), duration_s=0.02, warm_up_s=0.01, sizes={"copy": {"bytes": 64}})
+    trace = cuda.measure(plan, Ranks(1, 2), fake.gpu())
+    assert done == ["offset", 0.0, 0.01, "together", 0.02, "offset"]
+    assert [o["offset_ns"] for o in trace.ranks[1]["clock"]["offsets"]] == [7, 7]
+
+
+def test_sizes_are_of_the_gpu():
+    """Defends: the caches of the CPU, and what it copies at once, where a GPU is measured."""
+    plan = on_gpu(kernels=("copy",), sizes={"copy": {"bytes": 4096}})
+    plan.check(1)
+    assert cuda.sizes_of("copy", plan) == {"bytes": 4096}
+    assert cuda.sizes_of("gemm", plan) == {"R": 4096, "N": 4096, "K": 4096}
 
 
 @pytest.mark.parametrize(
     "plan, message",
     [
-        (Plan(modes=("ftq",)), "--mode ftq is of the CPU alone"),
-        (Plan(kernels=("a2a",), modes=("fwq",)), "--kernel a2a is of the CPU alone"),
-        (Plan(modes=("fwq",)), "--kernel spin: the CUDA kernels were not built here"),
-        (Plan(kernels=("gemm",), modes=("fwq",), threads=2), "--threads is of the CPU alone"),
-        (Plan(kernels=("gemm",), modes=("fwq",), threshold_s=1.0), "--threshold is of the CPU alone"),
+        (on_gpu(modes=("ftq",)), "--mode ftq is of the CPU alone"),
+        (on_gpu(kernels=("a2a",)), "--kernel a2a is of the CPU alone"),
+        (on_gpu(), "--kernel spin: the CUDA kernels were not built here"),
+        (on_gpu(kernels=("gemm",), threads=2), "--threads is of the CPU alone"),
+        (on_gpu(kernels=("gemm",), threshold_s=1.0), "--threshold is of the CPU alone"),
         (
-            Plan(kernels=("copy",), modes=("fwq",), sizes={"copy": {"slice": 3}}),
-            "--size copy.slice: on a GPU it takes bytes",
+            on_gpu(kernels=("copy",), sizes={"copy": {"slice": 3}}),
+            "--size: copy takes bytes on a GPU, found 'slice'",
+        ),
+        (
+            on_gpu(kernels=("gemm",), sizes={"gemm": {"threads": 3}}),
+            "--size: gemm takes R, N, K on a GPU, found 'threads'",
         ),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from sigma_noise import fitness, inject_cli
 from sigma_noise.fitness import Check
+from sigma_train.errors import WrongInput
 
 
 def write(root: Path, name: str, text: str) -> Path:
@@ -94,6 +95,37 @@ def test_steal():
     assert fitness.steal(0.0, 100e6, 2.0, 1).fit is False
     assert fitness.steal(0.0, 100e6, 2.0, 4).fit is True
     assert fitness.steal(5e6, 105e6, 2.0, 1).value == pytest.approx(0.05)
+
+
+def test_steal_is_a_share_of_the_time_it_was_counted_over(monkeypatch):
+    """Defends: steal of 2.5 s set beside the 2 s of one check; of all CPUs beside those that this process may use."""
+    monkeypatch.setattr(fitness, "find", lambda: ([], {}))
+    now, stolen, cpus = [0], iter([0.0, 75e6, 0.0, 8 * 75e6]), 8
+    monkeypatch.setattr(fitness, "_steal_ns", lambda cpu, root: next(stolen))
+    monkeypatch.setattr(fitness.time, "monotonic_ns", lambda: now[0])
+    monkeypatch.setattr(fitness.os, "cpu_count", lambda: cpus)
+    for name, seconds in (("load", 0.5), ("baseline", 2.0)):
+
+        def check(*_, name=name, seconds=seconds):
+            now[0] += round(seconds * 1e9)
+            return Check(name, True, 0.0, "quiet")
+
+        monkeypatch.setattr(fitness, name, check)
+    for cpu in (3, None):
+        steal = {c.name: c for c in fitness.examine(cpu=cpu, seconds=2.0)}["steal"]
+        assert steal.value == pytest.approx(0.03)
+
+
+def test_a_duration_that_is_none_is_refused_by_a_sentence():
+    with pytest.raises(WrongInput, match="--duration must be seconds above 0, found 0"):
+        fitness.examine(seconds=0.0)
+
+
+def test_a_pressure_without_its_line_is_not_judged(tmp_path):
+    """Defends: a kernel whose file is empty, as where pressure is switched off."""
+    write(tmp_path, "proc/loadavg", "9.0 9.0 9.0 1/500 77\n")
+    write(tmp_path, "proc/pressure/cpu", "full avg10=0 total=1000\n")
+    assert fitness.load(tmp_path).fit is None
 
 
 def test_isolation_is_told_and_not_judged(tmp_path):

@@ -3,79 +3,34 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import noise_victims
 import numpy as np
 import pytest
 import torch
-from sigma_noise import inject_cli, selftest
+from noise_victims import Watching, eventually, state
+from sigma_noise import inject_cli
 from sigma_noise.inject import Plan, Waiter, inject
-from sigma_noise.selftest import Cell, injecting, judge, limits
-from sigma_noise.targets import Busy, Gpu, Memory, Quota, Stop, open_target
-from sigma_noise.trace import Series, read
+from sigma_noise.targets import STALL_NS, Busy, Gpu, Memory, Stop, open_target
+from sigma_noise.trace import read
 from sigma_train.errors import Failure, WrongInput
 
 MS = 1_000_000
 
 
-def state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def eventually(is_so, what: str, within_s: float = 30.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not is_so():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.002)
-
-
 @pytest.fixture
 def victim():
-    with subprocess.Popen(["sleep", "300"]) as process:
-        yield process.pid
-        process.send_signal(signal.SIGCONT)
-        process.kill()
+    with noise_victims.sleeping() as pid:
+        yield pid
 
 
 @pytest.fixture
 def injector():
-    """Starts injectors as processes, and ends those that a test leaves."""
-    started = []
-
-    def start(*options: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "sigma_noise.inject_cli", *options]
-        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-        assert started[-1].stderr.readline() == inject_cli.BEGINS + "\n"
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-class Watching(Waiter):
-    """Notes the state of a process whenever the injector sleeps, and may do something in one of the sleeps.
-
-    `alternates`: sleeps are in turn between stops and within one, and it waits until the process is in that state,
-    as one that has no CPU stops when it gets one.
-    """
-
-    def __init__(self, pid: int, act=None, *, alternates: bool = False) -> None:
-        super().__init__()
-        self.pid, self.act, self.alternates, self.seen = pid, act, alternates, []
-
-    def until(self, deadline_ns: int) -> bool:
-        if self.act is not None:
-            self.act(len(self.seen))
-        if self.alternates:
-            wanted = "T" if len(self.seen) % 2 else "S"
-            eventually(lambda: state(self.pid) == wanted, f"a process that never was in state {wanted}")
-        self.seen.append(state(self.pid))
-        return super().until(deadline_ns)
+    with noise_victims.injectors() as start:
+        yield start
 
 
 def test_begins_lie_on_the_grid():
@@ -175,14 +130,33 @@ def test_a_target_that_ends(tmp_path):
 
         waiter = Waiter()
         waiter.until, until, calls = (
-            (lambda ns: (end(len(calls)), calls.append(ns), until(ns))[-1]),
+            (lambda *args: (end(len(calls)), calls.append(args), until(*args))[-1]),
             waiter.until,
             [],
         )
         with waiter:
             trace = inject(Stop(process.pid), Plan(5.0, 0.01, 0.03), waiter)
     assert trace.run["ended"] == "target gone"
-    assert 1 <= len(trace.get(0, "event", "stop")) <= 2
+    assert len(trace.get(0, "event", "stop")) == 2  # the second until the target ended
+
+
+def test_a_target_that_ends_and_is_not_asked_for(tmp_path):
+    """Defends: signals to a zombie, which takes them all, logged as stops of a process that is no more."""
+    with subprocess.Popen(["sleep", "300"]) as process:
+
+        def end(sleep: int) -> None:
+            if sleep == 1:
+                process.kill()
+                eventually(lambda: state(process.pid) == "Z", "it did not end")
+
+        with Watching(process.pid, end) as waiter:
+            trace = inject(Stop(process.pid), Plan(90.0, 20.0, 30.0), waiter)
+        stops = trace.get(0, "event", "stop")
+        assert trace.run["ended"] == "target gone"
+        assert len(stops) == 1
+        assert stops.seconds[0] < 20  # it was over when the target was
+        with pytest.raises(WrongInput, match=f"process {process.pid} has ended"):
+            open_target(process.pid)
 
 
 def test_killed_in_the_middle_of_a_stop(victim, injector, tmp_path):
@@ -239,7 +213,7 @@ def test_ended_in_the_middle_of_a_stop(victim, injector, tmp_path, number):
 
 
 def test_an_injector_that_is_itself_stopped(victim, injector, tmp_path):
-    """Defends: a stop that lasts as long as somebody's debugger holds the injector."""
+    """Defends: a stop that lasts as long as somebody's debugger holds the injector, or that is logged as such."""
     common = (
         "--target",
         "proc",
@@ -252,11 +226,20 @@ def test_an_injector_that_is_itself_stopped(victim, injector, tmp_path):
         "--duration",
         "90s",
     )
-    process = injector(*common, "--truth", str(tmp_path / "truth.parquet"))
+    truth = tmp_path / "truth.parquet"
+    process = injector(*common, "--truth", str(truth))
     eventually(lambda: state(victim) == "T", "the injector stopped nothing")
     process.send_signal(signal.SIGSTOP)
     eventually(lambda: state(victim) == "S", "nobody freed the target", within_s=30)
+    freed_ns = time.monotonic_ns()
     assert state(process.pid) == "T"
+    time.sleep(1)
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    stops = read(truth).get(0, "event", "stop")
+    assert len(stops) == 1
+    assert stops.end_ns[0] < freed_ns + 0.5e9, "the log has a stop that the watchdog had ended"
 
 
 def test_without_its_watchdog_it_stops_nothing(victim):
@@ -283,8 +266,8 @@ def test_whom_it_refuses(victim):
         open_target(2**22 - 1)
     os.kill(victim, signal.SIGSTOP)
     eventually(lambda: state(victim) == "T", "SIGSTOP had no effect")
-    with pytest.raises(WrongInput, match=f"stopped already; start it with kill -CONT {victim}"):
-        Stop(victim)
+    with pytest.raises(WrongInput, match=f"stopped already; start it with kill -CONT {victim}"), Stop(victim):
+        pytest.fail("it was taken")
     assert state(victim) == "T"
 
 
@@ -305,31 +288,27 @@ def test_a_busy_cpu():
         Busy(100_000)
 
 
-def test_memory_that_is_moved():
+@pytest.mark.parametrize("cause", ["busy", "memory"])
+def test_a_hog_that_was_stopped_disturbed_nothing_meanwhile(cause, monkeypatch):
+    """Defends: a log of a busy CPU through the time in which somebody's debugger held the injector."""
+    target = Busy() if cause == "busy" else Memory(mib=1)
+    clock, step = [0], iter([1000, 1000, 2 * STALL_NS] + [1000] * 10)
+    monkeypatch.setattr(target, "_piece", lambda: clock.__setitem__(0, clock[0] + next(step)))
+    monkeypatch.setattr(time, "monotonic_ns", lambda: clock[0])
     with Waiter() as waiter:
-        trace = inject(Memory(mib=64), Plan(0.05), waiter)
+        assert target.disturb(3 * STALL_NS, waiter) == (0, 2000)
+
+
+def test_memory_that_is_moved():
+    """Defends: a hog that holds a part of what was asked for, which a cache may hold as well."""
+    with Waiter() as waiter:
+        target = Memory(mib=64)
+        trace = inject(target, Plan(0.05), waiter)
     assert len(trace.get(0, "event", "memory")) == 1
     assert trace.run["gb_per_s"] > 0.01
+    assert trace.run["bytes"] == target._half.nbytes + target._other.nbytes == 64 << 20
     with pytest.raises(WrongInput, match="--mib"):
         Memory(mib=0)
-
-
-def test_a_quota_is_lifted_again(victim):
-    """Defends: a control group that is left behind, and a process in it."""
-    home = Path(f"/proc/{victim}/cgroup").read_text()
-    during = []
-    try:
-        target = Quota(victim, length_s=0.05, period_s=0.1)
-        with Watching(victim, lambda _: during.append(Path(f"/proc/{victim}/cgroup").read_text())) as waiter:
-            trace = inject(target, Plan(0.1), waiter)
-    except WrongInput as reason:
-        pytest.skip(str(reason))
-    assert any("sigma-noise" in text for text in during)
-    assert Path(f"/proc/{victim}/cgroup").read_text() == home
-    assert not target._made.exists()
-    assert trace.run["quota_us"] == 50_000
-    with pytest.raises(WrongInput, match="--period must lie"):
-        Quota(victim, length_s=0.1, period_s=0.1)
 
 
 def test_a_gpu_spins_as_long_as_asked(monkeypatch):
@@ -382,6 +361,14 @@ def test_a_gpu_spins_as_long_as_asked(monkeypatch):
         ({"target": "proc", "pid": 7}, "--length and --period are missing"),
         ({"target": "quota", "pid": 7, "length": 0.01}, "--length .* and --period are missing"),
         ({"target": "cpu", "length": 0.2, "period": 0.1}, "--length .* must be below period"),
+        ({"target": "proc", "cpu": 1}, "--cpu is of --target cpu, memory; proc has no use for it"),
+        ({"target": "cpu", "mib": 64}, "--mib is of --target memory; cpu has no use for it"),
+        ({"target": "memory", "device": 0}, "--device is of --target gpu; memory has no use for it"),
+        (
+            {"target": "quota", "jitter": 0.1},
+            "--jitter is of --target proc, cpu, memory, gpu; quota has no use",
+        ),
+        ({"target": "cpu", "seed": 3}, "--seed is of --jitter"),
         ({"target": "cpu", "truth": Path("/nowhere/at/all")}, "--truth: cannot write in /nowhere/at"),
     ],
 )
@@ -397,38 +384,3 @@ def test_without_a_gpu_there_is_a_sentence():
         pytest.skip("this machine has a GPU")
     with pytest.raises(WrongInput, match="torch sees no GPU"):
         Gpu(0)
-
-
-def test_a_failed_injector_is_told(tmp_path):
-    """Defends: a self-test whose injector did nothing, and that says the machine sees nothing."""
-    with pytest.raises(Failure, match=r"the injector failed: .*--pid is missing"):  # noqa: SIM117
-        with injecting(tmp_path / "t", "--target", "proc", "--duration", "1s"):
-            pytest.fail("nothing was injected")
-
-
-def stamps(pairs) -> Series:
-    start, end = np.array(pairs, np.int64).reshape(-1, 2).T * MS
-    return Series(start.copy(), end.copy(), np.ones(len(start)))
-
-
-def test_a_cell_is_judged_by_overlap():
-    stops = stamps([(0, 20), (100, 120), (200, 220), (300, 320)])
-    found = stamps([(0, 20), (50, 65), (101, 121), (200, 209), (240, 241), (301, 322)])
-    cell = judge(stops, found, 0.02, 10.0)
-    assert cell.recall == 0.75  # the third was seen for 9 of 20 ms
-    assert cell.found == 4
-    assert cell.precision == 0.75
-    assert cell.mean_length_s == pytest.approx((20 + 20 + 21) / 3 * 1e-3)
-    assert cell.recall_low < 0.75 < cell.recall_high
-    assert selftest.to_json([judge(stamps([]), stamps([]), 0.02, 10.0)])["cells"][0]["recall"] is None
-
-
-def test_the_limit_is_where_all_longer_ones_are_good():
-    """Defends: a limit taken from one lucky short cell."""
-
-    def cell(length_s, recall, precision=1.0):
-        return Cell(length_s, 5.0, 20, recall, 0.0, 1.0, 20, precision, length_s)
-
-    assert limits([cell(1e-3, 1.0), cell(5e-3, 0.9), cell(20e-3, 1.0)]) == {5.0: 20e-3}
-    assert limits([cell(1e-3, 0.96), cell(5e-3, 0.97), cell(20e-3, 1.0)]) == {5.0: 1e-3}
-    assert limits([cell(1e-3, 1.0), cell(20e-3, 1.0, precision=0.5)]) == {5.0: None}

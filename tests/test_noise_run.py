@@ -16,8 +16,8 @@ import pytest
 from sigma_cli import AGAIN_S
 from sigma_noise import host, loops
 from sigma_noise import offset as offset_module
-from sigma_noise.measure import Plan, measure
-from sigma_noise.options import seconds
+from sigma_noise.measure import measure
+from sigma_noise.plan import Plan
 from sigma_noise.run import rows
 from sigma_noise.trace import Series, Trace, read
 from sigma_noise.units import time_of
@@ -182,7 +182,11 @@ def test_a_stopped_run_leaves_nothing(tmp_path, cache, number):
         (["--size", "gemm=4"], "--size must be like grouped.E=96, found 'gemm=4'"),
         (["--pin", "a"], "--pin must be whole numbers by commas, found 'a'"),
         (["--pin", "99999"], "--pin must be of the CPUs that this process may use"),
-        (["--pin", "0", "--threads", "2"], "--threads 2 would share the one CPU of --pin"),
+        (["--mode", "detours", "--quantum", "2ms"], "--quantum would change nothing: --mode detours times"),
+        (
+            ["--nproc", "2", "--pin", "0,1", "--mode", "fwq", "--threshold", "2us"],
+            "--threshold would change nothing",
+        ),
         (
             ["--quantum", "1ms", "--duration", "10h"],
             "--duration must be at most 1.68e+04 with quanta of 0.001 s",
@@ -202,20 +206,6 @@ def test_wrong_input_is_named(cache, tmp_path, args, message):
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert_one_sentence(result.stderr)
-
-
-@pytest.mark.parametrize(
-    "text, want", [("250us", 250e-6), ("1ms", 1e-3), ("10", 10), ("1.5s", 1.5), ("2m", 120), ("1h", 3600),
-                   ("40ns", 40e-9), ("1e-3", 1e-3)]
-)  # fmt: skip
-def test_times(text, want):
-    assert seconds(text) == pytest.approx(want, rel=1e-12)
-
-
-@pytest.mark.parametrize("text", ["", "ms", "-1s", "1 min", "1.2.3s", "nan", "inf"])
-def test_what_is_no_time(text):
-    with pytest.raises(Exception, match="is no time such as"):
-        seconds(text)
 
 
 def test_the_collector_rests_while_it_is_measured(monkeypatch):

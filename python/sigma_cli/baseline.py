@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -11,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sigma_train.errors import WrongInput
 from sigma_train.files import write_text
+from sigma_train.processor import processor_name
 
 from sigma_kernels import _C
 from sigma_kernels.validation.rates import Rate
@@ -35,7 +35,7 @@ class Machine(BaseModel):
     @classmethod
     def here(cls) -> "Machine":
         return cls(
-            processor=processor(),
+            processor=processor_name(),
             isa=_C.isa(),
             cores=len(os.sched_getaffinity(0)),
             torch=torch.__version__,
@@ -68,16 +68,6 @@ class Baseline(BaseModel):
     schema_version: Literal[1] = 1
     machine: Machine
     rates: dict[str, Known]
-
-
-def processor() -> str:
-    """The model's name; of Linux on x86-64 and some others from /proc/cpuinfo."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def key(rate: Rate) -> str:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from sigma_train.errors import Stopped, WrongInput
 from sigma_train.files import atomic_file, write_text
+from sigma_train.processor import processor_name
 
 import sigma_kernels as sk
 from sigma_cli import heeded
@@ -136,14 +137,11 @@ def environment(command: str, threads: int | None, device: str = "cpu") -> dict[
     of_gpu = device != "cpu"
     prefixes = ENVIRONMENT + (GPU_ENVIRONMENT if of_gpu else ())
     packages = PACKAGES + (GPU_PACKAGES if of_gpu else ())
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": next(
-            (line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "unknown"
-        ),
+        "cpu": processor_name(),
         "machine": platform.machine(),
         "isa": sk._C.isa(),
         "threads": threads or torch.get_num_threads(),

@@ -29,6 +29,7 @@ class Backend(StrEnum):
 
 @app.command()
 def run(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="folder of the measurement, one file a rank")],
     kernel: Annotated[str, typer.Option(help="of spin, copy, gemm, grouped, a2a; by commas")] = "spin",
     mode: Annotated[
@@ -68,11 +69,13 @@ def run(
     ] = False,
 ) -> None:
     """Measure; under torchrun, or with --nproc, on several ranks at once."""
+    import os
     import sys
 
-    from sigma_train.ranks import is_launched, joined
+    from sigma_train.errors import WrongInput
+    from sigma_train.ranks import RESTART_COUNT, is_launched, joined
 
-    from sigma_noise.measure import Plan
+    from sigma_noise.plan import Plan
     from sigma_noise.run import RANK_TIMEOUT_S, free_folder, run_plan
 
     modes = mode or ("fwq,detours" if backend == Backend.cpu else "fwq")
@@ -81,6 +84,11 @@ def run(
         threshold_s=threshold, seed=seed, pin=whole_numbers("pin", pin), threads=threads,
         sizes=sizes(size or []), backend=backend.value, attribute=attribute,
     )  # fmt: skip
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    plan.check_used([name.replace("_", "-") for name in given])
+    if nproc is not None and is_launched() and RESTART_COUNT not in os.environ:
+        raise WrongInput("--nproc starts ranks, and these have been started by torchrun; leave it out")
     if nproc is not None and not is_launched():
         from sigma_train.launch import launch
 

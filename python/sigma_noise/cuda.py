@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,21 +21,17 @@ from torch import Tensor
 
 import sigma_kernels as sk
 from sigma_noise import host, loops
-from sigma_noise.measure import Plan, agreed
-from sigma_noise.trace import Series, Trace
+from sigma_noise.measure import agreed, together
+from sigma_noise.offset import Offset, offset
+from sigma_noise.plan import Plan
+from sigma_noise.trace import Key, Series, Trace
 from sigma_noise.watch import watching
+from sigma_noise.work import checked_sizes
 
 BATCH = 256  # replays enqueued at once; two batches are, so that 256 lie between the host and a queue run dry
 MOST_NODES = 4096  # of a graph
 PROBES = 50  # launches by which the device's timer is set beside the host's clock
 ROUNDS = 4096  # of a launch of spin
-SIZES: dict[str, dict[str, int]] = {
-    "spin": {},
-    "copy": {"bytes": 1 << 28},
-    "gemm": {"R": 4096, "N": 4096, "K": 4096},
-    "grouped": {"R": 8192, "E": 96, "N": 1024, "K": 1024},
-}
-
 Step = Callable[[], object]
 
 
@@ -87,38 +84,39 @@ def _captured(step: Step) -> Callable[[], None]:
 def measure(plan: Plan, ranks: Ranks, gpu: Gpu | None = None) -> Trace:
     """The trace of this rank.  Raises: WrongInput for what is measured on a CPU alone, or without a GPU."""
     gpu = gpu or found()
-    if wrong := [mode for mode in plan.modes if mode != "fwq"]:
-        raise WrongInput(f"--mode {wrong[0]} is of the CPU alone; --backend cuda measures fwq")
-    if "a2a" in plan.kernels:
-        raise WrongInput(
-            "--kernel a2a is of the CPU alone; --backend cuda measures spin, copy, gemm and grouped"
-        )
+    plan.check(ranks.size)
     if "spin" in plan.kernels and gpu.native is None:
         raise WrongInput(
             "--kernel spin: the CUDA kernels were not built here; pip install . -C cmake.define.SIGMA_CUDA=ON"
         )
-    if plan.threads > 1 or plan.threshold_s is not None:
-        option = "threads" if plan.threads > 1 else "threshold"
-        raise WrongInput(f"--{option} is of the CPU alone; --backend cuda has no use for it")
     cpu = agreed(ranks, lambda: host.cpu_of(plan.pin))
-    about: dict[str, Any] = host.described(loops.clock_cost(), cpu) | {"gpu": gpu.about, "warnings": []}
-    rows, measured = {}, {}
+    rows: dict[Key, Series] = {}
+    measured: dict[str, Any] = {}
+    warnings = []
     with host.pinned(cpu), host.without_gc(), watching(plan.attribute, plan.seed) as watch:
+        about = host.described(loops.clock_cost(), cpu)
+        offsets = [offset(ranks, about["clock"]["identity"])]
         for kernel in plan.kernels:
-            of_kernel, how = (spin if kernel == "spin" else replayed)(gpu, kernel, plan)
+            run = spin if kernel == "spin" else replayed
+            of_kernel, how = run(gpu, kernel, plan, partial(together, ranks))
             rows |= {(ranks.rank, "quantum", name): series for name, series in of_kernel.items()}
-            measured[kernel] = {"mode": "fwq", "kernel": kernel} | how
+            measured |= {name: {"mode": "fwq", "kernel": kernel, **how} for name in of_kernel}
             if how.get("dry_batches"):
-                about["warnings"].append(
+                warnings.append(
                     f"{kernel}: the GPU was through before the host had more, {how['dry_batches']} times; quanta "
                     "that begin there are the host's"
                 )
-    about["measured"] = measured
+        offsets.append(offset(ranks, about["clock"]["identity"]))
+    about["clock"]["offsets"] = [asdict(found) for found in offsets]  # before and after
+    about |= {"gpu": gpu.about, "measured": measured, "warnings": warnings}
     trace = Trace({**asdict(plan), "ranks": ranks.size}, {ranks.rank: about}, rows)
     return watch.into(trace, ranks.rank) if watch else trace
 
 
-def replayed(gpu: Gpu, kernel: str, plan: Plan) -> tuple[dict[str, Series], dict[str, Any]]:
+def replayed(
+    gpu: Gpu, kernel: str, plan: Plan, begin: Callable[[], None]
+) -> tuple[dict[str, Series], dict[str, Any]]:
+    """`begin` returns when all ranks have warmed up."""
     sizes = sizes_of(kernel, plan)
     step = STEPS[kernel](gpu, sizes, plan.seed)
     once = gpu.captured(step)
@@ -131,9 +129,13 @@ def replayed(gpu: Gpu, kernel: str, plan: Plan) -> tuple[dict[str, Series], dict
 
     replay = gpu.captured(quantum) if steps > 1 else once
     replays(gpu, replay, 0, plan.warm_up_s)
+    begin()
     edges, dry = replays(gpu, replay, 0, plan.duration_s)
     series = Series(edges[:-1], edges[1:], np.ones(len(edges) - 1))
-    return {kernel: series}, {"steps": steps, "sizes": sizes, "dry_batches": dry}
+    how = {"steps": steps, "sizes": sizes, "dry_batches": dry}
+    if "E" in sizes:
+        how["tokens_of_expert"] = tokens_of_expert(sizes, plan.seed).tolist()
+    return {kernel: series}, how
 
 
 def replays(
@@ -173,11 +175,12 @@ def replays(
     return np.array(edges[BATCH:], np.int64), dry
 
 
-def spin(gpu: Gpu, kernel: str, plan: Plan) -> tuple[dict[str, Series], dict[str, Any]]:
+def spin(
+    gpu: Gpu, kernel: str, plan: Plan, begin: Callable[[], None]
+) -> tuple[dict[str, Series], dict[str, Any]]:
     """Rounds of dependent arithmetic of one block for each multiprocessor, by number of multiprocessor."""
     sizes = sizes_of(kernel, plan)
     launch = Launch(gpu)
-    offset_ns, residual_ns = launch.offset()
     steps, least_ns = 1, 0
     while least_ns < min(plan.quantum_s * 1e9, loops.LONG_ENOUGH_S * 1e9):
         steps *= 2
@@ -185,19 +188,30 @@ def spin(gpu: Gpu, kernel: str, plan: Plan) -> tuple[dict[str, Series], dict[str
         least_ns = int((stamps[..., 1] - stamps[..., 0]).min())
     steps = max(1, round(steps * plan.quantum_s * 1e9 / least_ns))
     rounds = max(1, min(ROUNDS, math.ceil(plan.duration_s / plan.quantum_s)))
-    launch(max(1, math.ceil(plan.warm_up_s / plan.quantum_s)), steps)
-    found: dict[int, list[NDArray[np.int64]]] = defaultdict(list)
+    for _ in range(math.ceil(plan.warm_up_s / plan.quantum_s / rounds)):
+        launch(rounds, steps)
+    begin()
+    offsets = [launch.offset()]
+    of_processor: dict[int, list[NDArray[np.int64]]] = defaultdict(list)
     for _ in range(math.ceil(plan.duration_s / plan.quantum_s / rounds)):
         for of_block in launch(rounds, steps):
-            found[int(of_block[0, 3])].append(of_block)
+            of_processor[int(of_block[0, 3])].append(of_block)
+    offsets.append(launch.offset())
     rows = {}
-    for processor, parts in sorted(found.items()):
+    for processor, parts in sorted(of_processor.items()):
         stamps = np.concatenate(parts)
         stamps = stamps[np.argsort(stamps[:, 0], kind="stable")]
-        start, end = stamps[:, 0] + offset_ns, stamps[:, 1] + offset_ns
+        start, end = (on_the_host(stamps[:, column], *offsets) for column in (0, 1))
         rows[f"spin_mp{processor:03d}"] = Series(start, end, np.ones(len(stamps)))
-    how = {"steps": steps, "sizes": sizes, "offset_ns": offset_ns, "residual_ns": residual_ns}
+    how = {"steps": steps, "sizes": sizes, "offsets": [asdict(found) for found in offsets]}
     return rows, how | {"timer_step_ns": launch.timer_step_ns()}
+
+
+def on_the_host(stamps_ns: NDArray[np.int64], before: Offset, after: Offset) -> NDArray[np.int64]:
+    """The device's stamps by the host's clock: the two drift apart, evenly between two offsets."""
+    drift = (after.offset_ns - before.offset_ns) / (after.at_ns - before.at_ns)
+    moved = np.round(drift * (stamps_ns - before.at_ns)).astype(np.int64)
+    return stamps_ns + before.offset_ns + moved
 
 
 class Launch:
@@ -214,13 +228,13 @@ class Launch:
         gpu.synchronize()
         return stamps.cpu().numpy()
 
-    def offset(self) -> tuple[int, int]:
-        """What to add to the device's stamps, and by how much it may be wrong.
+    def offset(self) -> Offset:
+        """What to add to the device's stamps to have the host's.
 
         Work of a launch lies between the host's readings before it and after it, which bounds the offset from both
         sides; the narrowest bounds of all launches.
         """
-        low, high, seen = -(1 << 62), 1 << 62, []
+        low, high, seen = -(1 << 62), 1 << 62, [self.seen]
         for _ in range(PROBES):
             self.gpu.synchronize()
             before = loops.now_ns()
@@ -230,7 +244,7 @@ class Launch:
             high = min(high, after - int(stamps[..., 1].max()))
             seen.append(stamps[..., :2].reshape(-1))
         self.seen = np.unique(np.concatenate(seen))
-        return (low + high) // 2, (high - low + 1) // 2
+        return Offset(int(stamps[..., 1].max()), (low + high) // 2, (high - low + 1) // 2)
 
     def timer_step_ns(self) -> int:
         """Of the device's timer: what all differences of its stamps are multiples of."""
@@ -238,12 +252,7 @@ class Launch:
 
 
 def sizes_of(kernel: str, plan: Plan) -> dict[str, int]:
-    given = dict(plan.sizes.get(kernel, {}))
-    if wrong := sorted(set(given) - set(SIZES[kernel])):
-        raise WrongInput(
-            f"--size {kernel}.{wrong[0]}: on a GPU it takes {', '.join(SIZES[kernel]) or 'no sizes'}"
-        )
-    return SIZES[kernel] | given
+    return checked_sizes(kernel, plan.sizes.get(kernel, {}), "cuda")
 
 
 def _normal(gpu: Gpu, seed: int, *shape: int) -> Tensor:
@@ -263,10 +272,14 @@ def _gemm(gpu: Gpu, sizes: dict[str, int], seed: int) -> Step:
     return lambda: torch.mm(x, w, out=y)
 
 
+def tokens_of_expert(sizes: dict[str, int], seed: int) -> NDArray[np.int64]:
+    E = sizes["E"]
+    return np.random.default_rng(seed).multinomial(sizes["R"], np.full(E, 1 / E))
+
+
 def _grouped(gpu: Gpu, sizes: dict[str, int], seed: int) -> Step:
     R, E, N, K = (sizes[name] for name in "RENK")
-    counts = np.random.default_rng(seed).multinomial(R, np.full(E, 1 / E))
-    offsets = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32).to(gpu.device)
+    offsets = torch.tensor([0, *np.cumsum(tokens_of_expert(sizes, seed))], dtype=torch.int32).to(gpu.device)
     x, w = _normal(gpu, seed, R, K), _normal(gpu, seed + 1, E, N, K)
     return lambda: sk.grouped_gemm(x, w, offsets)
 

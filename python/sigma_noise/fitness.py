@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sigma_train.errors import WrongInput
 
+from sigma_noise import host
 from sigma_noise.accelerators import find
 from sigma_noise.counters import group_of, machine_stat, pressure, slurp
-from sigma_noise.host import FAST_CLOCKS
 from sigma_noise.loops import clock_cost, detours
 
 CLOCK_READ_S = 200e-9  # above this a reading is a system call, or an emulated clock
@@ -35,12 +36,18 @@ class Check:
 
 
 def examine(*, cpu: int | None = None, seconds: float = 2.0, root: Path = Path("/")) -> list[Check]:
-    """All checks; the baseline noise and the steal of the same time take `seconds`, on `cpu` if that is given."""
+    """All checks; the baseline noise takes `seconds`, on `cpu` if that is given.
+
+    Steal is counted meanwhile, and while the load is looked at.  Raises: WrongInput for seconds that are none.
+    """
+    if not seconds > 0:
+        raise WrongInput(f"--duration must be seconds above 0, found {seconds:g}")
     found = [clock_source(root), clock_read(), isolation(cpu, root), governor(cpu, root), quota(root)]
-    before = _steal_ns(cpu, root)
+    began_ns, before = time.monotonic_ns(), _steal_ns(cpu, root)
     found.append(load(root))
     found.append(baseline(seconds, cpu))
-    found.append(steal(before, _steal_ns(cpu, root), seconds, 1 if cpu is not None else len(_online())))
+    after, counted_s = _steal_ns(cpu, root), (time.monotonic_ns() - began_ns) * 1e-9
+    found.append(steal(before, after, counted_s, _cpus() if cpu is None else 1))
     devices, absent = find()
     names = ", ".join(d.name for d in devices)
     why = "; ".join(f"{library}: {reason}" for library, reason in absent.items())
@@ -57,19 +64,17 @@ def to_json(checks: list[Check]) -> dict[str, Any]:
 
 
 def clock_source(root: Path = Path("/")) -> Check:
-    path = root / "sys/devices/system/clocksource/clocksource0/current_clocksource"
-    try:
-        source = path.read_text().strip()
-    except OSError as error:
-        return Check("clock source", None, None, f"not readable: {error.strerror}")
-    if source in FAST_CLOCKS:
+    source = host.clock_source(root)
+    if source is None:
+        return Check("clock source", None, None, "not readable")
+    if source in host.FAST_CLOCKS:
         return Check("clock source", True, source, f"{source}, read in user space")
     return Check(
         "clock source",
         False,
         source,
         f"{source}, whose every reading is a call into the kernel or the hypervisor",
-        f"boot with clocksource=tsc, or write tsc to {path} if it is among available_clocksource",
+        f"boot with clocksource=tsc, or write tsc to {root / host.CLOCK_SOURCE} if it is among available_clocksource",
     )
 
 
@@ -97,10 +102,8 @@ def isolation(cpu: int | None, root: Path = Path("/")) -> Check:
 
 
 def governor(cpu: int | None, root: Path = Path("/")) -> Check:
-    at = root / f"sys/devices/system/cpu/cpu{cpu or 0}/cpufreq/scaling_governor"
-    try:
-        name = at.read_text().strip()
-    except OSError:
+    name = host.governor(cpu, root)
+    if name is None:
         return Check("frequency governor", None, None, "the system does not show one, as in most guests")
     if name == "performance":
         return Check("frequency governor", True, name, name)
@@ -136,7 +139,7 @@ def load(root: Path = Path("/"), wait: Callable[[float], None] = time.sleep) -> 
         return Check("load", None, None, f"not readable: {error}")
     wait(0.5)
     waiting = (pressure(slurp(root / "proc/pressure/cpu"))[0] - before) * 1e-6 / 0.5
-    cpus = len(_online())
+    cpus = _cpus()
     told = f"{running:.0f} others running on {cpus} CPUs, somebody waited {waiting:.0%} of half a second"
     if running <= LOAD * cpus:
         return Check("load", True, running, told)
@@ -144,6 +147,7 @@ def load(root: Path = Path("/"), wait: Callable[[float], None] = time.sleep) -> 
 
 
 def steal(before_ns: float | None, after_ns: float | None, seconds: float, cpus: int) -> Check:
+    """Of `cpus` in the `seconds` between two readings of what was taken from them together."""
     if before_ns is None or after_ns is None:
         return Check("steal", None, None, "not readable")
     share = (after_ns - before_ns) * 1e-9 / seconds / cpus
@@ -219,5 +223,6 @@ def _steal_ns(cpu: int | None, root: Path) -> float | None:
         return None
 
 
-def _online() -> list[int]:
-    return sorted(os.sched_getaffinity(0))
+def _cpus() -> int:
+    """Of the machine, as /proc/stat and /proc/loadavg count: this process may be allowed fewer."""
+    return os.cpu_count() or 1

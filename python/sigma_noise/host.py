@@ -4,7 +4,6 @@ import contextlib
 import gc
 import os
 import platform
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -13,15 +12,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sigma_train.processor import processor_name
+
 from sigma_kernels import _C
 from sigma_noise.loops import ClockCost
 
+CLOCK_SOURCE = "sys/devices/system/clocksource/clocksource0/current_clocksource"
 FAST_CLOCKS = ("tsc", "arch_sys_counter")  # read without a system call
 
 
 def described(cost: ClockCost, cpu: int | None) -> dict[str, Any]:
     """What the file says of a rank that is pinned to `cpu`, as JSON; None for what this system does not tell."""
-    usual = min(os.sched_getaffinity(0))
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -34,10 +35,10 @@ def described(cost: ClockCost, cpu: int | None) -> dict[str, Any]:
             "wall_minus_monotonic_ns": time.time_ns() - time.monotonic_ns(),
         },
         "cpu": {
-            "model": cpu_model(),
+            "model": processor_name(),
             "count": os.cpu_count(),
             "pinned": cpu,
-            "governor": _read(f"/sys/devices/system/cpu/cpu{usual}/cpufreq/scaling_governor"),
+            "governor": governor(cpu),
             "isa": _C.isa(),
         },
         "versions": {
@@ -52,20 +53,21 @@ def described(cost: ClockCost, cpu: int | None) -> dict[str, Any]:
 
 def clock_identity() -> str:
     """Ranks of which this is the same read the same clock: of one boot, in one namespace of time."""
-    boot = _read("/proc/sys/kernel/random/boot_id") or socket.gethostname()
+    boot = _read(Path("/proc/sys/kernel/random/boot_id")) or socket.gethostname()
     try:
         return f"{boot} {os.readlink('/proc/self/ns/time')}"
     except OSError:  # a kernel that has no such namespaces
         return boot
 
 
-def clock_source() -> str | None:
-    return _read("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+def clock_source(root: Path = Path("/")) -> str | None:
+    return _read(root / CLOCK_SOURCE)
 
 
-def cpu_model() -> str:
-    found = re.search(r"^model name\s*: (.*)$", _read("/proc/cpuinfo") or "", re.M)
-    return found[1] if found else platform.machine()
+def governor(cpu: int | None, root: Path = Path("/")) -> str | None:
+    """Of the frequency of `cpu`, or of the first CPU that this process may use."""
+    at = min(os.sched_getaffinity(0)) if cpu is None else cpu
+    return _read(root / f"sys/devices/system/cpu/cpu{at}/cpufreq/scaling_governor")
 
 
 def local_rank() -> int:
@@ -114,8 +116,8 @@ def without_gc() -> Iterator[None]:
             gc.enable()
 
 
-def _read(path: str) -> str | None:
+def _read(path: Path) -> str | None:
     try:
-        return Path(path).read_text().strip()
+        return path.read_text().strip()
     except OSError:
         return None

@@ -101,10 +101,12 @@ class Waiter:
         for end in self._pipe:
             os.close(end)
 
-    def until(self, deadline_ns: int) -> bool:
-        """Sleep; False as soon as a signal came."""
+    def until(self, deadline_ns: int, pidfd: int | None = None) -> bool:
+        """Sleep; False as soon as a signal came or the process of `pidfd` has ended."""
+        heard = [self._pipe[0]] if pidfd is None else [self._pipe[0], pidfd]
         while not self.ended_by and (left := deadline_ns - time.monotonic_ns()) > 0:
-            select.select([self._pipe[0]], [], [], left * 1e-9)
+            if pidfd in select.select(heard, [], [], left * 1e-9)[0]:
+                return False
         return not self.ended_by
 
     def _note(self, number: int, _: FrameType | None) -> None:
@@ -115,8 +117,8 @@ class Waiter:
 class Target(Protocol):
     """What is disturbed.  Entering it takes what it needs, leaving it undoes everything.
 
-    `disturb` returns the begin and end of a disturbance that is to last until a time, or until the waiter is ended.
-    Raises: TargetGone where there is nothing left to disturb.
+    `disturb` returns the begin and end of a disturbance that is to last until a time, or until the waiter is ended:
+    of what took place, whatever was asked for.  Raises: TargetGone where there is nothing left to disturb.
     """
 
     cause: str
@@ -131,7 +133,7 @@ class Target(Protocol):
 
 
 class TargetGone(Exception):
-    """The process that was disturbed has ended."""
+    """The process that was disturbed has ended; `args` is begin and end of the disturbance that it ended in, if any."""
 
 
 def inject(target: Target, plan: Plan, waiter: Waiter, begins: Callable[[], None] = lambda: None) -> Trace:
@@ -158,7 +160,8 @@ def inject(target: Target, plan: Plan, waiter: Waiter, begins: Callable[[], None
                 late_ns = max(late_ns, late)
                 done.append(target.disturb(length_ns, waiter))
             waiter.until(t0 + round(plan.duration_s * 1e9))
-        except TargetGone:
+        except TargetGone as gone:
+            done.extend(gone.args)
             ended = "target gone"
         about = target.about()
     if waiter.ended_by:

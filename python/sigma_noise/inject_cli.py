@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from sigma_train.errors import Failure, Stopped, WrongInput, verdict
 
+from sigma_noise.codes import Exit
 from sigma_noise.options import seconds
 
-UNFIT = 4
 BEGINS = "begins"  # the line of the standard error that a caller can wait for
 
 
@@ -21,6 +21,10 @@ class TargetName(StrEnum):
     memory = "memory"
     quota = "quota"
     gpu = "gpu"
+
+
+TARGETS_OF = {"cpu": ("cpu", "memory"), "mib": ("memory",), "device": ("gpu",),
+              "jitter": ("proc", "cpu", "memory", "gpu")}  # fmt: skip
 
 
 def _time(help: str) -> Any:
@@ -38,12 +42,16 @@ def inject(
     duration: Annotated[float, _time("of it all, such as 10s")],
     length: Annotated[float | None, _time("of a disturbance, such as 25ms; with --period")] = None,
     period: Annotated[float | None, _time("from begin to begin; without it one that lasts")] = None,
-    jitter: Annotated[float, _time("each begins so much earlier or later at most")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="of the jitter")] = 0,
+    jitter: Annotated[
+        float | None, _time("each begins so much earlier or later at most; 0 without it")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="of the jitter; 0 without it")] = None,
     pid: Annotated[int | None, typer.Option(help="of proc and quota: the process")] = None,
     cpu: Annotated[int | None, typer.Option(min=0, help="of cpu and memory: the CPU; any without it")] = None,
-    mib: Annotated[int, typer.Option(help="of memory: MiB that are copied through")] = 256,
-    device: Annotated[int, typer.Option(min=0, help="of gpu: its number")] = 0,
+    mib: Annotated[
+        int | None, typer.Option(help="of memory: MiB that are copied through; 256 without it")
+    ] = None,
+    device: Annotated[int | None, typer.Option(min=0, help="of gpu: its number; 0 without it")] = None,
 ) -> None:
     """Disturb a process, a CPU, the memory or a GPU, and log when."""
     from sigma_train.files import must_be_writable
@@ -54,9 +62,14 @@ def inject(
     with must_be_writable("--truth", truth.parent):
         if not truth.parent.is_dir():
             raise FileNotFoundError(2, "No such file or directory")
+    _check_used(target, {"cpu": cpu, "mib": mib, "device": device, "jitter": jitter})
+    if seed is not None and jitter is None:
+        raise WrongInput("--seed is of --jitter, without which nothing is drawn; leave it out")
     is_quota = target is TargetName.quota
     try:  # the grid of a quota is the kernel's: for the injector it is one disturbance
-        plan = Plan(duration, None if is_quota else length, None if is_quota else period, jitter, seed)
+        plan = Plan(
+            duration, None if is_quota else length, None if is_quota else period, jitter or 0.0, seed or 0
+        )
     except ValueError as error:
         raise WrongInput(f"--{str(error).replace('_s', '')}") from None
     with (
@@ -93,7 +106,7 @@ def doctor(
                 typer.echo(f"{'':26}to mend it: {check.remedy}")
         typer.echo("fit" if is_fit(checks) else "unfit")
     if not is_fit(checks):
-        raise typer.Exit(UNFIT)
+        raise typer.Exit(Exit.UNFIT)
 
 
 def selftest(
@@ -125,12 +138,18 @@ def selftest(
         write_text(json_file, json.dumps(of_machine.to_json(cells), indent=1, allow_nan=False) + "\n")
 
 
+def _check_used(target: TargetName, given: dict[str, float | None]) -> None:
+    for option, value in given.items():
+        if value is not None and target not in (of := TARGETS_OF[option]):
+            raise WrongInput(f"--{option} is of --target {', '.join(of)}; {target} has no use for it")
+
+
 def _target(
     name: TargetName,
     pid: int | None,
     cpu: int | None,
-    mib: int,
-    device: int,
+    mib: int | None,
+    device: int | None,
     length: float | None,
     period: float | None,
 ) -> Any:
@@ -148,13 +167,15 @@ def _target(
         case TargetName.cpu:
             return targets.Busy(cpu)
         case TargetName.memory:
-            return targets.Memory(cpu, mib=mib)
+            return targets.Memory(cpu, mib=256 if mib is None else mib)
         case TargetName.quota:
             if length is None or period is None:
                 raise WrongInput("--target quota: --length (stopped of each period) and --period are missing")
-            return targets.Quota(pid, length_s=length, period_s=period)
+            from sigma_noise.quota import Quota
+
+            return Quota(pid, length_s=length, period_s=period)
         case TargetName.gpu:
-            return targets.Gpu(device)
+            return targets.Gpu(device or 0)
 
 
 def main() -> None:

@@ -146,7 +146,7 @@ def detours(*, duration_s: float, threshold_s: float, capacity: int = 1 << 20) -
 
     Raises: ValueError for a duration, threshold or capacity that is none.
     """
-    _check_positive("duration_s", duration_s)
+    check_seconds("duration_s", duration_s)
     if not 0 <= threshold_s < math.inf:
         raise ValueError(f"threshold_s must be seconds of at least 0, found {threshold_s}")
     if not 1 <= capacity <= MOST_QUANTA:
@@ -203,8 +203,8 @@ def clock_cost(readings: int = 100_000) -> ClockCost:
 
 def check_quanta(quantum_s: float, duration_s: float) -> None:
     """Raises: ValueError, by name."""
-    _check_positive("quantum_s", quantum_s)
-    _check_positive("duration_s", duration_s)
+    check_seconds("quantum_s", quantum_s)
+    check_seconds("duration_s", duration_s)
     if quantum_s < 1e-7:
         raise ValueError(
             f"quantum_s must be at least 1e-07, where reading the clock is all, found {quantum_s:g}"
@@ -216,7 +216,8 @@ def check_quanta(quantum_s: float, duration_s: float) -> None:
         )
 
 
-def _check_positive(name: str, seconds: float) -> None:
+def check_seconds(name: str, seconds: float) -> None:
+    """Raises: ValueError, by name."""
     if not 0 < seconds < math.inf:
         raise ValueError(f"{name} must be seconds above 0, found {seconds}")
 

@@ -1,8 +1,7 @@
 """A plan becomes a trace: each kernel in each mode, on every rank at once, after a warm-up that is not stored."""
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -13,79 +12,18 @@ from sigma_train.ranks import Ranks
 from sigma_noise import host, loops
 from sigma_noise.a2a import AllToAll
 from sigma_noise.offset import offset
+from sigma_noise.plan import WITH_THREADS, Plan, as_options
 from sigma_noise.trace import Key, Series, Trace
 from sigma_noise.watch import watching
-from sigma_noise.work import KERNELS, Work, checked_sizes, work
+from sigma_noise.work import Work, work
 
 FIXED_TIME = "_ftq"  # at the end of a name: quanta of fixed time
-MODES = ("fwq", "ftq", "detours")
 A2A_BYTES = 64 << 10  # from each rank to each
 LEAST_THRESHOLD_S = 1e-6
 THRESHOLD_GAPS = 9  # times the least gap, as netgauge has it
 TIMER_SHARE = 100  # quanta shorter than so many readings of the clock measure the clock
 WARM_UP_QUANTA = 256
-WITH_THREADS = ("gemm", "grouped")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is asked for; every field goes into the file.
-
-    kernels:     of spin, copy, gemm, grouped and a2a, each measured for `duration_s` in each of `modes`
-    modes:       fwq, fixed work; ftq, fixed time; detours, gaps of a loop that does nothing, once for all kernels
-    threshold_s: of detours; none: the greater of 1 us and 9 times what a reading of the clock costs
-    pin:         CPUs that the ranks of a host take in turn; none: wherever the scheduler puts them
-    threads:     of gemm and grouped
-    sizes:       by kernel, see `sigma_noise.work`; of a2a: bytes
-    attribute:   counters of the thread, its host and its accelerators are kept beside the quanta
-    """
-
-    kernels: tuple[str, ...] = ("spin",)
-    modes: tuple[str, ...] = ("fwq", "detours")
-    quantum_s: float = 1e-3
-    duration_s: float = 10.0
-    warm_up_s: float = 1.0
-    threshold_s: float | None = None
-    seed: int = 0
-    pin: tuple[int, ...] = ()
-    threads: int = 1
-    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    backend: str = "cpu"
-    attribute: bool = False
-
-    def check(self, ranks: int) -> None:
-        """Raises: WrongInput, by the name of the option."""
-        known = (*KERNELS, "a2a")
-        for option, given, names in (("kernel", self.kernels, known), ("mode", self.modes, MODES)):
-            if wrong := [name for name in given if name not in names]:
-                raise WrongInput(f"--{option} must be of {', '.join(names)}, found {wrong[0]!r}")
-            if not given or len(set(given)) < len(given):
-                raise WrongInput(f"--{option} wants different names, found {','.join(given) or 'none'}")
-        if wrong := [name for name in self.sizes if name not in self.kernels]:
-            raise WrongInput(f"--size {wrong[0]}: no such kernel is measured, of {', '.join(self.kernels)}")
-        if "a2a" in self.kernels and ranks < 2:
-            raise WrongInput("--kernel a2a wants at least 2 ranks, found 1; --nproc 2 starts them")
-        if "a2a" in self.kernels and "fwq" not in self.modes:
-            raise WrongInput(
-                f"--kernel a2a is fixed work: --mode must have fwq, found {','.join(self.modes)}"
-            )
-        if self.seed < 0:
-            raise WrongInput(f"--seed must be at least 0, found {self.seed}")
-        if not 0 <= self.warm_up_s < float("inf"):
-            raise WrongInput(f"--warm-up must be seconds of at least 0, found {self.warm_up_s}")
-        if self.pin and self.threads > 1:
-            raise WrongInput(
-                f"--threads {self.threads} would share the one CPU of --pin; leave one of them out"
-            )
-        if unknown := set(self.sizes.get("a2a", {})) - {"bytes"}:
-            raise WrongInput(f"--size a2a.{min(unknown)}: a2a takes bytes")
-        try:
-            loops.check_quanta(self.quantum_s, self.duration_s)
-            for kernel in set(self.kernels) - {"a2a"}:
-                checked_sizes(kernel, self.sizes.get(kernel, {}))
-        except ValueError as error:
-            raise WrongInput(as_options(error)) from None
 
 
 def measure(plan: Plan, ranks: Ranks) -> Trace:
@@ -110,12 +48,10 @@ def agreed(ranks: Ranks, function: Callable[[], T]) -> T:
     return cast(T, found)
 
 
-def as_options(error: ValueError) -> str:
-    """What a function says of its arguments, of the options they came by."""
-    text = str(error)
-    for argument, option in (("quantum_s", "--quantum"), ("duration_s", "--duration"), ("pin", "--pin")):
-        text = re.sub(rf"^{argument}\b", option, text)
-    return text if text.startswith("--") else f"--size: {text}"
+def together(ranks: Ranks) -> None:
+    """Returns when all ranks have come; a collective."""
+    if ranks.size > 1:
+        dist.barrier()
 
 
 class Measuring:
@@ -133,13 +69,13 @@ class Measuring:
         clock = about["clock"]
         if clock["source"] not in (None, *host.FAST_CLOCKS):
             self.warn(f"the clock source is {clock['source']}, which is slow to read; tsc would disturb less")
-        if self.plan.quantum_s < TIMER_SHARE * cost.median_s:
+        if self.plan.times_kernels and self.plan.quantum_s < TIMER_SHARE * cost.median_s:
             self.warn(
                 f"a quantum of {self.plan.quantum_s:g} s is less than {TIMER_SHARE} readings of the clock "
                 f"({cost.median_s:g} s each); take {TIMER_SHARE * cost.median_s:.1g} s or more"
             )
         offsets = [offset(self.ranks, clock["identity"])]
-        for kernel in self.plan.kernels:
+        for kernel in self.plan.kernels if self.plan.times_kernels else ():
             if kernel == "a2a":
                 self.all_to_all()
             else:
@@ -192,7 +128,7 @@ class Measuring:
         threshold_s = self.plan.threshold_s
         if threshold_s is None:
             threshold_s = max(LEAST_THRESHOLD_S, THRESHOLD_GAPS * cost.least_s)
-        self.together()
+        together(self.ranks)
         series, info = loops.detours(duration_s=self.plan.duration_s, threshold_s=threshold_s)
         self.rows[self.ranks.rank, "event", "detour"] = series
         self.measured["detour"] = {"mode": "detours", **asdict(info)}
@@ -216,12 +152,8 @@ class Measuring:
             return calibrate()
 
         found = agreed(self.ranks, warm)
-        self.together()
+        together(self.ranks)
         return found
-
-    def together(self) -> None:
-        if self.ranks.size > 1:
-            dist.barrier()
 
     def keep(self, name: str, series: Series, made: Work, mode: str, how: dict[str, Any]) -> None:
         self.rows[self.ranks.rank, "quantum", name] = series

@@ -5,19 +5,24 @@ from fractions import Fraction
 
 import typer
 
+LONGEST_S = 1_000_000  # so that ns of any time fit into 64 bits
 UNITS = {"ns": Fraction(1, 10**9), "us": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": 1, "m": 60, "h": 3600,
          "": 1}  # fmt: skip
 
 
 def seconds(text: str | float) -> float:
     """A number with a unit of UNITS, such as 250us; seconds without one."""
-    match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?) ?([a-z]*)", str(text))
+    match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]{1,2})?) ?([a-z]*)", str(text))
     try:
         if match is None or match[2] not in UNITS:
             raise ValueError
-        return float(Fraction(match[1]) * UNITS[match[2]])
+        found = Fraction(match[1]) * UNITS[match[2]]
+        if found > LONGEST_S:
+            raise ValueError
+        return float(found)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no time such as 250us, 1ms, 10s or 2m") from None
+        told = f"{text!r} is no time such as 250us, 1ms, 10s or 2m, of {LONGEST_S} s at most"
+        raise typer.BadParameter(told) from None
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from sigma_train.errors import WrongInput
 from sigma_train.files import must_be_writable
 from sigma_train.ranks import Ranks
 
-from sigma_noise.measure import FIXED_TIME, Plan, measure
+from sigma_noise.measure import FIXED_TIME, measure, together
+from sigma_noise.plan import Plan
 from sigma_noise.trace import Series, Trace, rank_file
 from sigma_noise.units import time_of
 from sigma_noise.watch import causes
@@ -44,8 +44,7 @@ def run_plan(plan: Plan, ranks: Ranks, out: Path) -> None:
     plan.check(ranks.size)
     free_folder(out)
     trace = measured(plan, ranks)
-    if ranks.size > 1:
-        dist.barrier()  # so that a rank that failed leaves no others' files
+    together(ranks)  # so that a rank that failed leaves no others' files
     path = rank_file(out, ranks.rank)
     trace.write(path)
     about = trace.ranks[ranks.rank]

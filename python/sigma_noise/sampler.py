@@ -127,7 +127,7 @@ class _Reader:
         except OSError as error:
             self._failed(GONE.get(error.errno, error.strerror or str(error)))
             return
-        except (ValueError, IndexError, KeyError, StopIteration) as error:
+        except (ValueError, IndexError, KeyError) as error:
             self._failed(f"odd contents: {error}")
             return
         self._failures = 0

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
-from sigma_train.errors import Failure
+from sigma_train.errors import Failure, WrongInput
 
+from sigma_noise.inject import Plan
 from sigma_noise.inject_cli import BEGINS
 from sigma_noise.loops import detours
 from sigma_noise.spans import match
@@ -50,12 +51,12 @@ class Cell:
         return self.recall >= GOOD and self.precision >= GOOD
 
 
-def measure_cell(length_s: float, rate_hz: float, *, duration_s: float, seed: int = 0) -> Cell:
+def measure_cell(length_s: float, rate_hz: float, *, duration_s: float) -> Cell:
     """Inject and measure once.  Raises: Failure if the injector fails."""
     with tempfile.TemporaryDirectory() as folder:
         truth = Path(folder) / "truth.parquet"
         options = ["--target", "proc", "--pid", str(os.getpid()), "--duration", f"{duration_s}s"]
-        options += ["--length", f"{length_s}s", "--period", f"{1 / rate_hz}s", "--seed", str(seed)]
+        options += ["--length", f"{length_s}s", "--period", f"{1 / rate_hz}s"]
         with injecting(truth, *options):
             begin_ns = time.monotonic_ns()
             found, info = detours(duration_s=duration_s + EXTRA_S, threshold_s=min(length_s / 2, 1e-3))
@@ -100,11 +101,27 @@ def curve(
     duration_s: float = 4.0,
     seed: int = 0,
 ) -> list[Cell]:
-    """All cells, in an order drawn from the seed, so that a noisy minute does not hit one length alone."""
+    """All cells, in an order drawn from the seed, so that a noisy minute does not hit one length alone.
+
+    Raises: WrongInput, before anything is injected, for stops that are none or would overlap; Failure.
+    """
+    check(lengths_s, rates_hz, duration_s)
     pairs = [(length, rate) for length in sorted(lengths_s) for rate in sorted(rates_hz)]
     order = np.random.default_rng(seed).permutation(len(pairs))
-    cells = {i: measure_cell(*pairs[i], duration_s=duration_s, seed=seed + int(i)) for i in order.tolist()}
+    cells = {i: measure_cell(*pairs[i], duration_s=duration_s) for i in order.tolist()}
     return [cells[i] for i in range(len(pairs))]
+
+
+def check(lengths_s: Sequence[float], rates_hz: Sequence[float], duration_s: float) -> None:
+    """Raises: WrongInput, by the option."""
+    for rate in rates_hz:
+        if not 0 < rate < float("inf"):
+            raise WrongInput(f"--rate must be stops a second above 0, found {rate:g}")
+        for length in lengths_s:
+            try:
+                Plan(duration_s, length, 1 / rate)
+            except ValueError as error:
+                raise WrongInput(f"--length {length:g} s at --rate {rate:g}: {error}") from None
 
 
 def limits(cells: Sequence[Cell]) -> dict[float, float | None]:

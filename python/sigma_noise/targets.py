@@ -1,4 +1,4 @@
-"""What an injector can disturb: a process, a CPU, the memory bus, a CPU quota, a GPU."""
+"""What an injector can disturb: a process, a CPU, the memory bus, a GPU; a CPU quota is in `quota.py`."""
 
 import contextlib
 import os
@@ -14,53 +14,56 @@ import numpy as np
 from sigma_train.errors import Failure, WrongInput
 
 from sigma_noise import watchdog
-from sigma_noise.counters import group_of
 from sigma_noise.inject import TargetGone, Waiter
+from sigma_noise.watchdog import has_ended, resume
 
 GRACE_S = 1.0  # that a stop may outlive its time before the watchdog ends it
-MOST_SHARES, MOST_WEIGHT = "262144", "10000"  # of version 1 and 2 of control groups
+STALL_NS = 1_000_000_000  # between two looks at the clock: a busy loop that was itself stopped, and disturbed nothing
 SPIN_CHECK = 2000  # rounds of a busy loop between two looks at the clock, some 50 us
 
 
 class Stop:
     """SIGSTOP and SIGCONT to a process, which is never left stopped.
 
-    SIGCONT is sent in `finally`; a watchdog process sends it if this one is killed, or is itself stopped in between.
-    Signals go through a pidfd, so they cannot reach a process that was given the number later.
-    Raises: WrongInput for a process that does not exist, is not ours, is this one or the first, or is stopped already.
+    SIGCONT is sent in `finally`; a watchdog process sends it if this one is killed, or is itself stopped in between:
+    then the stop ended when the watchdog ended it.  Signals go through a pidfd, so they cannot reach a process that was
+    given the number later.  Entering raises: as `open_target`.
     """
 
     cause = "stop"
 
     def __init__(self, pid: int) -> None:
-        self.pid, self._pidfd = pid, open_target(pid)
+        self.pid = pid
 
     def __enter__(self) -> "Stop":
-        self._watchdog = Watchdog(self._pidfd)
+        with contextlib.ExitStack() as stack:
+            self._pidfd = open_target(self.pid)
+            stack.callback(os.close, self._pidfd)
+            self._watchdog = Watchdog(self._pidfd)
+            stack.callback(self._watchdog.dismiss)
+            stack.callback(resume, self._pidfd)
+            self._undo = stack.pop_all()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        try:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
-        finally:
-            self._watchdog.dismiss()
-            os.close(self._pidfd)
+        self._undo.close()
 
     def disturb(self, length_ns: int, waiter: Waiter) -> tuple[int, int]:
+        if has_ended(self._pidfd):
+            raise TargetGone
         self._watchdog.expect_end(time.monotonic_ns() + length_ns + round(GRACE_S * 1e9))
         start = time.monotonic_ns()
         try:
             signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
-            waiter.until(start + length_ns)
-            signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
-            end = time.monotonic_ns()
+            waiter.until(start + length_ns, self._pidfd)
         except ProcessLookupError:
             raise TargetGone from None
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
-        self._watchdog.ended()
+            resume(self._pidfd)
+        end = time.monotonic_ns()
+        end = self._watchdog.ended() or end
+        if has_ended(self._pidfd):
+            raise TargetGone((start, end))
         return start, end
 
     def about(self) -> dict[str, Any]:
@@ -85,15 +88,22 @@ class Busy:
         os.sched_setaffinity(0, self._affinity)
 
     def disturb(self, length_ns: int, waiter: Waiter) -> tuple[int, int]:
-        start = time.monotonic_ns()
+        start = last = time.monotonic_ns()
         with ordinarily():
-            while time.monotonic_ns() - start < length_ns and not waiter.ended_by:
-                for _ in range(SPIN_CHECK):
-                    pass
-        return start, time.monotonic_ns()
+            while last - start < length_ns and not waiter.ended_by:
+                self._piece()
+                now = time.monotonic_ns()
+                if now - last > STALL_NS:
+                    break
+                last = now
+        return start, last
 
     def about(self) -> dict[str, Any]:
         return {"cpu": self.cpu}
+
+    def _piece(self) -> None:
+        for _ in range(SPIN_CHECK):
+            pass
 
 
 class Memory(Busy):
@@ -105,98 +115,27 @@ class Memory(Busy):
         super().__init__(cpu)
         if not 1 <= mib <= 1 << 20:
             raise WrongInput(f"--mib must lie in 1..{1 << 20}, found {mib}")
-        self._half = np.ones(mib << 17, np.uint8)  # touched, so that no page fault is in the way
-        self._other = np.ones(mib << 17, np.uint8)
-        self._moved, self._busy_ns = 0, 0
+        # Half of it each, and touched, so that no page fault is in the way.
+        self._half, self._other = np.ones(mib << 19, np.uint8), np.ones(mib << 19, np.uint8)
+        self._at, self._moved, self._busy_ns = 0, 0, 0
 
     def disturb(self, length_ns: int, waiter: Waiter) -> tuple[int, int]:
-        start = time.monotonic_ns()
-        piece, at = min(1 << 22, len(self._half)), 0  # 4 MiB: about a millisecond between looks at the clock
-        with ordinarily():
-            while time.monotonic_ns() - start < length_ns and not waiter.ended_by:
-                self._other[at : at + piece] = self._half[at : at + piece]
-                self._moved += 2 * piece
-                at = (at + piece) % (len(self._half) - piece + 1)
-        end = time.monotonic_ns()
+        start, end = super().disturb(length_ns, waiter)
         self._busy_ns += end - start
         return start, end
 
     def about(self) -> dict[str, Any]:
-        return super().about() | {"gb_per_s": self._moved / max(self._busy_ns, 1)}
+        held = self._half.nbytes + self._other.nbytes
+        return super().about() | {"bytes": held, "gb_per_s": self._moved / max(self._busy_ns, 1)}
 
-
-class Quota:
-    """A CPU quota for a process: a control group of its own, in which it may run period - length of each period.
-
-    The log has one event, the time in which the quota held: the kernel chooses the moments.  The group has the greatest
-    weight there is, as the quota alone shall stop it, not the company of other groups.
-    Raises: WrongInput where control groups are not writable.
-    """
-
-    cause = "cgroup quota"
-
-    def __init__(self, pid: int, *, length_s: float, period_s: float) -> None:
-        if not 0 < length_s < period_s or not 1e-3 <= period_s <= 1.0 or period_s - length_s < 1e-3:
-            raise WrongInput(
-                "--period must lie in 1 ms..1 s and leave at least 1 ms beside --length, found "
-                f"{period_s:g} s and {length_s:g} s"
-            )
-        self.pid, self._pidfd = pid, open_target(pid)
-        self._quota_us, self._period_us = round((period_s - length_s) * 1e6), round(period_s * 1e6)
-        membership, mounts = (Path(f"/proc/{p}").read_bytes() for p in (f"{pid}/cgroup", "self/mountinfo"))
-        try:
-            self._home = group_of(membership, mounts)
-        except ValueError as error:
-            raise WrongInput(f"no CPU quota can be set here: {error}") from None
-        self._made = self._home / f"sigma-noise-{os.getpid()}"
-
-    def __enter__(self) -> "Quota":
-        try:
-            self._made.mkdir()
-            if (self._made / "cpu.cfs_quota_us").exists():
-                (self._made / "cpu.cfs_period_us").write_text(str(self._period_us))
-                (self._made / "cpu.cfs_quota_us").write_text(str(self._quota_us))
-                (self._made / "cpu.shares").write_text(MOST_SHARES)
-            else:
-                (self._made / "cpu.weight").write_text(MOST_WEIGHT)
-                (self._made / "cpu.max").write_text(f"{self._quota_us} {self._period_us}")
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._made.rmdir()
-            raise WrongInput(f"no CPU quota can be set here: {self._made}: {error.strerror}") from None
-        group = [str(self._home / "cgroup.procs"), str(self.pid), str(self._made)]
-        self._watchdog = Watchdog(self._pidfd, group)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._leave()
-        deadline = time.monotonic() + 1.0
-        while self._made.exists() and time.monotonic() < deadline:
-            with contextlib.suppress(OSError):  # busy until the kernel has moved the last thread
-                self._made.rmdir()
-                break
-            time.sleep(0.01)
-        self._watchdog.dismiss()
-        os.close(self._pidfd)
-
-    def disturb(self, length_ns: int, waiter: Waiter) -> tuple[int, int]:
-        start = time.monotonic_ns()
-        try:
-            (self._made / "cgroup.procs").write_text(str(self.pid))
-        except ProcessLookupError:
-            raise TargetGone from None
-        except OSError as error:
-            raise WrongInput(f"pid {self.pid} cannot get a CPU quota here: {error.strerror}") from None
-        waiter.until(start + length_ns)
-        self._leave()
-        return start, time.monotonic_ns()
-
-    def about(self) -> dict[str, Any]:
-        return {"pid": self.pid, "quota_us": self._quota_us, "cfs_period_us": self._period_us}
-
-    def _leave(self) -> None:
-        with contextlib.suppress(OSError):  # the target may be gone
-            (self._home / "cgroup.procs").write_text(str(self.pid))
+    def _piece(self) -> None:
+        piece, at = (
+            min(1 << 22, len(self._half)),
+            self._at,
+        )  # 4 MiB: about a millisecond between looks at the clock
+        self._other[at : at + piece] = self._half[at : at + piece]
+        self._moved += 2 * piece
+        self._at = (at + piece) % (len(self._half) - piece + 1)
 
 
 class Gpu:
@@ -231,13 +170,16 @@ class Gpu:
         pass
 
     def disturb(self, length_ns: int, waiter: Waiter) -> tuple[int, int]:
-        start = time.monotonic_ns()
+        start = last = time.monotonic_ns()
         left = length_ns
         while left > 0 and not waiter.ended_by:  # in pieces, so that a signal is heard
             piece = min(left, 100_000_000)
             self._spin(round(piece * 1e-9 * self._cycles_per_s))
-            left -= piece
-        return start, time.monotonic_ns()
+            now = time.monotonic_ns()
+            if now - last > piece + STALL_NS:
+                break
+            last, left = now, left - piece
+        return start, last
 
     def about(self) -> dict[str, Any]:
         return {"device": self.device, "cycles_per_s": self._cycles_per_s}
@@ -246,6 +188,9 @@ class Gpu:
         with self._cuda.device(self.device), self._cuda.stream(self._stream):
             self._cuda._sleep(cycles)
         self._stream.synchronize()
+
+
+KILLED = "the watchdog that would free the target was killed: nothing more is stopped"
 
 
 class Watchdog:
@@ -267,11 +212,15 @@ class Watchdog:
     def expect_end(self, by_ns: int) -> None:
         self._say(f"stop {by_ns}\n")
 
-    def ended(self) -> None:
+    def ended(self) -> int:
+        """When the watchdog had to end the stop, in ns; 0 if it had not."""
         self._say("cont\n")
+        if not (answer := self._process.stdout.readline()):
+            raise Failure(KILLED)
+        return int(answer)
 
     def dismiss(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it was killed
             self._process.stdin.write(b"done\n")
         self._process.stdin.close()
         self._process.stdout.close()
@@ -281,26 +230,32 @@ class Watchdog:
         try:
             self._process.stdin.write(text.encode())
         except OSError:
-            raise Failure(
-                "the watchdog that would free the target was killed: nothing more is stopped"
-            ) from None
+            raise Failure(KILLED) from None
 
 
 def open_target(pid: int) -> int:
-    """A pidfd of a process that may be disturbed."""
+    """A pidfd of a process that may be disturbed.
+
+    Raises: WrongInput for a process that does not exist, has ended, is not ours, is this one or the first, or is
+    stopped already.
+    """
     if pid in (0, 1, os.getpid()) or pid < 0:
         raise WrongInput(f"--pid must be another process than the first and this one, found {pid}")
-    try:
-        pidfd = os.pidfd_open(pid)
-        signal.pidfd_send_signal(pidfd, 0)
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (ProcessLookupError, FileNotFoundError):
-        raise WrongInput(f"--pid: there is no process {pid}") from None
-    except OSError as error:
-        raise WrongInput(f"--pid: process {pid} cannot be disturbed: {error.strerror}") from None
-    if state in "Tt":
-        os.close(pidfd)
-        raise WrongInput(f"--pid: process {pid} is stopped already; start it with kill -CONT {pid}")
+    with contextlib.ExitStack() as stack:
+        try:
+            pidfd = os.pidfd_open(pid)
+            stack.callback(os.close, pidfd)
+            signal.pidfd_send_signal(pidfd, 0)
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (ProcessLookupError, FileNotFoundError):
+            raise WrongInput(f"--pid: there is no process {pid}") from None
+        except OSError as error:
+            raise WrongInput(f"--pid: process {pid} cannot be disturbed: {error.strerror}") from None
+        if has_ended(pidfd):
+            raise WrongInput(f"--pid: process {pid} has ended; only its parent has not asked for that yet")
+        if state in "Tt":
+            raise WrongInput(f"--pid: process {pid} is stopped already; start it with kill -CONT {pid}")
+        stack.pop_all()
     return pidfd
 
 

@@ -53,18 +53,19 @@ def work(kernel: str, *, seed: int = 0, **sizes: int) -> Work:
     return KERNELS[kernel][0](np.random.default_rng(seed), complete)
 
 
-def checked_sizes(kernel: str, sizes: Mapping[str, int]) -> dict[str, int]:
+def checked_sizes(kernel: str, sizes: Mapping[str, int], backend: str = "cpu") -> dict[str, int]:
     """Those given and the others as they are by default.  Raises: ValueError, by name."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, found {kernel!r}")
-    defaults = KERNELS[kernel][1]()
+    defaults = KERNELS[kernel][1]() if backend == "cpu" else dict(GPU_SIZES[kernel])
+    where = "" if backend == "cpu" else " on a GPU"
     for name, size in sizes.items():
         if name not in defaults:
-            raise ValueError(f"{kernel} takes {', '.join(defaults) or 'no sizes'}, found {name!r}")
+            raise ValueError(f"{kernel} takes {', '.join(defaults) or 'no sizes'}{where}, found {name!r}")
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} of {kernel} must be a whole number of at least 1, found {size!r}")
     complete = defaults | dict(sizes)
-    if kernel == "copy" and complete["slice"] > complete["bytes"]:
+    if "slice" in complete and complete["slice"] > complete["bytes"]:
         raise ValueError(
             f"slice of copy must be at most bytes ({complete['bytes']}), found {complete['slice']}"
         )
@@ -118,4 +119,10 @@ KERNELS: dict[str, tuple[Maker, Callable[[], dict[str, int]]]] = {
     "copy": (_copy, _copy_sizes),
     "gemm": (_gemm, lambda: {"R": 64, "N": 128, "K": 128, "threads": 1}),
     "grouped": (_grouped, lambda: {"R": 192, "E": 96, "N": 64, "K": 64, "threads": 1}),
+}
+GPU_SIZES: dict[str, dict[str, int]] = {
+    "spin": {},
+    "copy": {"bytes": 1 << 28},
+    "gemm": {"R": 4096, "N": 4096, "K": 4096},
+    "grouped": {"R": 8192, "E": 96, "N": 1024, "K": 1024},
 }

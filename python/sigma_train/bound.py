@@ -1,10 +1,7 @@
 """What this machine can do: tokens of the dense model with the same active parameters, FLOPs of a dense product."""
 
 import os
-import platform
-import re
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +10,7 @@ from torch import Tensor
 from sigma_train.config import Config
 from sigma_train.model import LanguageModel, precision
 from sigma_train.optim import make_optimizer
+from sigma_train.processor import processor_name
 
 
 def dense_tokens_per_s(config: Config, steps: int = 3) -> float:
@@ -66,8 +64,5 @@ def _seconds(a: Tensor, b: Tensor, out: Tensor) -> float:
 
 def machine(config: Config) -> str:
     """What a rank's peak depends on, in words; equal words, equal peaks."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {cores} cores, {torch.get_num_threads()} threads, {config.train.dtype}"
+    return f"{processor_name()}, {cores} cores, {torch.get_num_threads()} threads, {config.train.dtype}"

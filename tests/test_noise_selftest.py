@@ -1,0 +1,64 @@
+"""The self-test: what it finds is set beside the injector's log by overlap in time."""
+
+import numpy as np
+import pytest
+from sigma_noise import selftest
+from sigma_noise.selftest import Cell, injecting, judge, limits
+from sigma_noise.trace import Series
+from sigma_train.errors import Failure, WrongInput
+
+MS = 1_000_000
+
+
+def test_a_failed_injector_is_told(tmp_path):
+    """Defends: a self-test whose injector did nothing, and that says the machine sees nothing."""
+    with pytest.raises(Failure, match=r"the injector failed: .*--pid is missing"):  # noqa: SIM117
+        with injecting(tmp_path / "t", "--target", "proc", "--duration", "1s"):
+            pytest.fail("nothing was injected")
+
+
+@pytest.mark.parametrize(
+    "lengths, rates, message",
+    [
+        ([0.01], [0.0], "--rate must be stops a second above 0, found 0"),
+        ([0.01], [5.0, float("inf")], "--rate must be stops a second above 0, found inf"),
+        ([0.0], [5.0], "--length 0 s at --rate 5: length_s must be seconds above 0"),
+        (
+            [0.01, 0.3],
+            [2.0, 5.0],
+            r"--length 0.3 s at --rate 5: length_s \+ 2 jitter_s must be below period_s",
+        ),
+    ],
+)
+def test_stops_that_cannot_be_are_refused_before_any(lengths, rates, message, monkeypatch):
+    monkeypatch.setattr(selftest, "measure_cell", lambda *_, **__: pytest.fail("something was injected"))
+    with pytest.raises(WrongInput, match=message):
+        selftest.curve(lengths, rates)
+
+
+def stamps(pairs) -> Series:
+    start, end = np.array(pairs, np.int64).reshape(-1, 2).T * MS
+    return Series(start.copy(), end.copy(), np.ones(len(start)))
+
+
+def test_a_cell_is_judged_by_overlap():
+    stops = stamps([(0, 20), (100, 120), (200, 220), (300, 320)])
+    found = stamps([(0, 20), (50, 65), (101, 121), (200, 209), (240, 241), (301, 322)])
+    cell = judge(stops, found, 0.02, 10.0)
+    assert cell.recall == 0.75  # the third was seen for 9 of 20 ms
+    assert cell.found == 4
+    assert cell.precision == 0.75
+    assert cell.mean_length_s == pytest.approx((20 + 20 + 21) / 3 * 1e-3)
+    assert cell.recall_low < 0.75 < cell.recall_high
+    assert selftest.to_json([judge(stamps([]), stamps([]), 0.02, 10.0)])["cells"][0]["recall"] is None
+
+
+def test_the_limit_is_where_all_longer_ones_are_good():
+    """Defends: a limit taken from one lucky short cell."""
+
+    def cell(length_s, recall, precision=1.0):
+        return Cell(length_s, 5.0, 20, recall, 0.0, 1.0, 20, precision, length_s)
+
+    assert limits([cell(1e-3, 1.0), cell(5e-3, 0.9), cell(20e-3, 1.0)]) == {5.0: 20e-3}
+    assert limits([cell(1e-3, 0.96), cell(5e-3, 0.97), cell(20e-3, 1.0)]) == {5.0: 1e-3}
+    assert limits([cell(1e-3, 1.0), cell(20e-3, 1.0, precision=0.5)]) == {5.0: None}
