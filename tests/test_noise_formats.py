@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from noise_samples import same, traces
 from prometheus_client.parser import text_string_to_metric_families
-from sigma_noise.analysis import analyze
+from sigma_noise.analysis import Options, analyze
 from sigma_noise.formats import FORMATS, chrome, hdr, netgauge, perfetto, prometheus, rank_detours
 from sigma_noise.trace import Series, Trace
 from sigma_train.errors import Failure, WrongInput
@@ -183,7 +183,7 @@ def test_detours_are_over_the_floor_of_their_time(tmp_path):
     (shown,) = analyze(trace).series
     assert shown.noise.share < 0.002
     for threshold_s in (None, 1e-4):
-        (shown,) = analyze(trace, tau_s=threshold_s).series
+        (shown,) = analyze(trace, Options(tau_s=threshold_s)).series
         found = rank_detours.of(trace, threshold_s=threshold_s)
         assert found.start_ns.tolist() == trace.get(0, "quantum", "spin").start_ns[1000::1000].tolist()
         assert found.threshold_s == shown.noise.tau_s

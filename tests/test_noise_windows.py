@@ -274,7 +274,7 @@ def test_options_are_checked_and_told():
     trace = trace_of({(0, "quantum", "spin"): series(noisy(0, 400))})
     told = as_json(analyze(trace, Options(tau_s=1e-3, ranks=(8,), seed=3)))
     assert told["options"] == {
-        "kernel": None, "tau_s": 1e-3, "ranks": [8], "window_s": 1e-2, "alpha": 0.01, "seed": 3,
+        "kernel": None, "tau_s": 1e-3, "ranks": [8], "window_s": None, "alpha": 0.01, "seed": 3,
     }  # fmt: skip
 
 

@@ -22,7 +22,6 @@ from sigma_noise.scores import LEAST_STEPS, Scores, score
 from sigma_noise.trace import Series, Trace
 from sigma_noise.windows import (
     FEWEST_QUANTA,
-    WINDOW_S,
     Exchanges,
     Windows,
     chosen,
@@ -52,7 +51,7 @@ class Options:
     kernel: str | None = None
     tau_s: float | None = None
     ranks: tuple[int, ...] = RANKS
-    window_s: float = WINDOW_S
+    window_s: float | None = None
     alpha: float = 0.01
     seed: int = 0
 
@@ -244,7 +243,7 @@ def of_rank(
 def of_fixed_time(trace: Trace, rank: int, kernel: str, options: Options, own: Mapping[str, float]) -> OfRank:
     series, seed = trace.get(rank, "quantum", kernel), options.seed
     start_s = series.since(int(series.start_ns[0]))
-    quantum_s = quantum_of(trace, rank, kernel)
+    quantum_s = float(np.median(series.seconds))
     count = series.value
     bounds = changes.segments(np.maximum(count, 0.5))
     if detours.floor(count, bounds, 1 - detours.FLOOR).min() <= 0:
@@ -256,14 +255,6 @@ def of_fixed_time(trace: Trace, rank: int, kernel: str, options: Options, own: M
     median = intervals(count, ["median"], seed=seed)["median"]
     rhythm = rhythm_of(noise, float(start_s[-1]) + quantum_s, own, seed)
     return OfRank(rank, kernel, True, len(series), median, noise, share, (), rhythm, bounds)
-
-
-def quantum_of(trace: Trace, rank: int, kernel: str) -> float:
-    """Seconds of a quantum of fixed time: of this series, of the plan, or as its stamps have it."""
-    told = trace.ranks[rank].get("measured", {}).get(kernel, {}).get("quantum_s") or trace.run.get(
-        "quantum_s"
-    )
-    return float(told or np.median(trace.get(rank, "quantum", kernel).seconds))
 
 
 def gaps_of(trace: Trace, rank: int, options: Options, own: Mapping[str, float]) -> Gaps:

@@ -23,8 +23,8 @@ def analyze(
     ] = None,
     ranks: Annotated[str, typer.Option(help="N of the projection, by commas")] = RANKS,
     window: Annotated[
-        float, typer.Option(parser=seconds, metavar="TIME", help="useful work between barriers")
-    ] = "10ms",
+        float | None, typer.Option(parser=seconds, metavar="TIME", help="work between barriers; else 10 ms")
+    ] = None,
     alpha: Annotated[
         float, typer.Option(min=1e-6, max=0.5, help="rate at which any of equal ranks is flagged")
     ] = 0.01,
@@ -86,8 +86,8 @@ def project(
     kernel: Annotated[str | None, typer.Option(help="else collectives, or the first kernel measured")] = None,
     ranks: Annotated[str, typer.Option(help="N by commas")] = RANKS,
     window: Annotated[
-        float, typer.Option(parser=seconds, metavar="TIME", help="useful work between barriers")
-    ] = "10ms",
+        float | None, typer.Option(parser=seconds, metavar="TIME", help="work between barriers; else 10 ms")
+    ] = None,
     layers: Annotated[
         int | None, typer.Option(min=1, max=10000, help="MoE layers: a step passes two all-to-alls in each")
     ] = None,

@@ -26,7 +26,7 @@ def projections(
     *,
     kernel: str | None,
     ranks: Sequence[int],
-    window_s: float,
+    window_s: float | None,
     per_step: int,
     models: Sequence[str],
     is_cosched: bool,
@@ -51,7 +51,7 @@ def projections(
     return found
 
 
-def windows_to_project(measured: Trace, kernel: str | None, window_s: float) -> Windows:
+def windows_to_project(measured: Trace, kernel: str | None, window_s: float | None) -> Windows:
     exchanges, impossible = exchanges_of(measured) if kernel is None else (None, "")
     if impossible:
         raise ValueError(f"{impossible}; --kernel names one to project by its quanta")
@@ -86,7 +86,7 @@ def without(
     *,
     kernel: str | None,
     ranks: Sequence[int],
-    window_s: float,
+    window_s: float | None,
     per_step: int,
     models: Sequence[str],
     seed: int,

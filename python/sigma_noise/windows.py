@@ -145,13 +145,15 @@ def exchanges_of(trace: Trace) -> tuple[Exchanges | None, str]:
     return Exchanges(ranks, parts), ""
 
 
-def windows_of(trace: Trace, kernel: str, exchanges: Exchanges | None, window_s: float) -> Windows | None:
-    """Local times before collectives where there are some, else quanta of fixed work summed to `window_s`; None of
-    fixed time, which has no work from barrier to barrier.
+def windows_of(
+    trace: Trace, kernel: str, exchanges: Exchanges | None, window_s: float | None
+) -> Windows | None:
+    """Local times before collectives where there are some, else quanta of fixed work summed to `window_s`, 10 ms where
+    nobody says; None of fixed time, which has no work from barrier to barrier, or of less than these 10 ms.
 
     Raises: ValueError for a window that is not positive or longer than what was measured.
     """
-    if not 0 < window_s < float("inf"):
+    if window_s is not None and not 0 < window_s < float("inf"):
         raise ValueError(f"window must be more than 0 s, found {window_s:g}")
     if exchanges is not None:
         rows = dict(zip(exchanges.ranks, exchanges.parts.local_s, strict=True))
@@ -161,7 +163,13 @@ def windows_of(trace: Trace, kernel: str, exchanges: Exchanges | None, window_s:
         return None
     else:
         quanta = {rank: trace.get(rank, "quantum", kernel) for rank in trace.ranks}
-        rows, width = summed({rank: s for rank, s in quanta.items() if len(s) >= FEWEST_QUANTA}, window_s)
+        enough = {rank: s for rank, s in quanta.items() if len(s) >= FEWEST_QUANTA}
+        rows, width = summed(enough, WINDOW_S if window_s is None else window_s)
+        if not rows and enough and window_s is not None:
+            longest = time_of(max(float(s.seconds.sum()) for s in enough.values()))
+            raise ValueError(
+                f"window must be shorter than the {longest} that were measured, found {time_of(window_s)}"
+            )
         first, what = {rank: width * np.arange(len(row)) for rank, row in rows.items()}, kernel
     if not rows:
         return None
@@ -182,9 +190,4 @@ def summed(quanta: Mapping[int, Series], window_s: float) -> tuple[dict[int, Flo
         for rank, row in zip(quanta, seconds, strict=True)
         if len(row) >= width
     }
-    if not rows:
-        longest = max(float(row.sum()) for row in seconds)
-        raise ValueError(
-            f"window must be shorter than the {time_of(longest)} that were measured, found {time_of(window_s)}"
-        )
     return rows, width

@@ -37,11 +37,11 @@ def _write_prometheus(
 ) -> None:
     """The figures of `analyze`."""
     # Here: most measurements go elsewhere, and the client takes a while to load.
-    from sigma_noise.analysis import analyze
+    from sigma_noise.analysis import Options, analyze
     from sigma_noise.formats import prometheus
 
     try:
-        found = analyze(trace, tau_s=threshold_s)
+        found = analyze(trace, Options(tau_s=threshold_s))
     except ValueError as error:
         raise WrongInput(f"no figures for Prometheus: {error}") from None
     prometheus.write(prometheus.figures(found), to, per_rank)

@@ -78,7 +78,7 @@ def _series(trace: Trace) -> Iterator[tuple[int, str]]:
 
 def _lengths(trace: Trace, rank: int, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Begins and lengths, ns."""
-    if name == DETOUR or is_fixed_time(trace, rank, name):
+    if name == DETOUR or is_fixed_time(trace, name):
         detours = of(trace, rank, name)
         return detours.start_ns, detours.length_ns
     quanta = trace.get(rank, "quantum", name)

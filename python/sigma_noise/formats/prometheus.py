@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, write_to_textfile
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from sigma_train.files import failed_writes_are_oserrors
 
-from sigma_noise.analysis import LOCAL, Analysis
+from sigma_noise.analysis import Analysis
 from sigma_noise.detours import Noise
 from sigma_noise.formats.rank_detours import DETOUR
 
@@ -58,7 +58,7 @@ def figures(found: Analysis) -> dict[str, Figures]:
     for gaps in found.gaps:
         noises.setdefault(DETOUR, {})[gaps.rank] = gaps.noise
     made = {name: _of_noise(by_rank) for name, by_rank in noises.items()}
-    kernel = found.kernel if found.collectives is None else LOCAL
+    kernel = None if found.windows is None else found.windows.kernel
     if kernel in made:
         what_if = {r.rank: r.what_if for r in found.scores.ranks} if found.scores else {}
         slowdown: dict[int, float] = {}

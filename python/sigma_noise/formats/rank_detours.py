@@ -11,9 +11,9 @@ from sigma_train.errors import WrongInput
 from sigma_noise import changes, detours
 from sigma_noise.detours import Noise
 from sigma_noise.trace import EMPTY, Series, Trace
+from sigma_noise.windows import is_fixed_time
 
 DETOUR = "detour"  # events of a loop of clock readings: stamps are of the gap, their value is what it lost
-FIXED_TIME = "_ftq"
 HALF_NS = 0.5e-9
 
 
@@ -94,11 +94,6 @@ def noise_of(quanta: Series, is_fixed_time: bool, tau_s: float | None = None) ->
     return detours.fixed_time(start_s, count, quantum_s, bounds, tau_s)
 
 
-def is_fixed_time(trace: Trace, rank: int, name: str) -> bool:
-    told = trace.ranks.get(rank, {}).get("measured", {}).get(name, {})
-    return told.get("mode") == "ftq" or name.endswith(FIXED_TIME)
-
-
 def _the_only(what: str, wanted: Any, there: list[Any]) -> Any:
     if wanted is None and len(there) == 1:
         return there[0]
@@ -122,7 +117,7 @@ def _measured(trace: Trace, rank: int, told: Mapping[str, Any], tau_s: float | N
 def _of_quanta(trace: Trace, rank: int, name: str, tau_s: float | None) -> Detours:
     quanta = trace.get(rank, "quantum", name)
     window = int(quanta.start_ns[0]), int(quanta.end_ns.max())
-    noise = noise_of(quanta, is_fixed_time(trace, rank, name), tau_s)
+    noise = noise_of(quanta, is_fixed_time(trace, name), tau_s)
     return _detours(rank, name, quanta, noise, window, 0.0)
 
 
