@@ -11,25 +11,29 @@ is all that could be hidden.
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from ranks import Calls, several
-from shapes import A
-
-import sigma_kernels as sk
-from sigma_kernels.distributed import ExpertParallelMoE, combine, dispatch
+if TYPE_CHECKING:
+    from ranks import Calls
 
 INSIDE = "SIGMA_SLOW_LINK"
 LAYERS = [(payload, chunks) for payload in ("same", "bf16", "int8", "fp8") for chunks in (1, 2, 4)]
 
 
-def calls_of(T: int, backward: bool) -> Calls:
+def calls_of(T: int, backward: bool) -> "Calls":
     """Of one rank; each returns the seconds that it took from a barrier on."""
+    import torch  # here: not before there is the link
+    import torch.distributed as dist
+    from shapes import A
+
+    import sigma_kernels as sk
+    from sigma_kernels.distributed import ExpertParallelMoE, combine, dispatch
+
     torch.manual_seed(dist.get_rank())
     choices = torch.arange(T)[:, None] % A.E
     routing = sk.group_by_expert(choices.int(), A.E)
@@ -78,6 +82,8 @@ def calls_of(T: int, backward: bool) -> Calls:
 
 
 def race(T: int, backward: bool, rounds: int) -> dict[str, float]:
+    from ranks import several
+
     with several(2, calls_of, T, backward) as calls:
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(rounds + 1):
@@ -90,9 +96,16 @@ def race(T: int, backward: bool, rounds: int) -> dict[str, float]:
 
 def enter(rate: float) -> None:
     """This command again, in a network of its own."""
+    for tool, package in {"unshare": "util-linux", "ip": "iproute2", "tc": "iproute2"}.items():
+        if shutil.which(tool) is None:
+            sys.exit(f"slow_link: {tool} is not installed; the package {package} brings it")
     link = (
         f"ip link set lo up && tc qdisc add dev lo root tbf rate {rate * 1000:.0f}mbit burst 256kb latency 2s"
     )
+    probe = subprocess.run(["unshare", "--net", "sh", "-c", link], capture_output=True, text=True)
+    if probe.returncode:
+        why = " ".join(probe.stderr.split())
+        sys.exit(f"slow_link: no network of its own at {rate:g} Gbit/s, which root may make: {why}")
     code = subprocess.run(
         ["unshare", "--net", "sh", "-c", f'{link} && exec "$0" "$@"', sys.executable, *sys.argv],
         env={**os.environ, INSIDE: "1", "GLOO_SOCKET_IFNAME": "lo"},

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from sigma_cli import pairs
@@ -29,6 +30,20 @@ def nothing() -> None:
     loop.dense_tokens_per_s = lambda config: 1.0
     generate.generate = lambda *_, **__: "no sample"
     report.write_report = lambda *_: "no report"
+
+
+def record_is_broken() -> None:
+    """Before the report is made of it."""
+    loop.dense_tokens_per_s = lambda config: 1.0
+    generate.generate = lambda *_, **__: "no sample"
+    noise_of = report.noise_of
+
+    def now(run: Path) -> Any:
+        (file,) = (run / "noise").glob("*.parquet")
+        file.write_bytes(file.read_bytes()[:-1])
+        return noise_of(run)
+
+    report.noise_of = now
 
 
 def befall(method: str, rank: str, fault: Callable[[], None]) -> None:

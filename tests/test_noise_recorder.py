@@ -153,7 +153,8 @@ def test_a_death_between_file_and_parts_repeats_nothing(tmp_path, monkeypatch):
     assert numbers(parts.read(tmp_path)) == list(range(110))
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_write_that_fails_loses_nothing(tmp_path, monkeypatch):
+    """Defends: rows that no disk has and nobody holds; rows that two parts have."""
     own = Parts(tmp_path, 0, {}, HERE)
     own.add(rows(0, 100))
     write, left = pq.ParquetWriter.write_table, [0]
@@ -166,11 +167,11 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with pytest.raises(OSError, match="No space left"):
-        own.add(rows(100, 50))  # the part
+        own.add(rows(100, 20))  # the part
     assert numbers(parts.read(tmp_path)) == list(range(100))
-    left[0] = 1
+    left[0] = 2
     with pytest.raises(OSError, match="No space left"):
-        own.add(rows(100, 50))  # the file that is to hold the part
+        own.add(rows(120, 30))  # the file that is to hold the part and the one before
     assert numbers(parts.read(tmp_path)) == list(range(150))
     left[0] = 9
     own.add(rows(150, 1))

@@ -11,13 +11,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import numpy as np
 import pytest
 import rank_faults
+import torch
 from rich.console import Console
-from sigma_noise import parts, trace
+from sigma_noise import parts, steps, trace
 from sigma_noise.recorder import Recorder, now_ns
 from sigma_noise.steps import StepNoise, step_noise
 from sigma_noise.trace import Trace
@@ -25,8 +27,11 @@ from sigma_train import loop
 from sigma_train import step as one_step
 from sigma_train.config import load_config
 from sigma_train.metrics import read_metrics
-from sigma_train.step_noise import FOLDER, PHASES
+from sigma_train.step_noise import FOLDER, PAUSES, PHASES, RecordWarning
 from support import sigma
+from test_train_learning import make_trainer  # noqa: F401
+
+from sigma_kernels.collectives import OBSERVERS, Where, told
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -167,8 +172,72 @@ def test_steps_that_are_left_out_stand_in_the_record_and_a_return_does_not(cache
         trainer.run()
     found = trace.read(tmp_path / "run" / FOLDER)
     assert steps_of(found) == [1, 2, 3, 4, 5, 5, 6, 7, 8]
-    assert len(found.get(0, "quantum", "restart")) == 1
-    assert step_noise(found).steps == 8
+    (restart_s,) = found.get(0, "quantum", "restart").seconds
+    noise = step_noise(found)
+    assert noise.steps == 8
+    assert noise.pauses_s["restart"].tolist() == [restart_s]
+    assert set(steps.PAUSES) == set(PAUSES)
+
+
+def test_what_went_wrong_is_told_where_the_record_cannot_be_closed(make_trainer, monkeypatch):  # noqa: F811
+    """Defends: a full disk in place of what ended the run; rows that are missing without a word."""
+    trainer = make_trainer("run", "train.noise=true")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def ends(number):
+        monkeypatch.setattr(parts, "fold", full)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(trainer.noise, "begin_step", ends)
+    told = "^train.noise: the end of the run is not in the record: .*No space left"
+    with pytest.warns(RecordWarning, match=told), pytest.raises(ZeroDivisionError):
+        trainer.run()
+
+
+def test_a_record_that_cannot_be_read_leaves_the_report(cache, tmp_path):
+    out = tmp_path / "run"
+    with forked.Running(
+        arguments(out, "--steps", "3", "--noise"), cache, fault=rank_faults.record_is_broken
+    ) as process:
+        result = process.result(200)
+    assert result.returncode == 0, result.stderr
+    assert f"noise: not in the report, {out}/noise/rank00000.parquet: not a file of" in result.stdout
+    report = (out / "report.html").read_text()
+    assert "<h2>Loss</h2>" in report
+    assert "What noise cost" not in report
+
+
+class OneRank:
+    """A mesh of any dimensions, of this process."""
+
+    mesh, mesh_dim_names = torch.tensor([0]), ("shard",)
+
+    def __getitem__(self, _: str) -> "OneRank":
+        return self
+
+
+def test_the_models_layers_and_nobody_elses_are_recorded(make_trainer, monkeypatch):  # noqa: F811
+    """Defends: an exchange of another's layer as one of the model's, or as an error in its midst; hooks that stay."""
+    trainer = make_trainer("run", "train.noise=true")
+    monkeypatch.setattr("sigma_train.parallel.observe_shards", lambda *_: None)
+    trainer.noise.watch(trainer.model, SimpleNamespace(rest=OneRank(), experts=OneRank()))
+    layers = trainer.model.moe_layers()
+    assert [len(layer._forward_pre_hooks) for layer in layers] == [1, 1]
+    trainer.noise._recorder.taken()
+    layers[1](torch.zeros(1, 64))
+    seen = [("rows", Where.layer, True), ("rows", -1, False), ("rows", 2, False), ("others", -1, False)]
+    for at, (what, layer, is_backward) in enumerate([*seen, ("sum", -1, False)]):
+        told(what, layer, is_backward, 10 * at, 10 * at + 1)
+    found = {
+        name: series.start_ns.tolist() for (_, _, name), series in trainer.noise._recorder.taken().items()
+    }
+    assert found == {"a2a/1/rows/back": [0], "sum": [40], "blocked": [1, 11, 21, 31, 41]}
+    trainer.noise.close()
+    assert [len(layer._forward_pre_hooks) for layer in layers] == [0, 0]
+    assert OBSERVERS == []
+    assert Where.layer == -1
 
 
 def test_recording_takes_less_than_a_hundredth_of_a_step(cache, tmp_path, monkeypatch):

@@ -135,6 +135,8 @@ def test_a_full_disk_is_named(tmp_path):
             book.step(2, True)
         with pytest.warns(LedgerWarning, match="the end of an attempt is not in the ledger: cannot write"):
             attempt_ended(tmp_path, end(1, began=0, launch="x"))
+        with pytest.warns(LedgerWarning, match="the end of an attempt is not"), pytest.raises(KeyError), book:
+            raise KeyError("of the run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with ledger_in(tmp_path):

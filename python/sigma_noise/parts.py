@@ -41,13 +41,17 @@ class Parts:
             sweep(place, older_than_s=3600)
         fold(folder, rank)
         self._last = _folded(rank_file(folder, rank))
+        self._unwritten: list[Mapping[Key, Series]] = []
 
     def add(self, rows: Mapping[Key, Series]) -> None:
-        """Raises: OSError; what was written before stays."""
-        if not any(map(len, rows.values())):
-            return
-        self._last += 1
-        Trace(self.run, {self.rank: self.about}, rows).write(_part(self.folder, self.rank, self._last))
+        """Raises: OSError; what was written before stays, and what could not be is written by the next call."""
+        if any(map(len, rows.values())):
+            self._unwritten.append(rows)
+        while self._unwritten:
+            part = _part(self.folder, self.rank, self._last + 1)
+            Trace(self.run, {self.rank: self.about}, self._unwritten[0]).write(part)
+            self._last += 1
+            del self._unwritten[0]
         waiting = sum(_rows(part) for part in _parts(self.folder, self.rank))
         if waiting * FOLD_AT >= _rows(rank_file(self.folder, self.rank)):
             fold(self.folder, self.rank)

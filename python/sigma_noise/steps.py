@@ -26,7 +26,7 @@ from sigma_noise.trace import Series, Trace
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 WARM_UP = 1  # step
-PAUSES = ("checkpoint", "validation", "check", "record")
+PAUSES = ("checkpoint", "validation", "check", "restart", "record")
 
 
 @dataclass(frozen=True)

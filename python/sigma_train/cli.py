@@ -88,7 +88,12 @@ def train(
         if ranks.is_first:
             console.print("\nsample:\n", style="bold")
             typer.echo(sample)
-            noise = noise_of(trainer.out)
+            try:
+                noise = noise_of(trainer.out)
+            except (OSError, ValueError) as error:
+                noise = None
+                why = " ".join(str(error).split())
+                console.print(f"noise: not in the report, {why}", style="yellow", soft_wrap=True)
             console.print(f"\nreport: {write_report(trainer.out, sample, noise)}", style="bold")
             trainer.ledger.turn("unknown")
             console.print(sentence(trainer.ledger.totals()), highlight=False, soft_wrap=True)

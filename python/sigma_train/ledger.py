@@ -152,9 +152,11 @@ class Ledger:
         try:
             self._write(Spent(at=self.now(), was=self._now))
             self._write(End(at=self.now(), how=how, why=why, launch=_launch()))
-        except OSError:
+        except OSError as lost:
             if error is None:
                 raise
+            if not isinstance(error, OSError):  # a full disk, of which the error tells already
+                _warn_of_the_end(lost)
         finally:
             os.close(self._fd)
             self._fd = -1
@@ -198,7 +200,11 @@ def attempt_ended(folder: Path, end: End) -> None:
         with contextlib.suppress(WrongInput), claimed(folder), _opened(path) as fd:
             _append(fd, end, path)
     except OSError as error:
-        warnings.warn(f"the end of an attempt is not in the ledger: {error}", LedgerWarning, stacklevel=2)
+        _warn_of_the_end(error)
+
+
+def _warn_of_the_end(error: OSError) -> None:
+    warnings.warn(f"the end of an attempt is not in the ledger: {error}", LedgerWarning, stacklevel=3)
 
 
 def process_start() -> int:

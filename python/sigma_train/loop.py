@@ -5,6 +5,7 @@ import ctypes
 import ctypes.util
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from sigma_train.bound import dense_tokens_per_s, machine, product_flops_per_s
 from sigma_train.checkpoint import latest_checkpoint, must_fit, read_record
 from sigma_train.config import Config, ConfigError, shaping_settings
 from sigma_train.dataset import PreparedData, prepare
+from sigma_train.errors import WrongInput
 from sigma_train.evaluate import evaluate
 from sigma_train.events import FILE, Was
 from sigma_train.files import write_text
@@ -143,8 +145,14 @@ class Trainer:
             self.noise.finish()
             self.ledger.turn("report")
         except BaseException:
-            with contextlib.suppress(OSError):  # a full disk, of which the error tells already
+            try:
                 self.noise.close()
+            except (OSError, WrongInput) as lost:  # not in place of what ended the run
+                warnings.warn(
+                    f"train.noise: the end of the run is not in the record: {lost}",
+                    step_noise.RecordWarning,
+                    stacklevel=2,
+                )
             raise
         finally:
             self.saver.close()

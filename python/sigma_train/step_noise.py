@@ -9,10 +9,12 @@ import os
 import platform
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from sigma_kernels import collectives
 from sigma_train.config import Config
@@ -32,6 +34,10 @@ GROUPS = {
     "copies": ("experts",),
     "experts": ("counts", "rows", "indices", "weights", "answers"),
 }
+
+
+class RecordWarning(UserWarning):
+    """Something about the record that does not keep a run from ending as it does."""
 
 
 class NoRecord:
@@ -55,7 +61,7 @@ class NoRecord:
         yield
 
     def save(self) -> None:
-        """Have on disk what was recorded until now."""
+        """Have on disk what was recorded until now.  Raises: OSError; nothing is lost then, `close` writes it."""
 
     def finish(self) -> None:
         """The end of a run that came to one; a collective, after which the files of all ranks are there."""
@@ -85,7 +91,8 @@ class StepNoise(NoRecord):
         self._pauses = {name: code("quantum", name) for name in PAUSES}
         self._step, self._blocked = code("quantum", "step"), code("quantum", "blocked")
         self._number, self._attempt = code("counter", "step"), code("counter", "attempt")
-        self._codes: dict[str, int] = {}
+        self._codes: dict[tuple[str, int, bool], int] = {}  # what, layer or -1, whether of gradients
+        self._hooks: list[RemovableHandle] = []
         self._began = self._since = self._current = self._phase = 0
         self._ranks, self._folder = ranks, out / FOLDER
         self._run = {
@@ -131,26 +138,29 @@ class StepNoise(NoRecord):
         groups = {"all": list(range(self._ranks.size))}
         groups |= {name: part.mesh.flatten().tolist() for name, part in meshes.items()}
         layers = model.moe_layers()
+        of_layers, of_none = list(product(range(len(layers)), (False, True))), [(-1, False)]
         for group in groups:
-            for what in GROUPS[group]:
-                names = [what]
-                if group == "experts":
-                    names = [f"a2a/{n}/{what}{back}" for n in range(len(layers)) for back in ("", "/back")]
-                self._codes[what] = min(self._recorder.code("quantum", name) for name in names)
-                self._about["collectives"] |= dict.fromkeys(names, group)
+            for what, (layer, is_backward) in product(
+                GROUPS[group], of_layers if group == "experts" else of_none
+            ):
+                name = what if layer < 0 else f"a2a/{layer}/{what}{'/back' * is_backward}"
+                self._codes[what, layer, is_backward] = self._recorder.code("quantum", name)
+                self._about["collectives"][name] = group
         self._about["groups"] = {str(attempt): groups}
-        for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(_sets_layer(number))
+        self._hooks = [
+            layer.register_forward_pre_hook(_sets_layer(number)) for number, layer in enumerate(layers)
+        ]
         observe_shards(model, has_replicas)
         collectives.OBSERVERS.append(self._see)
 
     def _see(
         self, what: str, layer: int, is_backward: bool, arrived_ns: int, waits_ns: int, ended_ns: int
     ) -> None:
-        code = self._codes[what]
-        if layer >= 0:
-            code += 2 * layer + is_backward
-        self._recorder.add(code, arrived_ns, ended_ns)
+        code = self._codes.get((what, layer, is_backward))
+        if (
+            code is not None
+        ):  # of what is exchanged beside the model, it is only known that the rank was blocked
+            self._recorder.add(code, arrived_ns, ended_ns)
         self._recorder.add(self._blocked, waits_ns, ended_ns)
 
     def begin_step(self, number: int) -> None:
@@ -195,6 +205,9 @@ class StepNoise(NoRecord):
         self._counters.end()
         if self._see in collectives.OBSERVERS:
             collectives.OBSERVERS.remove(self._see)
+            collectives.Where.layer = -1
+        for hook in self._hooks:
+            hook.remove()
         if self._parts is not None:
             self._parts.add(self._recorder.taken())
             self._files.fold(self._folder, self._ranks.rank)
