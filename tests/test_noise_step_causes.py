@@ -1,9 +1,17 @@
 """Why a rank of a training was late, on simulated ranks of which every nanosecond is known."""
 
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
+from sigma_noise import steps_view
 from sigma_noise.attribution import STOPPED
+from sigma_noise.recorder import Recorder, now_ns
 from sigma_noise.step_causes import COMPUTING, late
+from sigma_noise.step_counters import LATE, StepCounters
+from sigma_noise.steps import step_noise
 from sigma_noise.trace import Series, Trace
 from test_noise_steps import Simulated
 
@@ -138,3 +146,62 @@ def test_without_counters_nothing_is_made_up():
 def test_one_rank_is_late_for_nobody():
     alone = Simulated(work()[:, :, :1], np.ones((STEPS, CALLS), np.int64))
     assert late(alone.trace(), warm_up=0) is None
+
+
+def test_the_report_has_causes_and_what_they_cost():
+    of_all, by_step = delayed(30 * MS)
+    trace = with_counters(Simulated(of_all, np.ones((STEPS, CALLS), np.int64)), run_delay_ns=by_step)
+    noise, why = step_noise(trace, warm_up=0), late(trace, warm_up=0)
+    assert steps_view.lines(noise, why)[1].startswith(f"rank {WORST}: cause: run-queue wait")
+    page = steps_view.page(noise, why)
+    assert f"what rank {WORST} lost, by cause" in page
+    assert "<td>run-queue wait<td>0.6" in page
+    assert "<td>10.00<td>" in page
+    assert steps_view.lines(noise, None) == [steps_view.sentence(noise)]
+
+
+def stopped_at(trace: Trace, start_ns: np.ndarray, waited_ns: int = 0) -> Trace:
+    """With late wakes of the worst rank's heartbeat, of 30 ms from these stamps."""
+    late_wakes = Series(start_ns, start_ns + 30 * MS, np.full(len(start_ns), float(waited_ns)))
+    return Trace(trace.run, trace.ranks, {**trace.rows, (WORST, "event", LATE): late_wakes})
+
+
+def test_a_stop_that_delays_all_alike_is_known_by_the_heartbeat():
+    """Defends: 30 ms of transfer that are nobody's fault; a heart that was runnable, taken for a stop."""
+    transfer = np.full((STEPS, CALLS), MS // 10)
+    transfer[::3, 1] += 30 * MS
+    trace = with_counters(Simulated(work(), transfer))
+    came = trace.get(WORST, "quantum", "sum").end_ns.reshape(STEPS, CALLS)[::3, 1] - 30 * MS
+    found = late(stopped_at(trace, came), rank=WORST, warm_up=0)
+    assert found.causes.named == STOPPED
+    assert found.causes.lost_s == pytest.approx(20 * 0.03, rel=0.02)
+    assert found.regained[STOPPED].seconds == pytest.approx(0.01, rel=0.02)
+    runnable = late(stopped_at(trace, came, waited_ns=25 * MS), rank=WORST, warm_up=0)
+    assert runnable.causes.lost_s < 0.01
+    throttled = with_counters(
+        Simulated(work(), transfer), throttled_ns=np.where(np.arange(STEPS) % 3 == 0, 28 * MS, 0)
+    )
+    assert late(stopped_at(throttled, came), rank=WORST, warm_up=0).causes.named == "cgroup throttle"
+
+
+def test_the_heartbeat_sees_a_stop_of_the_process():
+    """Of this one, by a child; without it a process cannot tell."""
+    recorder = Recorder(0)
+    counters = StepCounters(recorder)
+    counters.begin()
+    counters.read()
+    script = (
+        "import os, signal, time; p = os.getppid(); "
+        "os.kill(p, signal.SIGSTOP); time.sleep(0.08); os.kill(p, signal.SIGCONT)"
+    )
+    began = now_ns()
+    subprocess.run([sys.executable, "-c", script], check=True)
+    time.sleep(0.02)
+    counters.end()
+    rows = recorder.taken()
+    found = rows[0, "event", LATE]
+    longest = int(np.argmax(found.seconds))
+    assert found.seconds[longest] > 0.07
+    assert found.start_ns[longest] >= began
+    assert len(rows[0, "counter", "on_cpu_ns"]) == 1
+    assert len(rows[0, "counter", "run_delay_ns"]) == 1

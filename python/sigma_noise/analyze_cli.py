@@ -55,14 +55,13 @@ def analyze(
             raise WrongInput(
                 f"{path}: a record of sigma train, whose report.html has this; leave --report and --json out"
             )
-        print(steps_view.sentence(steps.step_noise(measured)))
         try:
             injected = {} if log is None else injections(measured, log)
             why = step_causes.late(measured, injected=injected, seed=seed)
         except ValueError as error:
             raise WrongInput(f"{path}: {as_options(str(error))}") from None
-        if why is not None:
-            print(why.sentence)
+        for line in steps_view.lines(steps.step_noise(measured), why):
+            print(line)
         return
     try:
         options = Options(kernel, tau, whole_numbers("ranks", ranks), window, alpha, seed)

@@ -2,6 +2,7 @@
 
 import html
 
+from sigma_noise.step_causes import Late
 from sigma_noise.steps import StepNoise
 
 
@@ -20,8 +21,12 @@ def sentence(noise: StepNoise) -> str:
     )
 
 
-def page(noise: StepNoise) -> str:
-    """A table of the ranks, and one of the phases, seconds in all steps."""
+def lines(noise: StepNoise, why: Late | None) -> list[str]:
+    return [sentence(noise), *([] if why is None else [why.sentence])]
+
+
+def page(noise: StepNoise, why: Late | None = None) -> str:
+    """A table of the ranks, of what made one late, and of the phases, seconds in all steps."""
     columns = {
         "local": noise.local_s,
         "over the median": noise.excess_s,
@@ -39,7 +44,22 @@ def page(noise: StepNoise) -> str:
     )
     ranks = f"<table><tr><th>rank{head}<th>slowest, steps<th>last, collectives{rows}</table>"
     told = f"<p>{html.escape(sentence(noise))}. {html.escape(_balance(noise))}</p>"
-    return told + ranks + _phases(noise)
+    return told + ranks + ("" if why is None else _causes(why)) + _phases(noise)
+
+
+def _causes(why: Late) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(share.cause)}<td>{share.seconds:.2f}<td>{share.share:.0%}"
+        f"<td>{gain.seconds * 1e3:.2f}<td>{gain.low * 1e3:.2f} to {gain.high * 1e3:.2f}"
+        for share in why.causes.shares
+        for gain in [why.regained[share.cause]]
+    )
+    unknown = why.causes.unknown
+    return (
+        f"<p>{html.escape(why.sentence)}.</p><table><tr><th>what rank {why.rank} lost, by cause<th>s<th>share"
+        f"<th>without it a step takes less, ms<th>90 %{rows}"
+        f"<tr><td>unknown<td>{unknown.seconds:.2f}<td>{unknown.share:.0%}<td><td></table>"
+    )
 
 
 def _balance(noise: StepNoise) -> str:

@@ -100,7 +100,8 @@ def train(
             if noise is not None:
                 from sigma_noise import steps_view
 
-                console.print(steps_view.sentence(noise), highlight=False, soft_wrap=True)
+                for line in steps_view.lines(*noise):
+                    console.print(line, highlight=False, soft_wrap=True)
 
 
 def compare(

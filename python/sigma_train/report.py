@@ -23,6 +23,7 @@ from sigma_train.metrics import read_metrics
 from sigma_train.step_noise import FOLDER
 
 if TYPE_CHECKING:
+    from sigma_noise.step_causes import Late
     from sigma_noise.steps import StepNoise
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2530}
@@ -31,7 +32,7 @@ h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:c
 td,th{padding:.1rem .8rem .1rem 0;text-align:left}td:nth-child(2),td:nth-child(3){text-align:right}"""
 
 
-def write_report(run: Path, sample: str, noise: "StepNoise | None" = None) -> Path:
+def write_report(run: Path, sample: str, noise: "tuple[StepNoise, Late | None] | None" = None) -> Path:
     """Write report.html and its PNGs into the folder of a run; returns the page's path."""
     rows = list(read_metrics(run / "metrics.jsonl"))
     figures = {"Loss": loss_figure(rows), "Throughput": throughput_figure(rows)}
@@ -61,23 +62,27 @@ def write_report(run: Path, sample: str, noise: "StepNoise | None" = None) -> Pa
     if noise is not None:
         from sigma_noise import steps_view
 
-        parts.append(f"<h2>What noise cost</h2>{steps_view.page(noise)}")
+        parts.append(f"<h2>What noise cost</h2>{steps_view.page(*noise)}")
     parts.append(f"<h2>Sample</h2><pre>{html.escape(sample)}</pre>")
     parts.append(f"<h2>Settings</h2><pre>{html.escape((run / 'config.toml').read_text())}</pre>")
     write_text(run / "report.html", "\n".join(parts))
     return run / "report.html"
 
 
-def noise_of(run: Path) -> "StepNoise | None":
-    """Of what `train.noise` recorded; None where nothing was, or no step is whole on every rank."""
+def noise_of(run: Path) -> "tuple[StepNoise, Late | None] | None":
+    """What noise cost and why, of what `train.noise` recorded; None where no step is whole on every rank."""
     if not (run / FOLDER).is_dir():
         return None
-    from sigma_noise import parts, steps  # pyarrow and scipy, which runs without a record do without
+    from sigma_noise import (
+        parts,
+        step_causes,
+        steps,
+    )  # pyarrow and scipy, which runs without a record do without
 
     if not parts.has_any(run / FOLDER):
         return None
     trace = parts.read(run / FOLDER)
-    return steps.step_noise(trace) if steps.has_steps(trace) else None
+    return (steps.step_noise(trace), step_causes.late(trace)) if steps.has_steps(trace) else None
 
 
 def png(figure: Figure) -> bytes:
