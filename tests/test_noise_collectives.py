@@ -101,6 +101,7 @@ def test_arrivals_closer_than_the_clocks_have_no_order():
     assert blunt.undecided == 1
     assert blunt.times_last.tolist() == [0, 2, 0]
     assert split(arrival, end, begin_ns=0, residual_ns=[0, 50, 60]).last.tolist() == [1, 1, NOBODY]
+    assert split(arrival, end, begin_ns=0, residual_ns=[0, 50, 59]).last.tolist() == [1, 1, 1]  # by one ns
 
 
 def test_clocks_that_are_apart_do_not_make_a_culprit():

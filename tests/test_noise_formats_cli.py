@@ -245,7 +245,8 @@ def test_export_as_hdr_log(tmp_path):
     measurement().write(tmp_path / "m.parquet")
     run("export", tmp_path / "m.parquet", tmp_path / "t.hlog", "--interval", 0.1)
     lines = (tmp_path / "t.hlog").read_text().splitlines()
-    assert sum(line.startswith("Tag=rank0.spin,") for line in lines) == 3
+    begins = [line.split(",")[1] for line in lines if line.startswith("Tag=rank0.spin,")]
+    assert begins == ["0.000000", "0.100000", "0.200000"]
     assert sum(line.startswith("Tag=") for line in lines) == 6
 
 

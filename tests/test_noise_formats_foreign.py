@@ -206,6 +206,9 @@ def test_netgauge(tmp_path):
         (999871, 1403 + 24, 1403e-9),
         (2000004, 352 + 24, 352e-9),
     ]
+    alone = netgauge.read(written(tmp_path / "one.dat", "0\t5\n"))
+    assert rows(alone, 0, "event", "detour") == [(0, 5, 5e-9)]
+    assert alone.ranks[0]["measured"]["detour"]["window_ns"] == [0, 5]
     assert trace.ranks[2]["measured"]["detour"] == {
         "mode": "detours",
         "threshold_s": pytest.approx(24.5e-9 * 9),

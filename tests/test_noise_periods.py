@@ -192,6 +192,44 @@ def test_a_spectrum_is_scipys():
     assert np.median(got.background / 2e-3) == pytest.approx(1.0, abs=0.1)  # 2 sigma^2 step
 
 
+@pytest.mark.parametrize("h, largest, want", [
+    (5.5, [1, 6, 7, 2, 9, 3], 3 / 5),  # three reach it among the first five: no more are drawn
+    (8.0, [1, 6, 7, 2, 9, 3], 2 / 7),  # one of six, and itself
+    (9.0, [1, 6, 7, 2, 9, 3], 2 / 7),  # as large is as good
+    (9.1, [9] * 6, 1 / 7),  # no spread to fit a law to
+    (1e4, [1, 6, 7, 2, 9, 3], pr.LEAST_P),
+])  # fmt: skip
+def test_p_is_the_rank_among_surrogates(monkeypatch, h, largest, want):
+    """Defends: (1 + k) / (1 + n) with k of n surrogates, a p of 0, a law that is trusted within what was drawn."""
+
+    class Scan:
+        window_s, low_hz = 10.0, 1.0
+
+        def h(self, value):
+            return np.array([0.0, value])
+
+    values = iter(largest)
+    monkeypatch.setattr(pr, "surrogate", lambda *_: next(values))
+    assert pr._p_value(h, np.zeros(9), Scan(), len(largest), None) == pytest.approx(want)
+
+
+def test_p_beyond_all_surrogates_is_of_a_gumbel_law(monkeypatch):
+    """P(H > h) = 1 - exp(-exp(-(h - c) / s)), s and c by moments."""
+    drawn = 30.0 - 4.0 * np.log(-np.log((np.arange(400) + 0.5) / 400))  # its quantiles
+
+    class Scan:
+        window_s, low_hz = 10.0, 1.0
+
+        def h(self, value):
+            return np.array([value])
+
+    values = iter(drawn.tolist())
+    monkeypatch.setattr(pr, "surrogate", lambda *_: next(values))
+    h = drawn.max() + 4.0
+    want = 1 - np.exp(-np.exp(-(h - 30.0) / 4.0))
+    assert pr._p_value(h, np.zeros(9), Scan(), 400, None) == pytest.approx(want, rel=0.06)
+
+
 def test_known_sources():
     assert pr.likely_sources(0.1001) == ("NCCL watchdog",)
     assert pr.likely_sources(0.004) == ("kernel tick, 250 Hz",)

@@ -9,7 +9,8 @@ import pytest
 from noise_samples import bernoulli_slowdown
 from scipy import integrate, stats
 from sigma_noise import pareto
-from sigma_noise.expected_max import pareto_max, sample_max
+from sigma_noise import tail as tails
+from sigma_noise.expected_max import gap_sum, pareto_max, sample_max
 from sigma_noise.tail import NoTail, Parameters, Tail, excess_max, fit_tail, spliced_max
 
 FRESH = int(os.environ.get("SIGMA_FRESH_SEED", "0"))
@@ -93,6 +94,17 @@ def test_sample_max_is_stable_for_a_million_ranks_and_ten_million_samples():
     n, N = 10**7, 10**6
     want = 1 - math.fsum(math.exp(N * math.log1p(-j / n)) for j in range(1, 1000)) / n
     assert float(sample_max(np.arange(1, n + 1) / n, N)) == pytest.approx(want, abs=1e-13)
+
+
+def test_gaps_of_several_draws_are_summed_as_each_alone():
+    """Defends: gaps that vanish for one draw and not for another, left out for all."""
+    x = np.sort(rng_of(64).exponential(size=2000))
+    counts = rng_of(65).multinomial(2000, np.full(2000, 1 / 2000), size=5).astype(float)
+    counts[0, :1900] = 0  # only long ones
+    counts[1, 100:] = 0
+    got = gap_sum(x, counts.cumsum(-1), RANKS.astype(float))
+    for row, drawn in zip(got, counts, strict=True):
+        np.testing.assert_allclose(row, sample_max(x, RANKS, drawn), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +260,25 @@ def test_a_bend_that_anderson_darling_does_not_see():
     tail = fit_tail(np.where(e < bend, e, 2 * e - bend), rng_of(0))
     assert tail.threshold > bend - 0.3
     assert abs(tail.shape) < 0.1
+
+
+@pytest.mark.parametrize("off, shape, is_steady", [
+    (0.0, 0.2, True),
+    (0.0, 0.45, True), (0.0, 0.47, False), (0.0, -0.05, True), (0.0, -0.07, False),
+    (0.24, 0.2, True), (0.26, 0.2, False), (-0.24, 0.2, True), (-0.26, 0.2, False),
+])  # fmt: skip
+def test_a_rung_is_steady_within_its_errors(off, shape, is_steady):
+    """Defends: the test of each of the two figures.  Above a threshold 3 higher, a tail of shape 0.2 and scale 1 has a
+    mean excess of (1 + 0.2 * 3) / (1 - 0.2) = 2; of 100 samples with a deviation of 1 it is known to 2.5 / 10.
+
+    The shape of 400 samples is known to 2.5 * 1.2 sqrt(1/100 - 1/400) = 0.26 of that of these.  Of samples that come in
+    clusters of 5 both are known less well.
+    """
+    excess = 2.0 + off + np.resize([-1.0, 1.0], 100)
+    high = tails._Rung(4.0, excess, shape, 1.6)
+    low = tails._Rung(1.0, np.ones(400), 0.2, 1.0)
+    assert tails._is_steady(low, high, tau=1.0) == is_steady
+    assert tails._is_steady(low, high, tau=5.0)
 
 
 def test_no_tail_is_said_why():

@@ -19,6 +19,7 @@ import pytest
 import rank_faults as faults
 import torch
 from sigma_train import loop
+from sigma_train import step as one_step
 from sigma_train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from sigma_train.metrics import read_metrics
 from sigma_train.saver import Saver
@@ -279,7 +280,7 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(make_trainer, failing, 
 def test_a_run_that_ends_for_another_reason_has_its_save(make_trainer, monkeypatch, gate):  # noqa: F811
     """Defends: a thread that is left to itself, or ended, when a step is not fit to be learned from."""
     trainer = make_trainer("run", "train.steps=8", *AT)
-    clip = loop.clip
+    clip = one_step.clip
 
     def hurt(model, most):
         if trainer.step == 2:
@@ -287,7 +288,7 @@ def test_a_run_that_ends_for_another_reason_has_its_save(make_trainer, monkeypat
             next(model.parameters()).grad.fill_(math.nan)
         return clip(model, most)
 
-    monkeypatch.setattr(loop, "clip", hurt)
+    monkeypatch.setattr(one_step, "clip", hurt)
     with pytest.raises(loop.Diverged):
         trainer.run()
     assert names(trainer.out) == ["step-00000002"]
