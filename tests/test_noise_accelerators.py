@@ -204,6 +204,25 @@ def test_what_is_absent_has_a_reason(monkeypatch):
     assert poller.info["unread"] == {"pynvml": "not installed", "amdsmi": "NotSupported: Driver Not Loaded"}
 
 
+def test_two_vendors_have_names_of_their_own(monkeypatch):
+    """Defends: gpu0 of both, whose gauges and reasons are then one series."""
+    script = Script([{0: 0x20, 1: 0}])
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(script, devices=2))
+    monkeypatch.setitem(sys.modules, "amdsmi", fake_amd(script, has_violations=True))
+    devices, absent = accelerators.find()
+    assert absent == {}
+    assert [(d.name, type(d).__name__) for d in devices] == [
+        ("nvidia0", "Nvidia"), ("nvidia1", "Nvidia"), ("amd0", "Amd"),
+    ]  # fmt: skip
+    script.at = 0
+    rows = polled(devices, script).rows(0)
+    assert rows[0, "counter", "nvidia0_sm_mhz"].value.tolist() == [1980.0]
+    assert rows[0, "counter", "amd0_sm_mhz"].value.tolist() == [2100.0]
+    assert (0, "event", "nvidia0 sw thermal") in rows
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert [d.name for d in accelerators.find()[0]] == ["gpu0"]
+
+
 def test_a_device_that_falls_off_the_bus():
     """Defends: a throttle that lasts for ever because the device stopped answering; a measurement that ends with it."""
 

@@ -21,6 +21,11 @@ def series(pairs, value=1.0) -> Series:
     return Series(start.copy(), end.copy(), np.full(len(start), value))
 
 
+def attributed(lost, counters, events, **options):
+    """Of a thread that was pinned."""
+    return attribute(lost, counters, events, is_pinned=True, **options)
+
+
 def pauses(period_ms, length_ms, span=SPAN) -> Series:
     start = T0 + np.arange(50 * MS, span - 50 * MS, int(period_ms * MS), dtype=np.int64)
     return series(np.stack([start, start + int(length_ms * MS)], axis=1))
@@ -80,7 +85,7 @@ def counters(at, *, waited=None, steal=None, throttled=None, stopped=None, irq=N
 def test_the_one_cause_is_named(what, cause):
     """Defends: one cause taken for another, a stop for steal, time that lies in two bins lost between them."""
     detours = pauses(200, 25)
-    found = attribute(lost_in(detours), counters(clock(), **{what: detours}), {})
+    found = attributed(lost_in(detours), counters(clock(), **{what: detours}), {})
     assert found.named == cause
     assert found.share(cause) == pytest.approx(1.0, abs=0.02)
     for other in set(COUNTER_CAUSES) - {cause}:
@@ -93,10 +98,48 @@ def test_a_stop_is_never_steal():
     """Defends: the negative control.  Steal that a busy host takes at other times does not pay for stops."""
     stops = pauses(200, 25)
     elsewhere = Series(stops.start_ns + 100 * MS, stops.start_ns + 101 * MS, stops.value)
-    found = attribute(lost_in(stops), counters(clock(), stopped=stops, steal=elsewhere), {})
+    found = attributed(lost_in(stops), counters(clock(), stopped=stops, steal=elsewhere), {})
     assert found.named == STOPPED
     assert found.share("steal") < 0.05
     assert found.share("run-queue wait") == 0.0
+
+
+@pytest.mark.parametrize("what, cause", [("steal", "steal"), ("irq", "interrupts")])
+def test_what_all_cpus_lost_is_no_cause_of_one_thread(what, cause):
+    """Defends: steal of another CPU, named as what took this thread's time; or the same called a stop."""
+    detours = pauses(200, 25)
+    table = counters(clock(), **{what: detours})
+    if what == "irq":
+        table["on_cpu_ns"] = counters(clock(), steal=detours)["on_cpu_ns"]
+    assert attributed(lost_in(detours), table, {}).named == cause
+    found = attribute(lost_in(detours), table, {})
+    assert found.named is None
+    assert found.share(cause) == 0.0
+    assert found.share(STOPPED) < 0.02
+    assert found.unknown.share > 0.97
+    assert "not pinned" in found.unread["steal_ns"]
+    rows = {(0, "counter", name): s for name, s in table.items()}
+    for cpu, named in ((None, None), (3, cause)):
+        about = {"sampler": {"cpu": cpu, "unread": {}}}
+        assert attribute_trace(Trace({}, {0: about}, rows), 0, lost_in(detours)).named == named
+
+
+def test_a_detour_is_never_a_cause():
+    """Defends: lost time that explains itself."""
+    detours = pauses(200, 25)
+    assert attribute(lost_in(detours), {}, {"detour": detours}).unknown.share == 1.0
+    trace = Trace({}, {0: {}}, {(0, "event", "detour"): detours, (0, "event", "my detour"): detours})
+    assert attribute_trace(trace, 0, lost_in(detours), injected={"detour": detours}).named == "my detour"
+
+
+def test_counters_of_the_host_say_nothing_of_a_gpu():
+    """Defends: a host's thread that sleeps until the GPU is through, and its sleep called a stop of the GPU."""
+    detours = pauses(200, 25)
+    rows = {(0, "counter", name): s for name, s in counters(clock(), stopped=detours).items()}
+    assert (
+        attribute_trace(Trace({"backend": "cuda"}, {0: {}}, rows), 0, lost_in(detours)).unknown.share == 1.0
+    )
+    assert attribute_trace(Trace({"backend": "cpu"}, {0: {}}, rows), 0, lost_in(detours)).named == STOPPED
 
 
 def test_without_the_time_of_the_thread_a_stop_stays_unknown():
@@ -104,7 +147,7 @@ def test_without_the_time_of_the_thread_a_stop_stays_unknown():
     stops = pauses(200, 25)
     table = counters(clock(), stopped=stops)
     del table["on_cpu_ns"]
-    found = attribute(lost_in(stops), table, {}, unread={"on_cpu_ns": "no such file"})
+    found = attributed(lost_in(stops), table, {}, unread={"on_cpu_ns": "no such file"})
     assert found.named is None
     assert found.unknown.share == pytest.approx(1.0)
     assert found.unread == {"on_cpu_ns": "no such file"}
@@ -117,7 +160,7 @@ def test_shares_of_several_causes():
     dark = Series(steals.start_ns + 40 * MS, steals.start_ns + 48 * MS, steals.value)
     at = clock()
     table = counters(at, waited=waits, steal=steals)  # the dark time looks like work: it was on a CPU
-    found = attribute(lost_in(waits, steals, dark), table, {})
+    found = attributed(lost_in(waits, steals, dark), table, {})
     total = sum(s.seconds.sum() for s in (waits, steals, dark))
     assert found.share("run-queue wait") == pytest.approx(waits.seconds.sum() / total, abs=0.04)
     assert found.share("steal") == pytest.approx(steals.seconds.sum() / total, abs=0.04)
@@ -140,7 +183,7 @@ def test_never_more_than_all(seed):
     table["cpu_khz"] = Series(at, at, rng.uniform(1e6, 3e6, len(at)))
     begins = T0 + rng.integers(0, SPAN, 30)
     events = {"gc": series(np.stack([begins, begins + 60 * MS], axis=1)), "throttle": pauses(300, 100)}
-    found = attribute(lost, table, events, costs={"minor_faults": 1e-9}, seed=seed)
+    found = attributed(lost, table, events, costs={"minor_faults": 1e-9}, seed=seed)
     parts = [*found.shares, found.unknown]
     assert all(p.share >= 0 for p in parts)
     assert sum(p.share for p in parts) == pytest.approx(1.0, abs=1e-9)
@@ -153,19 +196,19 @@ def test_events_claim_before_counters_and_by_exact_overlap():
     collections, waits = pauses(500, 30), pauses(500, 10)
     waits = Series(waits.start_ns + 100 * MS, waits.end_ns + 100 * MS, waits.value)
     at = clock()
-    found = attribute(lost_in(collections, waits), counters(at, waited=waits), {"gc": collections})
+    found = attributed(lost_in(collections, waits), counters(at, waited=waits), {"gc": collections})
     gc_share = 0.75
     background = waits.seconds.sum() / (SPAN * 1e-9 - collections.seconds.sum())
     assert found.share("gc") == pytest.approx(gc_share * (1 - background), rel=1e-6)
     assert found.share("run-queue wait") == pytest.approx(0.25, abs=0.02)
-    twice = attribute(lost_in(collections, waits), {}, {"gc": collections, "log": collections})
+    twice = attributed(lost_in(collections, waits), {}, {"gc": collections, "log": collections})
     assert twice.share("log") == 0.0
     quantum = Lost.over_floor(series([(T0, T0 + 100 * MS), (T0 + 100 * MS, T0 + 140 * MS)]), 0.04)
     pause = series([(T0 + 10 * MS, T0 + 40 * MS)])
-    once = attribute(quantum, {}, {"gc": pause, "log": pause})  # 60 ms lost, of which 30 are explained
+    once = attributed(quantum, {}, {"gc": pause, "log": pause})  # 60 ms lost, of which 30 are explained
     assert once.share("gc") == pytest.approx(0.5)
     assert once.unknown.share == pytest.approx(0.5)
-    apart = attribute(lost_in(waits), {}, {"gc": collections})
+    apart = attributed(lost_in(waits), {}, {"gc": collections})
     assert apart.share("gc") == 0.0
 
 
@@ -174,20 +217,20 @@ def test_an_event_claims_no_more_than_what_it_changed():
     start = T0 + np.arange(0, SPAN, 20 * MS, dtype=np.int64)
     noise = series(np.stack([start, start + 2 * MS], axis=1))
     flag = Series(*(np.array([x], np.int64) for x in (T0 + 1000 * MS, T0 + 5000 * MS)), np.ones(1))
-    found = attribute(lost_in(noise), {}, {"gpu0 sw thermal": flag})
+    found = attributed(lost_in(noise), {}, {"gpu0 sw thermal": flag})
     assert found.share("gpu0 sw thermal") < 0.01
     always = Series(np.array([T0]), np.array([T0 + SPAN]), np.ones(1))
-    assert attribute(lost_in(noise), {}, {"busy": always}).unknown.share == 1.0
+    assert attributed(lost_in(noise), {}, {"busy": always}).unknown.share == 1.0
     half = noise.start_ns < T0 + 4000 * MS
     only_there = Series(noise.start_ns[half], noise.end_ns[half], noise.value[half])
     flag = Series(np.array([T0]), np.array([T0 + 4000 * MS]), np.ones(1))
-    assert attribute(lost_in(only_there), {}, {"gpu0 sw thermal": flag}).named == "gpu0 sw thermal"
+    assert attributed(lost_in(only_there), {}, {"gpu0 sw thermal": flag}).named == "gpu0 sw thermal"
 
 
 def test_a_wait_longer_than_its_bin_goes_back_as_far_as_it_lasted():
     """Defends: starvation of 400 ms, which the kernel counts in one piece when it ends, left unknown."""
     waits = pauses(1000, 400)
-    found = attribute(lost_in(waits), counters(clock(), waited=waits), {})
+    found = attributed(lost_in(waits), counters(clock(), waited=waits), {})
     assert found.share("run-queue wait") > 0.97
 
 
@@ -198,7 +241,7 @@ def test_throttled_time_that_counts_as_waiting_is_claimed_once():
     table = counters(clock(), throttled=throttles)
     table["run_delay_ns"] = counter(clock(), throttles, late=True)
     table["on_cpu_ns"] = Series(clock(), clock(), (clock() - T0) - (counter(clock(), throttles).value - 5e9))
-    found = attribute(lost_in(throttles, dark), table, {})
+    found = attributed(lost_in(throttles, dark), table, {})
     assert found.share("cgroup throttle") == pytest.approx(0.5, abs=0.02)
     assert found.unknown.share > 0.45
 
@@ -207,15 +250,15 @@ def test_faults_and_frequency():
     at = clock()
     detours = pauses(100, 10)
     faults = {"minor_faults": counter(at, detours, scale=2e6)}
-    found = attribute(lost_in(detours), faults, {}, costs={"minor_faults": 0.5e-6})
+    found = attributed(lost_in(detours), faults, {}, costs={"minor_faults": 0.5e-6})
     assert found.share("page faults") == pytest.approx(1.0, abs=0.03)
-    assert attribute(lost_in(detours), faults, {}).unknown.share == 1.0
+    assert attributed(lost_in(detours), faults, {}).unknown.share == 1.0
     # At 2 of 2.5 GHz in the second half, work of 8 ms takes 10.
     start = T0 + np.arange(4000 * MS, 8000 * MS, 10 * MS, dtype=np.int64)
     lost = Lost(start, start + 10 * MS, np.full(len(start), 2e-3), (T0, T0 + SPAN))
     khz = np.where(at < T0 + 4000 * MS, 2.5e6, 2.0e6)
     table = {"cpu_khz": Series(at, at, khz), "on_cpu_ns": Series(at, at, (at - T0) * 1.0)}
-    assert attribute(lost, table, {}).share("frequency") == pytest.approx(1.0, abs=0.02)
+    assert attributed(lost, table, {}).share("frequency") == pytest.approx(1.0, abs=0.02)
 
 
 def test_the_interval_holds_the_true_share():
@@ -226,7 +269,7 @@ def test_the_interval_holds_the_true_share():
         every = pauses(40, 4)
         is_wait = rng.random(len(every)) < 0.6
         waits = Series(every.start_ns[is_wait], every.end_ns[is_wait], every.value[is_wait])
-        share = attribute(lost_in(every), counters(clock(run), waited=waits), {}, seed=run).shares[0]
+        share = attributed(lost_in(every), counters(clock(run), waited=waits), {}, seed=run).shares[0]
         inside += share.low <= 0.6 <= share.high
     assert 0.88 <= inside / 200 <= 0.99  # 95 % nominal; bins are few and percentiles a little short
 
@@ -234,18 +277,18 @@ def test_the_interval_holds_the_true_share():
 def test_same_seed_same_intervals():
     detours = pauses(200, 25)
     table = counters(clock(), waited=detours)
-    assert attribute(lost_in(detours), table, {}, seed=4) == attribute(lost_in(detours), table, {}, seed=4)
+    assert attributed(lost_in(detours), table, {}, seed=4) == attributed(lost_in(detours), table, {}, seed=4)
 
 
 def test_nothing_lost_and_nothing_known():
     quiet = Lost.over_floor(pauses(10, 1), 0.001)
-    found = attribute(quiet, {}, {})
+    found = attributed(quiet, {}, {})
     assert found.sentence == "nothing was lost"
     assert found.named is None
-    alone = attribute(lost_in(pauses(200, 25)), {}, {})
+    alone = attributed(lost_in(pauses(200, 25)), {}, {})
     assert alone.unknown.share == 1.0
     assert json.loads(json.dumps(alone.to_json()))["named"] is None
-    few = attribute(Lost.over_floor(series([(T0, T0 + 20 * MS)]), 0.01), {}, {})
+    few = attributed(Lost.over_floor(series([(T0, T0 + 20 * MS)]), 0.01), {}, {})
     assert few.to_json()["unknown"]["low"] is None
 
 
@@ -256,7 +299,7 @@ def test_named_from_eighty_percent():
     for percent, named in ((70, None), (95, "run-queue wait")):
         n = int(len(every) * percent / 100)
         waits = Series(every.start_ns[:n], every.end_ns[:n], every.value[:n])
-        found = attribute(lost_in(every), counters(clock(), waited=waits), {})
+        found = attributed(lost_in(every), counters(clock(), waited=waits), {})
         assert found.named == named
         assert (found.share("run-queue wait") >= NAMED_FROM) == (named is not None)
     assert table
@@ -268,7 +311,7 @@ def test_of_a_file(tmp_path):
     rows = {(0, "counter", n): s for n, s in counters(clock(), waited=detours).items()}
     rows[0, "event", "gpu0 idle"] = detours
     found = attribute_trace(
-        Trace({}, {0: {"sampler": {"unread": {"cpu_khz": "x"}}}}, rows), 0, lost_in(detours)
+        Trace({}, {0: {"sampler": {"cpu": 3, "unread": {"cpu_khz": "x"}}}}, rows), 0, lost_in(detours)
     )
     assert found.named == "run-queue wait"
     assert found.unread == {"cpu_khz": "x"}
@@ -291,7 +334,7 @@ def test_wrong_input_is_refused_by_a_sentence():
     assert "must hold all quanta" in refused([1], [200], [0])
     twice = Series(np.array([5, 5]), np.array([5, 5]), np.array([1.0, 2.0]))
     with pytest.raises(ValueError, match="stamps must rise"):
-        attribute(lost_in(pauses(200, 25)), {"steal_ns": twice}, {})
+        attributed(lost_in(pauses(200, 25)), {"steal_ns": twice}, {})
     with pytest.raises(ValueError, match="no quantum"):
         Lost.over_floor(series([]), 0.0)
 

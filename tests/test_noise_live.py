@@ -79,7 +79,9 @@ class Measured:
         self.lost = Lost(self.found.start_ns, self.found.end_ns, self.found.value, self.window)
         self.noise = self.info.total_s / self.info.observed_s
         counters = {n: s for (_, kind, n), s in sampler.rows(0).items() if kind == "counter"}
-        self.attribution: Attribution = attribute(self.lost, counters, {}, unread=self.sampler["unread"])
+        self.attribution: Attribution = attribute(
+            self.lost, counters, {}, unread=self.sampler["unread"], is_pinned=True
+        )
 
     def longer_than(self, seconds: float) -> Series:
         live = self.found.seconds > seconds

@@ -65,6 +65,14 @@ def test_the_loop_that_does_nothing_may_go_on_for_days():
     Plan(modes=("detours",), duration_s=5e5).check(1)
 
 
+@pytest.mark.parametrize("args", [["run", "--out", "x", "--quantum"], ["doctor", "--duration"]])
+def test_a_time_beyond_all_is_wrong_usage(args):
+    """Defends: a traceback of a number that no float holds."""
+    told = CliRunner().invoke(app, ["noise", *args, "1e400"])
+    assert told.exit_code == 2
+    assert isinstance(told.exception, SystemExit)
+
+
 def test_nproc_is_not_for_ranks_of_torchrun(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     monkeypatch.delenv("SIGMA_RESTART_COUNT", raising=False)

@@ -1,9 +1,12 @@
 """`run --attribute`: counters and causes in the file of a measurement."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from sigma_cli.commands import app
-from sigma_noise import inject_cli
+from sigma_noise import inject_cli, watch
+from sigma_noise.accelerators import Poller
 from sigma_noise.attribution import Attribution
 from sigma_noise.trace import Series, Trace, read
 from sigma_noise.watch import causes
@@ -34,6 +37,31 @@ def test_a_run_that_is_watched(tmp_path):
     detours = trace.get(0, "event", "detour")
     assert found["detour"].lost_s == pytest.approx(detours.value.sum())
     assert found["detour"].share("detour") == 0.0
+
+
+def test_what_was_opened_is_closed_where_the_next_fails(monkeypatch):
+    """Defends: a thread that polls on through what comes after a measurement that failed to begin, or to end."""
+    polls = []
+    poller = Poller([SimpleNamespace(name="gpu0", unread={}, gauges=dict, reasons=set)], period_s=0.01)
+    monkeypatch.setattr(watch, "Poller", lambda **_: poller)
+    monkeypatch.setattr(poller, "close", lambda: polls.append("closed"))
+
+    def fail(*_):
+        raise RuntimeError("no thread for it")
+
+    monkeypatch.setattr(watch.Sampler, "__enter__", fail)
+    with pytest.raises(RuntimeError, match="no thread"), watch.Watch(0):
+        pytest.fail("it began")
+    assert polls == ["closed"]
+    assert not poller._ticker._thread.is_alive()
+    monkeypatch.undo()
+    poller = Poller([SimpleNamespace(name="gpu0", unread={}, gauges=dict, reasons=set)], period_s=0.01)
+    monkeypatch.setattr(watch, "Poller", lambda **_: poller)
+    exit_ = watch.Sampler.__exit__
+    monkeypatch.setattr(watch.Sampler, "__exit__", lambda *args: (exit_(*args), fail()))
+    with pytest.raises(RuntimeError, match="no thread"), watch.Watch(0):
+        pass
+    assert not poller._ticker._thread.is_alive()
 
 
 def test_a_run_that_is_not_watched_has_no_causes():

@@ -139,17 +139,24 @@ class Poller:
 
 
 def find() -> tuple[list[Device], dict[str, str]]:
-    """All accelerators that a library knows, numbered as it numbers them, and why there are no others."""
-    devices: list[Device] = []
+    """All accelerators that a library knows, numbered as it numbers them, and why there are no others.
+
+    gpu0, gpu1, ... of one vendor; where there are two, nvidia0 and amd0 are different devices.
+    """
+    of_vendor: dict[str, list[Any]] = {}
     absent: dict[str, str] = {}
-    for library, of_library in (("pynvml", nvidia), ("amdsmi", amd)):
+    for library, vendor, of_library in (("pynvml", "nvidia", nvidia), ("amdsmi", "amd", amd)):
         try:
-            devices += of_library(importlib.import_module(library))
+            of_vendor[vendor] = of_library(importlib.import_module(library))
         except ImportError:
             absent[library] = "not installed"
         except Exception as error:  # no driver: NVMLError; no shared library: OSError, KeyError
             absent[library] = f"{type(error).__name__}: {error}"
-    return devices, absent
+    present = {vendor: devices for vendor, devices in of_vendor.items() if devices}
+    for vendor, devices in present.items() if len(present) > 1 else ():
+        for device in devices:
+            device.name = device.name.replace("gpu", vendor)
+    return [device for devices in present.values() for device in devices], absent
 
 
 def nvidia(nvml: ModuleType) -> list[Device]:

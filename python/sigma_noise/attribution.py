@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sigma_noise.lost import Lost
-from sigma_noise.spans import covered, union
+from sigma_noise.plain import plain
+from sigma_noise.spans import overlap_s, union
 from sigma_noise.trace import Series, Trace
 
 NAMED_FROM = 0.8
@@ -41,8 +42,9 @@ COUNTER_CAUSES = (
     "frequency",
     STOPPED,
 )
-# States of an accelerator that take nothing away, and what is itself lost time.
-NO_CAUSE = ("idle", "application clocks", "display clocks", "detour")
+OF_ALL_CPUS = "of all CPUs, as the thread was not pinned: claims nothing"
+DETOUR = "detour"  # an event that is itself lost time
+NO_CAUSE = ("idle", "application clocks", "display clocks")  # states of an accelerator that take nothing away
 TOLD_FROM = 0.005  # in the sentence
 BIN_S = 0.1  # where there are no counters to set the bins
 RESAMPLES = 1000
@@ -85,19 +87,7 @@ class Attribution:
         return f"{verdict}; of {self.lost_s:.3g} s lost: {parts}"
 
     def to_json(self) -> dict[str, Any]:
-        """NaN as None: JSON has no word for it."""
-
-        def plain(share: Share) -> dict[str, Any]:
-            return {k: None if v != v else v for k, v in vars(share).items()}
-
-        return {
-            "lost_s": self.lost_s,
-            "named": self.named,
-            "shares": [plain(s) for s in self.shares],
-            "unknown": plain(self.unknown),
-            "unread": dict(self.unread),
-            "sentence": self.sentence,
-        }
+        return {**plain(self), "sentence": self.sentence}
 
 
 @dataclass(frozen=True)
@@ -110,6 +100,10 @@ class Claims:
     edges_ns: NDArray[np.int64]
     credit: Mapping[str, Bins]
     rest: Bins
+    unread: Mapping[str, str]
+
+    def summary(self, seed: int) -> Attribution:
+        return summary(self.lost.per_bin(self.edges_ns), self.credit, self.rest, self.unread, seed)
 
     def of_quanta(self, cause: str) -> Bins:
         """Seconds that a cause took of each quantum [n]; a counter claims the longest excess of a bin first."""
@@ -139,17 +133,19 @@ def attribute(
     *,
     costs: Mapping[str, float] | None = None,
     unread: Mapping[str, str] | None = None,
+    is_pinned: bool = False,
     seed: int = 0,
 ) -> Attribution:
     """Share out `lost` among causes.
 
-    Args:   counters, events: by name, as a Sampler wrote them; events claim in the order given.
+    Args:   counters, events: by name, as a Sampler wrote them; events claim in the order given.  Detours claim nothing.
+            is_pinned: steal and interrupts are those of the thread's CPU.  Of all CPUs they are an upper bound, which
+            claims nothing, and by which a stop is told from steal all the same.
             costs: seconds per count of minor_faults and major_faults (`fitness.fault_cost_s` measures the first).
             unread: counters that could not be read, with the reason; passed on.
     Raises: ValueError if stamps of a counter do not rise.
     """
-    found = claims(lost, counters, events, costs)
-    return summary(lost.per_bin(found.edges_ns), found.credit, found.rest, unread or {}, seed)
+    return claims(lost, counters, events, costs, unread, is_pinned).summary(seed)
 
 
 def claims(
@@ -157,6 +153,8 @@ def claims(
     counters: Mapping[str, Series],
     events: Mapping[str, Series],
     costs: Mapping[str, float] | None = None,
+    unread: Mapping[str, str] | None = None,
+    is_pinned: bool = False,
 ) -> Claims:
     """As `attribute`."""
     for name, series in counters.items():
@@ -166,6 +164,8 @@ def claims(
     per_cause: dict[str, Lost] = {}
     taken = union(np.empty(0, np.int64), np.empty(0, np.int64))
     for cause, series in events.items():
+        if cause == DETOUR:
+            continue
         own = union(series.start_ns, series.end_ns)
         both = union(np.concatenate([taken[0], own[0]]), np.concatenate([taken[1], own[1]]))
         per_cause[cause] = _claimed_by_event(left, own, taken, both)
@@ -174,30 +174,40 @@ def claims(
     edges = _edges(lost, counters)
     credit = {cause: claimed.per_bin(edges) for cause, claimed in per_cause.items()}
     rest = left.per_bin(edges)
-    for cause, claim in _counter_claims(edges, counters, costs or {}).items():
+    unread = dict(unread or {})
+    if not is_pinned:
+        unread |= {name: OF_ALL_CPUS for name in ("steal_ns", "irq_ns", "softirq_ns") if name in counters}
+    for cause, claim in _counter_claims(edges, counters, costs or {}, is_pinned).items():
         if cause == "run-queue wait":  # older kernels count throttled time as waiting, too
             claim = np.maximum(claim - credit.get("cgroup throttle", 0.0), 0.0)
         credit[cause] = _settle(rest, claim)
         rest = np.maximum(rest - credit[cause], 0.0)  # rounding
-    return Claims(lost, per_cause, left, edges, credit, rest)
+    return Claims(lost, per_cause, left, edges, credit, rest, unread)
 
 
 def attribute_trace(
     trace: Trace, rank: int, lost: Lost, *, injected: Mapping[str, Series] | None = None, seed: int = 0
 ) -> Attribution:
     """The same, with the counters and events of a rank's file, and a log of injections if there is one."""
-    found = claims_of_trace(trace, rank, lost, injected)
-    unread = trace.ranks.get(rank, {}).get("sampler", {}).get("unread") or {}
-    return summary(lost.per_bin(found.edges_ns), found.credit, found.rest, unread, seed)
+    return claims_of_trace(trace, rank, lost, injected).summary(seed)
 
 
 def claims_of_trace(
     trace: Trace, rank: int, lost: Lost, injected: Mapping[str, Series] | None = None
 ) -> Claims:
     events = dict(injected or {})
-    events |= {n: s for n, s in trace.of(rank, "event") if not n.endswith(NO_CAUSE) and n not in events}
-    costs = trace.ranks.get(rank, {}).get("fault_cost_s")
-    return claims(lost, dict(trace.of(rank, "counter")), events, costs)
+    events |= {n: s for n, s in trace.of(rank, "event") if not _is_state(n) and n not in events}
+    about = trace.ranks.get(rank, {})
+    sampler = about.get("sampler", {})
+    # Of the host's thread, which waits while a GPU works: they say nothing of its quanta.
+    counters = {} if trace.run.get("backend") == "cuda" else dict(trace.of(rank, "counter"))
+    is_pinned = sampler.get("cpu") is not None
+    return claims(lost, counters, events, about.get("fault_cost_s"), sampler.get("unread"), is_pinned)
+
+
+def _is_state(event: str) -> bool:
+    device, _, state = event.partition(" ")
+    return bool(device) and state in NO_CAUSE
 
 
 def _claimed_by_event(
@@ -205,15 +215,16 @@ def _claimed_by_event(
 ) -> Lost:
     """Excess of each quantum that the event explains, less what would be lost in that time without it."""
 
-    def fresh(at: NDArray[np.int64]) -> NDArray[np.float64]:  # ns before `at` in `own` but not in `taken`
-        return covered(at, *both) - covered(at, *taken)
+    def fresh_s(
+        start: NDArray[np.int64], end: NDArray[np.int64]
+    ) -> NDArray[np.float64]:  # in `own`, not in `taken`
+        return overlap_s(start, end, both) - overlap_s(start, end, taken)
 
-    inside_s = (fresh(left.end_ns) - fresh(left.start_ns)) * 1e-9
-    claim = np.minimum(left.excess_s, inside_s)
-    window = np.array([left.window_ns[0], left.window_ns[1]], np.int64)
-    event_s = float(np.diff(fresh(window))[0]) * 1e-9
-    any_own = (covered(left.end_ns, *own) - covered(left.start_ns, *own)) > 0
-    outside_s = (window[1] - window[0] - float(np.diff(covered(window, *own))[0])) * 1e-9
+    claim = np.minimum(left.excess_s, fresh_s(left.start_ns, left.end_ns))
+    begin, end = np.array(left.window_ns, np.int64)[:, None]
+    event_s = float(fresh_s(begin, end)[0])
+    any_own = overlap_s(left.start_ns, left.end_ns, own) > 0
+    outside_s = float((end - begin)[0] * 1e-9 - overlap_s(begin, end, own)[0])
     total = float(claim.sum())
     if total == 0.0:
         return left.with_excess(claim)
@@ -236,7 +247,7 @@ def _edges(lost: Lost, counters: Mapping[str, Series]) -> NDArray[np.int64]:
 
 
 def _counter_claims(
-    edges: NDArray[np.int64], counters: Mapping[str, Series], costs: Mapping[str, float]
+    edges: NDArray[np.int64], counters: Mapping[str, Series], costs: Mapping[str, float], is_pinned: bool
 ) -> dict[str, Bins]:
     """Seconds that each cause says it took, per bin, in the order of claiming."""
     wall = np.diff(edges) * 1e-9
@@ -259,8 +270,8 @@ def _counter_claims(
     claims = {
         "cgroup throttle": throttled,
         "run-queue wait": waited,
-        "steal": steal,
-        "interrupts": irq,
+        "steal": steal if is_pinned else np.zeros(len(wall)),
+        "interrupts": irq if is_pinned else np.zeros(len(wall)),
         "page faults": faults,
         "frequency": _slow_clock(edges, on_cpu, counters),
         STOPPED: np.zeros(len(wall)),

@@ -5,7 +5,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sigma_noise import host
 from sigma_noise.accelerators import find
 from sigma_noise.counters import group_of, machine_stat, pressure, slurp
 from sigma_noise.loops import clock_cost, detours
+from sigma_noise.plain import plain
 
 CLOCK_READ_S = 200e-9  # above this a reading is a system call, or an emulated clock
 BASELINE = 0.2  # noise share above which injected disturbances drown (study of a two-core guest)
@@ -60,7 +61,7 @@ def is_fit(checks: list[Check]) -> bool:
 
 
 def to_json(checks: list[Check]) -> dict[str, Any]:
-    return {"fit": is_fit(checks), "checks": [asdict(check) for check in checks]}
+    return {"fit": is_fit(checks), "checks": plain(checks)}
 
 
 def clock_source(root: Path = Path("/")) -> Check:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sigma_train.errors import Failure, WrongInput
 from sigma_noise.inject import Plan
 from sigma_noise.inject_cli import BEGINS
 from sigma_noise.loops import detours
+from sigma_noise.plain import plain
 from sigma_noise.spans import match
 from sigma_noise.trace import Series, read
 
@@ -137,11 +138,8 @@ def limits(cells: Sequence[Cell]) -> dict[float, float | None]:
 
 
 def to_json(cells: Sequence[Cell]) -> dict[str, Any]:
-    def plain(cell: Cell) -> dict[str, Any]:
-        return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in asdict(cell).items()}
-
     by_rate = [{"rate_hz": rate, "length_s": length} for rate, length in limits(cells).items()]
-    return {"good": GOOD, "cells": [plain(c) for c in cells], "limits": by_rate}
+    return {"good": GOOD, "cells": plain(cells), "limits": by_rate}
 
 
 @contextlib.contextmanager

@@ -26,13 +26,14 @@ class Watch:
         self._poller = Poller(seed=seed + 1, cpus=housekeeping(os.sched_getaffinity(0)))
 
     def __enter__(self) -> "Watch":
-        self._poller.__enter__()
-        self._sampler.__enter__()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._poller)
+            stack.enter_context(self._sampler)
+            self._watched = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._sampler.__exit__(None, None, None)
-        self._poller.__exit__(None, None, None)
+        self._watched.close()
 
     def into(self, trace: Trace, rank: int) -> Trace:
         """The same trace with what was seen, and how."""
