@@ -1,15 +1,11 @@
 """An analysis as JSON.  `analysis.schema.json` says what is in it; numbers that are not finite are null."""
 
-import dataclasses
-import math
-from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from sigma_noise.analysis import Analysis, Gaps, OfRank
 from sigma_noise.attribution import Attribution
 from sigma_noise.detours import Noise
+from sigma_noise.plain import plain
 from sigma_noise.windows import Exchanges
 
 SCHEMA_VERSION = 1
@@ -85,27 +81,3 @@ def noise(n: Noise) -> dict[str, Any]:
 def causes(found: Attribution) -> dict[str, Any]:
     made: dict[str, Any] = plain(found.to_json())
     return made
-
-
-def plain(x: Any) -> Any:
-    """Of dataclasses, named tuples and arrays."""
-    match x:
-        case None | bool() | str():
-            return x
-        case np.ndarray():
-            return [plain(v) for v in x.tolist()]
-        case np.generic():
-            return plain(x.item())
-        case float():
-            return x if math.isfinite(x) else None
-        case int():
-            return int(x)
-        case Mapping():
-            return {str(k): plain(v) for k, v in x.items()}
-        case tuple() if hasattr(x, "_asdict"):
-            return plain(x._asdict())
-        case list() | tuple() | set() | frozenset():
-            return [plain(v) for v in x]
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return {f.name: plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
-    raise TypeError(f"as_json: {type(x).__name__} has no form in JSON")

@@ -196,7 +196,7 @@ def claims_of_trace(
     trace: Trace, rank: int, lost: Lost, injected: Mapping[str, Series] | None = None
 ) -> Claims:
     events = dict(injected or {})
-    events |= {n: s for n, s in trace.of(rank, "event") if not _is_state(n) and n not in events}
+    events |= {n: s for n, s in trace.of(rank, "event") if not is_state(n) and n not in events}
     about = trace.ranks.get(rank, {})
     sampler = about.get("sampler", {})
     # Of the host's thread, which waits while a GPU works: they say nothing of its quanta.
@@ -205,7 +205,7 @@ def claims_of_trace(
     return claims(lost, counters, events, about.get("fault_cost_s"), sampler.get("unread"), is_pinned)
 
 
-def _is_state(event: str) -> bool:
+def is_state(event: str) -> bool:
     device, _, state = event.partition(" ")
     return bool(device) and state in NO_CAUSE
 

@@ -13,10 +13,10 @@ from sigma_train.errors import WrongInput
 from sigma_train.files import must_be_writable, write_text
 
 from sigma_noise import changes, detours
-from sigma_noise.as_json import plain
-from sigma_noise.attribution import NO_CAUSE
+from sigma_noise.attribution import is_state
 from sigma_noise.calibrate import calibrate, split
 from sigma_noise.compare import MARGINS, Comparison, compare
+from sigma_noise.plain import plain
 from sigma_noise.project import project
 from sigma_noise.reading import read_quanta
 from sigma_noise.trace import Trace
@@ -179,7 +179,7 @@ def throttled_in(measured: Trace) -> list[str]:
         poller: dict[str, Any] = about.get("accelerators") or {}
         for name, series in measured.of(rank, "event"):
             is_of_device = any(name.startswith(f"{device} ") for device in poller.get("devices", ()))
-            if is_of_device and len(series) and not name.endswith(NO_CAUSE):
+            if is_of_device and len(series) and not is_state(name):
                 found.append(f"{name} of rank {rank}")
     return found
 
