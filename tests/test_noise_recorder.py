@@ -134,7 +134,7 @@ def test_what_goes_on_is_joined(tmp_path):
         about = read(tmp_path).ranks[0]
         assert about["start"] == 2
         assert about["groups"] == {"0": [0], "1": [1], "2": [2]}
-        parts.fold_all(tmp_path)
+        parts.fold(tmp_path, 0)
 
 
 def test_a_death_between_file_and_parts_repeats_nothing(tmp_path, monkeypatch):
@@ -199,6 +199,14 @@ def test_parts_of_ranks_that_are_no_more_are_folded(tmp_path):
     make_ready(tmp_path, ["a"])
     assert [p.name[:9] for p in (tmp_path / "parts").iterdir()] == ["rank00000"]
     assert numbers(parts.read(tmp_path), 2) == list(range(105))
+
+
+def test_parts_of_two_runs_are_refused(tmp_path):
+    """Defends: what another run left in the folder, read as this one's."""
+    for rank, seed in enumerate((1, 2)):
+        Parts(tmp_path, rank, {"program": "sigma train", "seed": seed}, HERE).add(rows(0, 10, rank))
+    with pytest.raises(WrongInput, match=r"rank00001.* of another run than .* \(seed 2 and 1\)"):
+        parts.read(tmp_path)
 
 
 def test_a_file_that_is_not_ours_is_refused(tmp_path):

@@ -14,14 +14,14 @@ import noise_ranks
 import numpy as np
 import pytest
 from sigma_cli import AGAIN_S
-from sigma_noise import host, loops
+from sigma_noise import host, loops, run
 from sigma_noise import offset as offset_module
 from sigma_noise.measure import measure
 from sigma_noise.plan import Plan
 from sigma_noise.run import rows
 from sigma_noise.trace import Series, Trace, read
 from sigma_noise.units import time_of
-from sigma_train.errors import WrongInput
+from sigma_train.errors import Failure, WrongInput
 from sigma_train.ranks import Ranks
 from support import sigma
 
@@ -266,6 +266,20 @@ def test_the_table_says_the_worst_of_each_kind():
     assert of_work.rare == pytest.approx(99.01e-9)
     assert (of_time.best, of_time.worst) == (99, 0)
     assert of_time.rare == pytest.approx(0.99)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_cannot_write_leaves_no_half_run(tmp_path, monkeypatch, failing):
+    """Defends: files of the other ranks, which look like a run.  This rank is 0; the other one is only told of."""
+    trace = Trace({}, {0: {}}, {})
+    told = lambda self, value: [value, "No space left" if failing else ""]  # noqa: E731
+    monkeypatch.setattr(Ranks, "gathered", told)
+    monkeypatch.setattr(run, "together", lambda ranks: None)
+    if failing == 0:
+        monkeypatch.setattr(run, "rank_file", lambda out, rank: tmp_path / "none" / "rank00000.parquet")
+    with pytest.raises(Failure, match=f"rank {failing}: "):
+        run.write_together(trace, Ranks(0, 2), tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_step_longer_than_a_quantum_is_said_on_every_rank():

@@ -84,9 +84,28 @@ def test_what_is_not_ours_is_refused_by_a_sentence(tmp_path):
     )
     pq.write_table(table, tmp_path / "a.parquet")
     assert "schema 9" in refused(tmp_path)
+    for ranks in ({"first": {}}, {"-1": {}}, []):
+        head = {METADATA: json.dumps({"schema": 1, "run": {}, "ranks": ranks})}
+        pq.write_table(COLUMNS.empty_table().replace_schema_metadata(head), tmp_path / "a.parquet")
+        assert "not a file of `sigma noise`: r" in refused(tmp_path)
     trace_of(0).write(tmp_path / "a.parquet")
     trace_of(0).write(tmp_path / "b.parquet")
     assert "rank 0 is in another file" in refused(tmp_path)
+
+
+def test_a_folder_is_of_one_run_and_has_all_its_ranks(tmp_path):
+    """Defends: ranks of two runs compared as if they had run side by side; half a run."""
+    run = {"id": "a", "ranks": 2, "seed": 5}
+    Trace(run, {0: {}}, {}).write(rank_file(tmp_path, 0))
+    with pytest.raises(WrongInput, match="rank 1 of 2 is missing"):
+        read(tmp_path)
+    assert list(read(rank_file(tmp_path, 0)).ranks) == [0], "one file may be looked at"
+    for other in ({"id": "b"}, {"ranks": 3}, {"seed": 6}):
+        Trace(run | other, {1: {}}, {}).write(rank_file(tmp_path, 1))
+        with pytest.raises(WrongInput, match=f"of another run than .* \\({next(iter(other))} "):
+            read(tmp_path)
+    Trace(run, {1: {}}, {}).write(rank_file(tmp_path, 1))
+    assert list(read(tmp_path).ranks) == [0, 1]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from sigma_train.errors import WrongInput
 from sigma_train.files import atomic_file, sweep
 
 from sigma_noise import trace
-from sigma_noise.trace import COLUMNS, METADATA, SCHEMA, Key, Series, Trace, rank_file
+from sigma_noise.trace import COLUMNS, METADATA, Key, Series, Trace, rank_file
 
 FOLD_AT = 8  # a part in so many of the rows that are in the file
 
@@ -81,12 +81,6 @@ def fold(folder: Path, rank: int) -> None:
         part.unlink(missing_ok=True)
 
 
-def fold_all(folder: Path) -> None:
-    """Of every rank, those too that take no part any more.  For when nobody writes.  Raises: as `fold`."""
-    for rank in {int(part.stem[4:9]) for part in (folder / "parts").glob("rank*-*.parquet")}:
-        fold(folder, rank)
-
-
 def read(folder: Path) -> Trace:
     """Everything in the folder of a run, parts too.  Raises: as `trace.read`."""
     files = sorted(folder.glob("rank*.parquet"))
@@ -96,6 +90,8 @@ def read(folder: Path) -> Trace:
     if not files:
         return trace.read(folder)
     found = [trace.read(file) for file in files]
+    for file, each in zip(files, found, strict=True):
+        trace.must_be_of_one_run(folder, file, found[0].run, each.run)
     keys = {key for each in found for key in each.rows}
     rows = {key: _joined([each.rows[key] for each in found if key in each.rows]) for key in keys}
     ranks: dict[int, Mapping[str, Any]] = {}
@@ -155,9 +151,9 @@ def _folded(file: Path) -> int:
 
 def _head(file: Path) -> dict[str, Any]:
     try:
-        head = json.loads((pq.read_metadata(file).metadata or {})[METADATA])
-        if head["schema"] != SCHEMA or not head["ranks"]:
-            raise ValueError(f"schema {head['schema']}")
+        head = trace.checked_head(pq.read_metadata(file).metadata)
+        if not head["ranks"]:
+            raise ValueError("it is of no rank")
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         told = " ".join(str(error).split())[:200]
         raise WrongInput(f"{file}: not a file of `sigma noise`: {told}") from None

@@ -1,18 +1,20 @@
 """`sigma noise run`: measure, write, and say in a table what was seen."""
 
+import secrets
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from sigma_train.errors import WrongInput
+from sigma_train.errors import Failure, WrongInput
 from sigma_train.files import must_be_writable
 from sigma_train.ranks import Ranks
 
-from sigma_noise.measure import FIXED_TIME, measure, together
+from sigma_noise.measure import FIXED_TIME, agreed, measure, together
 from sigma_noise.plan import Plan
 from sigma_noise.trace import Series, Trace, rank_file
 from sigma_noise.units import time_of
@@ -42,15 +44,33 @@ def run_plan(plan: Plan, ranks: Ranks, out: Path) -> None:
     Raises: WrongInput for a plan or a folder that cannot be.
     """
     plan.check(ranks.size)
-    free_folder(out)
+    agreed(ranks, partial(free_folder, out))
+    run_id = ranks.first(secrets.token_hex(8))
     trace = measured(plan, ranks)
-    together(ranks)  # so that a rank that failed leaves no others' files
-    path = rank_file(out, ranks.rank)
-    trace.write(path)
+    trace = replace(trace, run={**trace.run, "id": run_id})
+    write_together(trace, ranks, out)
     about = trace.ranks[ranks.rank]
     told = ranks.gathered((rows(trace, ranks.rank), said(trace, ranks.rank), about["warnings"]))
     if ranks.is_first:
         show(Console(), told, out)
+
+
+def write_together(trace: Trace, ranks: Ranks, out: Path) -> None:
+    """All ranks' files or none; a collective.  Raises: Failure on every rank where one could not be written."""
+    together(ranks)  # so that a rank that failed leaves no others' files
+    path = rank_file(out, ranks.rank)
+    try:
+        try:
+            trace.write(path)
+            wrong = ""
+        except OSError as error:
+            wrong = str(error)
+        for rank, sentence in enumerate(ranks.gathered(wrong)):
+            if sentence:
+                raise Failure(f"rank {rank}: {sentence}" if ranks.size > 1 else sentence)
+    except BaseException:  # a rank that was lost, or a signal, too
+        path.unlink(missing_ok=True)
+        raise
 
 
 def measured(plan: Plan, ranks: Ranks) -> Trace:

@@ -39,6 +39,7 @@ COLUMNS = pa.schema(
         ("value", pa.float64()),
     ]
 )
+OF_A_RUN = ("id", "program", "tool", "seed", "ranks")  # of `run`: where these differ, so do the runs
 KINDS = ("quantum", "counter", "event")
 
 
@@ -123,7 +124,8 @@ def rank_file(folder: Path, rank: int) -> Path:
 def read(path: Path) -> Trace:
     """A file, or all files of a folder.
 
-    Raises: WrongInput if there are none, one is no file of ours, or two hold the same rank.
+    Raises: WrongInput if there are none, one is no file of ours, two hold the same rank, or those of a folder are of
+    several runs or lack a rank of theirs.
     """
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not path.exists():
@@ -139,9 +141,35 @@ def read(path: Path) -> Trace:
                 f"{file}: rank {twice[0]} is in another file of {path} as well; give each run its folder"
             )
         run = run or head["run"]
+        must_be_of_one_run(path, file, run, head["run"])
         ranks |= own
         rows |= _split(table)
+    if path.is_dir() and (missing := sorted(set(range(run.get("ranks", 0))) - ranks.keys())):
+        raise WrongInput(f"{path}: rank {missing[0]} of {run['ranks']} is missing; that run did not end well")
     return Trace(run, dict(sorted(ranks.items())), rows)
+
+
+def must_be_of_one_run(path: Path, file: Path, run: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raises: WrongInput."""
+    if wrong := [name for name in OF_A_RUN if run.get(name) != other.get(name)]:
+        raise WrongInput(
+            f"{file}: of another run than the other files of {path} ({wrong[0]} {other.get(wrong[0])!r} and "
+            f"{run.get(wrong[0])!r}); give each run its folder"
+        )
+
+
+def checked_head(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """The JSON object of a file's metadata.  Raises: KeyError, TypeError or ValueError where it is none of ours."""
+    head: dict[str, Any] = json.loads((metadata or {})[METADATA])
+    if head["schema"] != SCHEMA:
+        raise ValueError(f"schema {head['schema']}; this version reads {SCHEMA}")
+    if not isinstance(head["run"], dict) or not isinstance(head["ranks"], dict):
+        raise ValueError("run and ranks must be objects")
+    if wrong := [rank for rank in head["ranks"] if not (rank.isascii() and rank.isdigit())]:
+        raise ValueError(f"ranks must be whole numbers, found {wrong[0]!r}")
+    if not isinstance(head["run"].get("ranks", 0), int):
+        raise ValueError(f"run.ranks must be a whole number, found {head['run']['ranks']!r}")
+    return head
 
 
 def digests(path: Path) -> dict[str, str]:
@@ -170,17 +198,13 @@ def _table(key: Key, series: Series) -> pa.Table:
 def _checked(file: Path) -> tuple[dict[str, Any], pa.Table]:
     try:
         table = pq.read_table(file)
-        head = json.loads((table.schema.metadata or {})[METADATA])
-        schema = head["schema"]
-        wrong = schema != SCHEMA or not table.schema.equals(COLUMNS) or not isinstance(head["ranks"], dict)
+        head = checked_head(table.schema.metadata)
+        if not table.schema.equals(COLUMNS):
+            raise ValueError(f"its columns are {', '.join(table.schema.names)}")
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise WrongInput(
             f"{file}: not a file of `sigma noise`: {' '.join(str(error).split())[:200]}"
         ) from None
-    if wrong:
-        raise WrongInput(
-            f"{file}: schema {schema} with columns {table.schema.names}; this version reads {SCHEMA}"
-        )
     return head, table
 
 
