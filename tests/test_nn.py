@@ -41,6 +41,37 @@ def test_normalised_top_1_warns():
         nn.MoE(8, 8, 5, normalize=True)
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_task_reaches_the_router_of_one_expert_only_without_normalize(score):
+    """Defends: training that goes on with a router that learns nothing, where k falls to 1 in a call."""
+    moe = nn.MoE(16, 8, 96, top_k=8, score=score, normalize=True)
+    x = torch.randn(64, 16)
+
+    def gradient(top_k: int) -> float:
+        moe.zero_grad()
+        moe(x, top_k=top_k).square().sum().backward()
+        return moe.router.weight.grad.abs().max().item()
+
+    with pytest.warns(UserWarning, match="router gets no gradient"):
+        assert gradient(1) < 1e-6  # rounding of the sum of one
+    assert gradient(2) > 1e-4
+    with torch.no_grad():
+        moe(x, top_k=1)
+    moe.router.normalize = False
+    assert gradient(1) > 1e-5
+
+
+def test_weights_at_each_k_of_one_router():
+    """Those of fewer are the first of those of more; their sum is 1 at each k, or the mass of the chosen."""
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    by_hand = {1: [1.0], 2: [0.625, 0.375], 3: [10 / 19, 6 / 19, 3 / 19], 4: [0.5, 0.3, 0.15, 0.05]}
+    for k, want in by_hand.items():
+        routing = sk.route(logits, k, normalize=True)
+        assert routing.weights.flatten().tolist() == pytest.approx(want)
+        assert routing.indices.flatten().tolist() == list(range(k))
+        assert sk.route(logits, k).weights.flatten().tolist() == pytest.approx(by_hand[4][:k])
+
+
 def test_load_balancing_loss_by_hand():
     """Defends: the factor E, f normalised by k, no gradient through the counts."""
     logits = torch.log(torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.3, 0.7]]))

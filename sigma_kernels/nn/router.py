@@ -16,11 +16,20 @@ from sigma_kernels.ops.route_with_sums import route_with_sums
 from sigma_kernels.routing import RouterSums, Routing
 
 
+def _warn_of_one() -> None:
+    warnings.warn(
+        "TopKRouter: normalize=True with top_k=1 makes every weight 1, so the router gets no gradient from "
+        "the task loss",
+        stacklevel=3,
+    )
+
+
 class TopKRouter(nn.Module):
     """Scores E experts for each token and picks k: `sigma_kernels.route` of x @ weight.T, in f32.
 
     Two traps of top_k = 1, both of which a run falls into silently.  With `normalize` the weight of the one chosen
-    is always 1, so the task's gradient never reaches the router: this warns.  Without it a softmax over E experts
+    is always 1, so the task's gradient never reaches the router: this warns, and so does a call with gradients and a
+    top_k of 1, outside torch.compile; `normalize` may be set between calls.  Without it a softmax over E experts
     starts near 1/E, so that the layer's output almost vanishes: scale it (MoE's `output_scale`) or use "sigmoid".
 
     `balance_score` is what balance losses read of the scores where it is not `score`: see `forward_with_sums`.
@@ -52,11 +61,7 @@ class TopKRouter(nn.Module):
         balance_score = score if balance_score is None else balance_score
         check_score("TopKRouter", balance_score, "balance_score")
         if normalize and top_k == 1:
-            warnings.warn(
-                "TopKRouter: normalize=True with top_k=1 makes every weight 1, so the router gets no gradient from "
-                "the task loss",
-                stacklevel=2,
-            )
+            _warn_of_one()
         self.top_k, self.score, self.normalize = top_k, score, normalize
         self.balance_score: Score = balance_score
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, **factory))
@@ -86,6 +91,8 @@ class TopKRouter(nn.Module):
         self, hidden_states: Tensor, top_k: int | None = None
     ) -> tuple[Routing, Tensor, RouterSums]:
         """The same, and the sums that `load_balancing_loss` and `router_z_loss` take: `sk.route_with_sums`."""
+        if top_k == 1 != self.top_k and self.normalize and not torch.compiler.is_compiling():
+            _warn_of_one()
         logits = self._logits(hidden_states)
         how = {**self._how(), "balance_score": self.balance_score}
         routing, sums = route_with_sums(logits, self.top_k if top_k is None else top_k, **how)
