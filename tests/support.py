@@ -54,6 +54,18 @@ def balance_rank(rank: int, path: str, logits: torch.Tensor, want: list[float]) 
     dist.destroy_process_group()
 
 
+def top1_balance_rank(rank: int, path: str, logits: torch.Tensor, value: float, want: list[float]) -> None:
+    """One of three ranks, with 6, 0 and 2 of the tokens: the whole batch's value, and gradients whose mean is its."""
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=3)
+    begin, end = ((0, 6), (6, 6), (6, 8))[rank]
+    mine = logits[begin:end].clone().requires_grad_()
+    loss = nn.top1_balancing_loss(mine, 0.5, is_global=True)
+    loss.backward()
+    torch.testing.assert_close(loss.item(), value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(mine.grad / 3, torch.tensor(want, dtype=logits.dtype)[begin:end])
+    dist.destroy_process_group()
+
+
 def check_tf32(rank: int, setter: str) -> None:
     """In a process of its own, which a setting stays in."""
     from sigma_kernels.triton.tiles import precision

@@ -4,6 +4,8 @@ With T tokens, E experts and k chosen for each: f_i = counts_i / (T k), the shar
 (no gradient), and p_i, the mean over tokens of the router's probability of i.  Both sum to one.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from sigma_kernels.collectives import observed
 from sigma_kernels.nn.router import TopKRouter
-from sigma_kernels.ops.library import check_shape
+from sigma_kernels.ops.library import check_float, check_shape
 from sigma_kernels.ops.route import Score, check_score
 from sigma_kernels.routing import RouterSums
 
@@ -56,6 +58,53 @@ def global_counts(counts: Tensor, group: "dist.ProcessGroup | None" = None) -> T
         with observed("load"):
             dist.all_reduce(total, group=group)
     return total
+
+
+def top1_balancing_loss(
+    logits: Tensor,
+    temperature: float = 0.1,
+    *,
+    is_global: bool = False,
+    group: "dist.ProcessGroup | None" = None,
+) -> Tensor:
+    """E * sum_i fhat_i^2 / pbar: 1 where q[t] is all on one expert, each having as many t; E where q is flat.
+
+    With q[t] = softmax(logits[t] / temperature), fhat_i = mean_t q[t, i] and pbar = mean_t max_i q[t, i]: the Top-1 LBL
+    of Sigma-MoE-Tiny (arXiv 2512.16248), for one expert a token.  fhat stands for the shares of tokens and, unlike
+    them, has a gradient; a flat q, at which `load_balancing_loss` is least whatever the shares, is the worst case here.
+
+    Args:
+        logits: [T, E] f32, bf16 or f16, computed in f32; or f64.
+        temperature: the smaller, the closer fhat is to the shares of tokens.
+        is_global: fhat and pbar are of the tokens of all ranks of `group`.  One all-reduce of E + 2 numbers: the sums
+            over tokens of q and of max_i q, and T; it happens on a rank without tokens too.  The value is that of the
+            whole batch, and so is the mean over ranks of the parameters' gradients, however many tokens each rank has.
+    Returns: the loss, in f32 or f64; 0 without tokens.  Where several q[t, i] are the largest they share its gradient.
+    Raises: ValueError for a shape or a temperature, TypeError for logits that are not floating point.
+    Cost: one [T, E] is kept for the backward, q.
+    """
+    op = "top1_balancing_loss"
+    check_float(op, logits=logits)
+    check_shape(op, "logits", logits, ("T", "E"))
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature must be a finite number above 0, found {temperature!r}")
+    q = (_wide(logits) / temperature).softmax(-1)
+    T, E = q.shape
+    sums = torch.cat([q.sum(0), q.amax(-1).sum()[None], q.new_full((1,), T)])
+    if is_global:
+        sums = _of_all_ranks(sums, group)
+    q_of_expert, largest, tokens = sums.split([E, 1, 1])
+    # Of no tokens the product is 0; of any it is at least 1 / E.
+    product = (largest * tokens).clamp(min=torch.finfo(q.dtype).tiny)
+    return (E * q_of_expert.square().sum() / product).squeeze(0)
+
+
+def _of_all_ranks(sums: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """Summed over the ranks of `group`; the gradient is this rank's, times their number, which a mean takes out."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return sums
+    total = global_counts(sums, group)
+    return total + dist.get_world_size(group) * (sums - sums.detach())
 
 
 def router_z_loss(scores: Tensor | RouterSums) -> Tensor:

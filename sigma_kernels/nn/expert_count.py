@@ -1,0 +1,84 @@
+"""How many experts a token goes to, drawn anew while a model trains."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import numpy as np
+
+from sigma_kernels.nn.sparsity import check_integer
+
+Granularity = Literal["global", "micro-batch", "layer"]
+Distribution = Literal["uniform", "capacity"]
+
+
+@dataclass(frozen=True)
+class ExpertCountSampler:
+    """k of each layer, drawn from a list (Matryoshka MoE, arXiv 2509.26520), so that a model serves at any of them.
+
+    P(k) is the same for all k ("uniform"), or proportional to exp(log(k) / temperature), k^(1 / temperature), so that
+    the counts that use more of the model are trained more ("capacity").  A draw is a function of the seed and of where
+    it is made: the same on every rank, in any order of calls and after a restart, with no state to keep.
+
+    Args:
+        top_k: the k to draw from, rising.
+        granularity: one draw for all layers and micro-batches of a step ("global"), one for all layers of a micro-batch
+            ("micro-batch"), or one for each layer of each ("layer", which the paper finds best).
+        temperature: of "capacity"; large ones come near to "uniform".
+    Raises: TypeError or ValueError that names the argument.
+    """
+
+    top_k: tuple[int, ...]
+    granularity: Granularity = "layer"
+    distribution: Distribution = "uniform"
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        op = "ExpertCountSampler"
+        if isinstance(self.top_k, str) or not isinstance(self.top_k, Sequence) or not self.top_k:
+            raise TypeError(f"{op}: top_k must be a list of one integer or more, found {self.top_k!r}")
+        least = 1
+        for i, k in enumerate(self.top_k):
+            check_integer(op, f"top_k[{i}]", k, least)
+            least = k + 1
+        object.__setattr__(self, "top_k", tuple(self.top_k))
+        if self.granularity not in ("global", "micro-batch", "layer"):
+            raise ValueError(
+                f"{op}: granularity must be 'global', 'micro-batch' or 'layer', found {self.granularity!r}"
+            )
+        if self.distribution not in ("uniform", "capacity"):
+            raise ValueError(
+                f"{op}: distribution must be 'uniform' or 'capacity', found {self.distribution!r}"
+            )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"{op}: temperature must be a finite number above 0, found {self.temperature!r}")
+        check_integer(op, "seed", self.seed, 0, 2**64 - 1)
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """P(k) of each of top_k."""
+        power = 0.0 if self.distribution == "uniform" else 1 / self.temperature
+        weights = [(k / self.top_k[-1]) ** power for k in self.top_k]  # of the largest 1: none overflows
+        return tuple(weight / sum(weights) for weight in weights)
+
+    def sample(self, step: int, micro_batch: int, layers: int) -> tuple[int, ...]:
+        """k of each of so many layers, at this step and micro-batch, both counted from 0.
+
+        A layer's k does not depend on how many layers there are.
+        Raises: TypeError or ValueError that names the argument.
+        """
+        for name, value, least in (("step", step, 0), ("micro_batch", micro_batch, 0), ("layers", layers, 1)):
+            check_integer("ExpertCountSampler.sample", name, value, least, 2**64 - 1)
+        draws = layers if self.granularity == "layer" else 1
+        # Philox 4x64: a block of four numbers for each (0, micro-batch, step) + its place, under the seed as the key.
+        counter = np.array([0, 0, 0 if self.granularity == "global" else micro_batch, step], np.uint64)
+        philox = np.random.Philox(counter=counter, key=np.array([self.seed, 0], np.uint64))
+        below = list(accumulate(self.probabilities))[:-1]
+        drawn = [
+            self.top_k[bisect_right(below, (x >> 11) * 2.0**-53)] for x in philox.random_raw(draws).tolist()
+        ]
+        return tuple(drawn * (layers // draws))
