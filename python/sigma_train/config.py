@@ -82,6 +82,15 @@ Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), Wanted("the 
 TopK = Annotated[
     Size | tuple[Size, ...], Wanted(f"{_wanted_of(Size)}, or a list of them, one for each layer")
 ]
+Point = Whole | Share
+Phases = Annotated[
+    tuple[tuple[Point, tuple[Size, ...]] | tuple[Point, tuple[Size, ...], Point], ...],
+    Wanted(
+        "a list of [begin, top_k of each layer] or [begin, top_k of each layer, end of a ramp], where a point of the run "
+        "is a step, or a share of it as 0.9"
+    ),
+]
+Sizes = Annotated[tuple[Size, ...], Wanted(f"a list of {_wanted_of(Size)}")]
 File = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), Wanted("the name of a file")]
 OptionalFile = _or_none(File)
 OptionalCount = _or_none(Count)
@@ -144,12 +153,23 @@ class ModelConfig(_Section):
 class RouterConfig(_Section):
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = Field(False, strict=True)  # weights of the chosen divided by their sum
-    balance: Literal["loss", "global", "bias", "none"] = "loss"
+    balance: Literal["loss", "global", "top1", "bias", "none"] = "loss"
+    top1_temperature: Positive = 0.1  # of the balance "top1", whose sums are over all ranks
     balance_coef: NonNegative = 1e-2
     z_coef: NonNegative = 0.0
     bias_rate: NonNegative = 1e-3
     output_scale: Positive = 1.0  # multiplies what the experts add
     aux_score: Literal["softmax", "sigmoid"] = "softmax"  # the score that the balance loss reads
+
+
+class SparsityConfig(_Section):
+    """Experts a token over the run, instead of model.top_k: by phases, the last of which is model.top_k, or drawn."""
+
+    phases: Phases = ()
+    sample: Sizes = ()  # of these each micro-batch, or each layer of one, has one; validation has model.top_k
+    granularity: Literal["global", "micro-batch", "layer"] = "layer"
+    distribution: Literal["uniform", "capacity"] = "uniform"
+    temperature: Positive = 1.0  # of the distribution "capacity"
 
 
 class DataConfig(_Section):
@@ -224,9 +244,25 @@ class Config(_Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     guard: GuardConfig = GuardConfig()
+    sparsity: SparsityConfig = SparsityConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        s = self.sparsity
+        if (s.phases or s.sample) and self.model.num_experts == 1:
+            raise ConfigError("sparsity wants experts: model.num_experts is 1")
+        if s.phases and s.sample:
+            raise ConfigError("sparsity.phases and sparsity.sample cannot both be given")
+        if s.phases and s.phases[-1][1] != self.model.layer_top_k:
+            raise ConfigError(
+                f"sparsity.phases must end with model.top_k, {list(self.model.layer_top_k)}, "
+                f"found {list(s.phases[-1][1])}"
+            )
+        most = max([k for phase in s.phases for k in phase[1]] + list(s.sample), default=0)
+        if most > self.model.num_experts:
+            raise ConfigError(
+                f"sparsity must not exceed model.num_experts = {self.model.num_experts}, found {most}"
+            )
         if self.train.seq_len > self.model.max_seq_len:
             raise ConfigError(
                 f"train.seq_len must not exceed model.max_seq_len = {self.model.max_seq_len}, "

@@ -24,6 +24,7 @@ from sigma_train.dataset import PreparedData, prepare
 from sigma_train.errors import WrongInput
 from sigma_train.evaluate import evaluate
 from sigma_train.events import FILE, Was
+from sigma_train.expert_counts import ExpertCounts, same_past
 from sigma_train.files import write_text
 from sigma_train.generate import generate
 from sigma_train.guard import Diverged, Guard
@@ -74,10 +75,12 @@ class Trainer:
         self.data: PreparedData = prepare(config)
         self.guard = Guard(config.guard)
         self.placing = Placing(config.train)
+        experts = ExpertCounts(config)
         self.model = LanguageModel(config)
         if latest:
             self._resume(latest)
-        flops = flops_per_token(self.model, config)  # here: of the whole model
+        top_k = experts.mean(self.step, config.train.steps) if self.model.moe_layers() else ()
+        flops = flops_per_token(self.model, config, top_k)  # here: of the whole model
         self.mesh = mesh_of(config, ranks.size) if ranks.size > 1 else None
         if self.mesh is not None:
             late("parallel").spread(self.model, self.mesh)
@@ -102,6 +105,8 @@ class Trainer:
         extra = record["extra"]
         # A setting that is younger than the checkpoint had its default.
         then, now = shaping_settings(Config()) | extra["settings"], self._settings()
+        if same_past(then, now, record["step"]):  # what comes may be another schedule
+            then |= {key: now[key] for key in ("sparsity.phases", "model.top_k")}
         if changed := [key for key in now | then if now.get(key) != then.get(key)]:
             differences = ", ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed)
             raise ConfigError(
@@ -256,7 +261,7 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         with self.layers.watching(self.step + 1):
             loss, norm, counts = self.one_step.gradients(self.step)
-        row: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": rate}
+        row: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": rate} | self._turned()
         self.noise.turn(step_noise.GUARD)
         if trouble := self.guard.trouble(loss, norm):
             policy, told = trouble
@@ -275,6 +280,14 @@ class Trainer:
         if counts:
             row["load"] = [layer.tolist() for layer in counts]
         return row | self.layers.row(self.step + 1, counts, self.ranks)
+
+    def _turned(self) -> dict[str, Any]:
+        """The experts a token of each layer where the schedule changes them, said and for the metrics."""
+        now = self.one_step.experts.of_step(self.step)
+        if not self.step or now == self.one_step.experts.of_step(self.step - 1):
+            return {}
+        self.line.say(f"step {self.step + 1:5d}  experts a token, layer by layer: {', '.join(map(str, now))}")
+        return {"top_k": list(now)}
 
     def _meet(self, policy: str, told: str) -> dict[str, Any] | None:
         """Leave the step out, as the policy says; the gradients, which are not fit, are dropped."""

@@ -4,6 +4,8 @@ Pre-norm blocks of grouped-query attention with normalised queries and keys, and
 dense SwiGLU MLP where num_experts is 1.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,6 +112,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         c = config.model
+        self._normalizes = config.router.normalize
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(config, k) for k in c.layer_top_k)
         self.norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
@@ -128,6 +131,11 @@ class LanguageModel(nn.Module):
                 std = c.expert_init_std if ".experts." in name and c.expert_init_std else c.init_std
                 nn.init.normal_(parameter, std=std)
 
+    def set_top_k(self, top_k: Sequence[int]) -> None:
+        """Experts a token from now on, of each layer; the weights of one alone are never divided by their sum."""
+        for moe, k in zip(self.moe_layers(), top_k, strict=True):
+            moe.router.top_k, moe.router.normalize = k, self._normalizes and k > 1
+
     def moe_layers(self) -> list[MoE]:
         return [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]
 
@@ -138,17 +146,18 @@ class LanguageModel(nn.Module):
             x = block(x, self.cos[:S], self.sin[:S])
         return self.lm_head(self.norm(x)).float()
 
-    def active_parameters(self) -> int:
-        """Parameters that one token meets, embeddings counted once."""
+    def active_parameters(self, top_k: Sequence[float] | None = None) -> int:
+        """Parameters that one token meets, embeddings counted once; with so many experts in each layer, or as now."""
         total = sum(p.numel() for p in self.parameters())
-        for moe in self.moe_layers():
+        now = [moe.router.top_k for moe in self.moe_layers()]
+        for moe, k in zip(self.moe_layers(), now if top_k is None else top_k, strict=True):
             E = moe.router.weight.shape[0]
             experts = sum(p.numel() for p in moe.experts.parameters())
-            total -= experts - experts // E * moe.router.top_k
+            total -= experts - round(experts // E * k)
         return total
 
 
-def flops_per_token(model: LanguageModel, config: Config) -> int:
+def flops_per_token(model: LanguageModel, config: Config, top_k: Sequence[float] | None = None) -> int:
     """Of a training step, which computes forward once and backward twice: what its matrix products cannot do without.
 
     6 * active parameters + 12 * layers * heads * head_dim * positions (Chowdhery et al. 2022, appendix B): attention is
@@ -156,4 +165,4 @@ def flops_per_token(model: LanguageModel, config: Config) -> int:
     """
     c = config.model
     attention = 12 * c.num_layers * c.num_heads * c.head_dim * config.train.seq_len
-    return 6 * model.active_parameters() + attention
+    return 6 * model.active_parameters(top_k) + attention

@@ -8,6 +8,7 @@ from sigma_kernels import nn as sk_nn
 from sigma_train import step_noise
 from sigma_train.config import Config
 from sigma_train.dataset import PreparedData
+from sigma_train.expert_counts import ExpertCounts
 from sigma_train.layer_statistics import LayerStatistics
 from sigma_train.mesh import Mesh
 from sigma_train.model import LanguageModel, precision
@@ -34,9 +35,13 @@ class Step:
     ) -> None:
         self.config, self.model, self.data, self.mesh, self.ranks = config, model, data, mesh, ranks
         self.layers, self.noise = layers, noise
+        self.experts = ExpertCounts(config)
 
     def gradients(self, number: int) -> tuple[float, float, list[Tensor]]:
-        """Loss, norm of the gradient, which is cut, and each layer's counts, all over the ranks."""
+        """Loss, norm of the gradient, which is cut, and each layer's counts, all over the ranks.
+
+        The model is left with as many experts a token as the step has where they are not drawn.
+        """
         t, loss_sum, counts = self.config.train, 0.0, []
         for micro in range(t.grad_accum):
             loss = self._cross_entropy(number, micro)
@@ -45,6 +50,7 @@ class Step:
             self.noise.turn(step_noise.BACKWARD)
             loss_of_all.backward()
             loss_sum += loss.item()
+        self._set_top_k(self.experts.of_step(number))
         self.noise.turn(step_noise.GRADIENTS)
         if self.mesh is not None:
             from sigma_train.parallel import average_expert_gradients  # a second of FSDP and DTensor
@@ -82,9 +88,16 @@ class Step:
             if r.balance in ("loss", "global") and r.balance_coef:
                 counts = sk_nn.global_counts(counts) if r.balance == "global" else counts
                 total = total + r.balance_coef * sk_nn.load_balancing_loss(sums, counts)
+            if r.balance == "top1" and r.balance_coef:
+                loss = sk_nn.top1_balancing_loss(moe.last_logits, r.top1_temperature, is_global=True)
+                total = total + r.balance_coef * loss
             if r.z_coef:
                 total = total + r.z_coef * sk_nn.router_z_loss(sums)
         return total
+
+    def _set_top_k(self, top_k: tuple[int, ...]) -> None:
+        if self.model.moe_layers():
+            self.model.set_top_k(top_k)
 
     def _cross_entropy(self, number: int, micro: int) -> Tensor:
         """Of one micro-batch of this rank."""
@@ -98,6 +111,7 @@ class Step:
             self.ranks.rank,
             self.ranks.size,
         )
+        self._set_top_k(self.experts.of_batch(number, micro))
         self.noise.turn(step_noise.FORWARD)
         with precision(self.config):
             logits = self.model(inputs)

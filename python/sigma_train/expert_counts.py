@@ -1,0 +1,59 @@
+"""How many experts a token goes to in each layer, `[sparsity]`: by a schedule over the run, or drawn."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sigma_kernels.nn import ExpertCountSampler, SparsitySchedule
+from sigma_train.config import Config, ConfigError
+
+
+class ExpertCounts:
+    """By step, from 0, and micro-batch; the same on every rank and after a restart.
+
+    Raises: ConfigError for phases that do not follow one another, or numbers to draw from that do not rise.
+    """
+
+    def __init__(self, config: Config) -> None:
+        s, t = config.sparsity, config.train
+        self._of_model = config.model.layer_top_k
+        self._schedule = self._sampler = None
+        try:
+            if s.phases:
+                self._schedule = SparsitySchedule(s.phases, t.steps)
+            if s.sample:
+                self._sampler = ExpertCountSampler(
+                    s.sample, s.granularity, s.distribution, s.temperature, t.seed
+                )
+        except ValueError as error:
+            text = str(error).replace("SparsitySchedule: ", "sparsity.")
+            raise ConfigError(text.replace("ExpertCountSampler: top_k", "sparsity.sample")) from None
+
+    def of_step(self, step: int) -> tuple[int, ...]:
+        """What the run is at: `model.top_k` where nothing is scheduled, and in validation where it is drawn."""
+        return self._of_model if self._schedule is None else self._schedule.top_k(step)
+
+    def of_batch(self, step: int, micro: int) -> tuple[int, ...]:
+        if self._sampler is None:
+            return self.of_step(step)
+        return self._sampler.sample(step, micro, len(self._of_model))
+
+    def mean(self, begin: int, end: int) -> tuple[float, ...]:
+        """Of each layer over steps begin..end - 1, of what is drawn by its law."""
+        if self._sampler is not None:
+            law = zip(self._sampler.top_k, self._sampler.probabilities, strict=True)
+            return (sum(k * p for k, p in law),) * len(self._of_model)
+        steps = [self.of_step(step) for step in range(begin, end)] or [self._of_model]
+        return tuple(sum(layer) / len(steps) for layer in zip(*steps, strict=True))
+
+
+def same_past(then: Mapping[str, Any], now: Mapping[str, Any], step: int) -> bool:
+    """Whether two runs' settings, by `section.key`, have the same schedule in all steps before this one."""
+
+    def past(settings: Mapping[str, Any]) -> list[tuple[int, ...]]:
+        if settings["sparsity.phases"]:
+            schedule = SparsitySchedule(settings["sparsity.phases"], settings["train.steps"])
+            return [schedule.top_k(s) for s in range(step)]
+        top_k = settings["model.top_k"]
+        return [tuple(top_k) if isinstance(top_k, list) else (top_k,) * settings["model.num_layers"]] * step
+
+    return past(then) == past(now)
