@@ -282,7 +282,9 @@ def test_a_busy_cpu():
     events = trace.get(0, "event", "busy")
     assert len(events) >= 1
     assert np.all(events.seconds >= 0.05)
-    assert used_s > 0.05 * events.seconds.sum()  # of a CPU that others use as well; one that sleeps has none of it
+    assert (
+        used_s > 0.05 * events.seconds.sum()
+    )  # of a CPU that others use as well; one that sleeps has none of it
     assert os.sched_getaffinity(0) == before
     with pytest.raises(WrongInput, match="--cpu must be one of"):
         Busy(100_000)
