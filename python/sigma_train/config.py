@@ -86,8 +86,8 @@ Point = Whole | Share
 Phases = Annotated[
     tuple[tuple[Point, tuple[Size, ...]] | tuple[Point, tuple[Size, ...], Point], ...],
     Wanted(
-        "a list of [begin, top_k of each layer] or [begin, top_k of each layer, end of a ramp], begin and end being steps "
-        "or shares of the run, as 0.9"
+        "a list of [begin, top_k of each layer] or [begin, top_k of each layer, end of a ramp], "
+        "begin and end being steps or shares of the run, as 0.9"
     ),
 ]
 Sizes = Annotated[tuple[Size, ...], Wanted(f"a list of {_wanted_of(Size)}")]
