@@ -22,7 +22,7 @@ from support import SIGMA
 pytestmark = [pytest.mark.live, pytest.mark.timeout(400)]
 
 RANKS, DISTURBED = 4, 2
-TURNS, TURN_S = 4, 8  # disturbed, and as long undisturbed before each
+TURNS, TURN_S = 8, 4  # disturbed, and as long undisturbed before each
 STOP = ("--length", "30ms", "--period", "300ms")
 
 
