@@ -9,7 +9,7 @@ from sigma_cli.commands import app
 from sigma_noise import screen
 from sigma_noise.analysis import Options, analyze
 from sigma_noise.as_json import as_json
-from sigma_noise.many_ranks import over_budget, projections, without
+from sigma_noise.many_ranks import over_budget, projections, replayed, without
 from sigma_noise.trace import Series, Trace, rank_file
 from sigma_noise.windows import chosen, exchanges_of, is_fixed_time, windows_of
 from typer.testing import CliRunner
@@ -191,7 +191,7 @@ def test_models_project_the_same_windows():
     """Defends: a replay of the kernel's quanta beside models of the time before collectives."""
     trace = exchange(3, {})
     one = {
-        "kernel": None, "ranks": (1, 3), "window_s": 1.0, "per_step": 2, "is_cosched": False, "seed": 0,
+        "kernel": None, "ranks": (1, 3), "window_s": None, "per_step": 2, "is_cosched": False, "seed": 0,
         "models": ("ecdf", "replay"),
     }  # fmt: skip
     ecdf, replay = projections(trace, **one)
@@ -316,3 +316,41 @@ def test_what_a_cause_costs_many_ranks(tmp_path, told_by):
         ValueError, match=f"--without must be a cause that was seen, of {cause}, found 'steal'"
     ):
         without(trace_of(rows, kernels=["spin"]), "steal", **of)
+
+
+def test_windows_between_collectives_are_what_they_are(tmp_path):
+    """Defends: an option that changes nothing; an IndexError where a rank's local quanta are cut."""
+    trace = exchange(3, {})
+    write(trace, tmp_path / "run")
+    assert "--window is of quanta" in str(invoke("project", tmp_path / "run", "--window", "1s").exception)
+    local = trace.get(3, "quantum", "a2a_local")
+    cut = Series(local.start_ns[:50], local.end_ns[:50], local.value[:50])
+    waits = {(r, "counter", "run_delay_ns"): Series(*[np.arange(BEGIN, BEGIN + 10**9, 10**8)] * 2, np.arange(10) * 1e8)
+             for r in (0, 3, 7)}  # fmt: skip
+    short = replace(trace, rows={**trace.rows, (3, "quantum", "a2a_local"): cut, **waits})
+    with pytest.raises(ValueError, match="rank 3 has 50 quanta of a2a_local, fewer than its windows hold"):
+        without(
+            short,
+            "run-queue wait",
+            kernel=None,
+            ranks=(8,),
+            window_s=None,
+            per_step=1,
+            models=("ecdf",),
+            seed=0,
+        )
+
+
+def test_a_replay_is_of_local_time():
+    """Defends: time within collectives that counts as work without noise."""
+    found = []
+    for transfer_ns in (MS // 10, 8 * MS):
+        rows = {}
+        for rank in range(2):
+            local = np.rint(2 * noisy(rank, 2000, tail=0.02)).astype(np.int64)
+            end = BEGIN + np.cumsum(local + transfer_ns) - transfer_ns
+            rows[rank, "quantum", "spin"] = Series(end - local, end, np.ones(2000))
+        windows = windows_of(trace_of(rows), "spin", None, 2e-3)
+        found.append(replayed(trace_of(rows), windows, 1, (8,), False, 0))
+    assert found[0].slowdown[0] > 1.2
+    assert found[1].slowdown[0] == pytest.approx(found[0].slowdown[0], rel=1e-6)

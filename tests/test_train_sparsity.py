@@ -58,7 +58,8 @@ def rows_a_token(trainer: Trainer) -> list[list[float]]:
 def test_k_changes_within_a_run(make_trainer):
     """Defends: a schedule that needs a restart, or is off by a step."""
     trainer = make_trainer("run", SWITCH)
-    assert trainer.model.active_parameters() < trainer.model.active_parameters([4, 2])
+    assert trainer.model.active_parameters() == trainer.model.active_parameters([4, 2])
+    assert trainer.model.active_parameters() > trainer.model.active_parameters([1, 1])
     trainer.run()
     assert rows_a_token(trainer) == [[4, 2]] * 6 + [[1, 1]] * 2
     assert [(row["step"], row["top_k"]) for row in rows(trainer) if "top_k" in row] == [(7, [1, 1])]
@@ -174,3 +175,22 @@ def test_settings_come_back_from_toml():
     config = load_config("smoke", None, ["sparsity.phases=[[0, [4, 2]], [0.5, [1, 1], 0.75]]"])
     assert "phases = [[0, [4, 2]], [0.5, [1, 1], 0.75]]" in config.to_toml()
     assert ExpertCounts(config).of_step(config.train.steps) == (1, 1)
+
+
+def test_a_step_that_is_left_out_turns_all_the_same(make_trainer):
+    """Defends: a switch that is lost with the step it falls on; draws that stay after a step was looked into."""
+    trainer = make_trainer("run", SWITCH)
+    trainer.guard.passed_over.add(6)
+    trainer.run()
+    told = [row for row in read_metrics(trainer.out / "metrics.jsonl") if "top_k" in row]
+    assert [(row["step"], row["top_k"], row["guard"]) for row in told] == [(7, [1, 1], "left out")]
+    drawn = make_trainer("drawn", "sparsity.sample=[1, 4]", "model.top_k=2")
+    loss, norm, _ = drawn.one_step.gradients(0)
+    drawn.one_step.origin(0, loss, norm)
+    assert [moe.router.top_k for moe in drawn.model.moe_layers()] == [2, 2]
+
+
+def test_a_run_that_goes_on_begins_at_its_k(make_trainer):
+    make_trainer("run", "sparsity.phases=[[0, [4, 2]], [100, [1, 1]]]").run()
+    again = make_trainer("run", "sparsity.phases=[[0, [4, 2]], [100, [1, 1]]]", resume=True)
+    assert [moe.router.top_k for moe in again.model.moe_layers()] == [4, 2]

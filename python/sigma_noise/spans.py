@@ -1,5 +1,6 @@
 """Sets of time intervals: their union, how much of others they cover, and how found ones match true ones."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,16 @@ def without(of: tuple[Stamps, Stamps], other: tuple[Stamps, Stamps]) -> tuple[St
     start, end = edges[:-1], edges[1:]
     is_in = (overlap_s(start, end, of) > 0) & (overlap_s(start, end, other) == 0)
     return union(start[is_in], end[is_in])
+
+
+def common(of: Sequence[tuple[Stamps, Stamps]], at_least: int) -> tuple[Stamps, Stamps]:
+    """What lies in so many of these unions or more."""
+    edges = np.unique(
+        np.concatenate([stamps for union_ in of for stamps in union_] or [np.empty(0, np.int64)])
+    )
+    start, end = edges[:-1], edges[1:]
+    covers = sum((overlap_s(start, end, each) > 0 for each in of), np.zeros(len(start), np.int64))
+    return union(start[covers >= at_least], end[covers >= at_least])
 
 
 def covered(at_ns: Stamps, start_ns: Stamps, end_ns: Stamps) -> NDArray[np.float64]:

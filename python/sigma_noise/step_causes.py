@@ -1,12 +1,7 @@
 """Why a rank of a training was late, and what a step would take without it.
 
-Ranks meet at collectives.  Between two that all of them take part in, segment k, where rank r began to wait at w and
-went on at e,
-
-    own[k, r] = w[k, r] - e[k-1, r] + late[k, r],        late[k, r] = max(0, e[k, r] - median_r e[k, r])
-
-less what it waited for some ranks only: a rank that is stopped while it waits goes on later than others do (seen where
-ranks share a clock).  A step takes sum_k max_r own[k, r], and what the data take, so of a cause that took x[k, r] of it
+A step takes sum_k max_r own[k, r] over its segments (`step_segments`), and what the data take, so of a cause that took
+x[k, r] of it
 
     regained = sum_k max_r own[k, r] - max_r (own[k, r] - x[k, r]) + y[k, r]
 
@@ -25,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sigma_noise import spans
 from sigma_noise.attribution import STOPPED, Attribution, longest_first, summary
 from sigma_noise.step_counters import LATE
+from sigma_noise.step_segments import Floats, Segments, Stamps, median_rank, over_median
 from sigma_noise.steps import WARM_UP, Attempt, attempts_of, where
 from sigma_noise.trace import Series, Trace
 
@@ -37,9 +32,6 @@ COMPUTING = "longer on a CPU"
 COUNTED = {"throttled_ns": "cgroup throttle", "run_delay_ns": "run-queue wait"}
 RESAMPLES = 2000
 LEVEL = 0.9
-
-Floats = NDArray[np.float64]
-Stamps = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -91,11 +83,12 @@ def late(
              between: windows, ns of the rank's clock; steps that do not lie within one are passed over.
     Raises:  ValueError as `step_noise`, if ranks met unequally often, or if no step is left.
     """
-    segments = [_Segments(attempt) for attempt in attempts_of(trace, warm_up) if len(attempt.ranks) > 1]
+    segments = [Segments(attempt) for attempt in attempts_of(trace, warm_up) if len(attempt.ranks) > 1]
     if not segments:
         return None
-    rank = _worst(segments) if rank is None else rank
-    known = (injected or {}).get(rank, {})
+    told = injected or {}
+    rank = _worst(segments, told) if rank is None else rank
+    known = told.get(rank, {})
     parts = [_of_attempt(each, rank, known, between) for each in segments if rank in each.attempt.ranks]
     parts = [part for part in parts if len(part.lost)]
     if not parts:
@@ -113,7 +106,7 @@ def late(
     )
     rest = np.maximum(0.0, lost - sum(credit.values(), np.zeros(len(lost))))
     rng = np.random.default_rng(seed)
-    unread = {name: "not recorded" for part in parts for name in part.unread}
+    unread = {name: why for part in parts for name, why in part.unread.items()}
     return Late(
         rank,
         len(lost),
@@ -123,13 +116,16 @@ def late(
     )
 
 
-def _worst(segments: "list[_Segments]") -> int:
+def _worst(segments: list[Segments], injected: Mapping[int, Mapping[str, Series]]) -> int:
+    """By own time beyond the median rank's, and by what its events made all ranks lose."""
     beyond: dict[int, float] = {}
     for each in segments:
         own = each.by_step(each.own)
-        excess = (own - np.median(own, 1, keepdims=True)).sum(0)
-        for rank, seconds in zip(each.attempt.ranks, excess.tolist(), strict=True):
-            beyond[rank] = beyond.get(rank, 0.0) + seconds
+        for at, rank in enumerate(each.attempt.ranks):
+            events = _events(each, at, injected.get(rank, {})).values()
+            together = sum(float(each.overlap(at, of)[1].sum()) for of in events)
+            excess = float((own[:, at] - median_rank(own)).sum())
+            beyond[rank] = beyond.get(rank, 0.0) + excess + together
     return max(beyond, key=beyond.__getitem__)
 
 
@@ -151,11 +147,11 @@ class _Part:
     whole: Floats
     claimed: Mapping[str, Floats]
     saved: Mapping[str, Floats]
-    unread: tuple[str, ...]
+    unread: Mapping[str, str]
 
 
 def _of_attempt(
-    segments: "_Segments",
+    segments: Segments,
     rank: int,
     injected: Mapping[str, Series],
     between: Sequence[tuple[int, int]] | None,
@@ -166,15 +162,15 @@ def _of_attempt(
     if between is not None:
         begin, end = steps.start_ns[: attempt.n], steps.end_ns[: attempt.n]
         kept = np.any([(begin >= a) & (end <= b) for a, b in between], axis=0)
-    rest = _over_median(segments.by_step(segments.own), at)
-    room = _over_median(segments.own, at)
+    rest = over_median(segments.by_step(segments.own), at)
+    room = over_median(segments.own, at)
     claimed: dict[str, Floats] = {}
     saved: dict[str, Floats] = {}
     together = np.zeros(attempt.n)  # lost by all ranks alike
     known = np.zeros(attempt.n)  # by events, of the rank's own time
     counted, unread = _counted(segments, at)
-    for cause, spans_of in _events(segments, at, injected, counted).items():
-        before, after = segments.overlap(at, *spans_of)
+    for cause, of in _events(segments, at, injected).items():
+        before, after = segments.overlap(at, of)
         mine, of_all = np.minimum(room, before), segments.by_step(after)
         seconds = np.minimum(rest, segments.by_step(mine))
         claimed[cause], saved[cause] = seconds + of_all, segments.saved(at, mine) + of_all
@@ -195,34 +191,40 @@ def _of_attempt(
     )
 
 
-def _events(
-    segments: "_Segments", at: int, injected: Mapping[str, Series], counted: Mapping[str, Floats]
-) -> dict[str, tuple[Stamps, Stamps]]:
+def _events(segments: Segments, at: int, injected: Mapping[str, Series]) -> dict[str, tuple[Stamps, Stamps]]:
     """Begin and end of what is known to the ns, by cause, each time named once.
 
-    A late wake of the heartbeat is a stop, unless it was runnable for most of it, or is a throttle where the group's
-    counter rose by half of it or more in the same step.
+    A late wake of the heartbeat is a stop, or a throttle where the group's counter rose by half of it or more in the
+    same step.  It is neither if the heart was runnable for half of it, or while half of the other ranks' hearts were
+    late as well: that is the host's, and no rank's fault.
     """
     attempt, rank = segments.attempt, segments.attempt.ranks[at]
-    late = attempt.rows(rank, "event", LATE)
-    late = where(late, late.value * 1e-9 < late.seconds / 2)
-    step = np.searchsorted(
-        attempt.steps[rank].end_ns[: attempt.n], late.start_ns
-    )  # which ends after it began
-    by_step = np.bincount(step, late.seconds, attempt.n + 1)[: attempt.n]
-    throttled = counted.get(COUNTED["throttled_ns"], np.zeros(attempt.n))
-    is_throttle = np.append((by_step > 0) & (throttled >= by_step / 2), False)[step]
-    series = {
-        **injected,
-        "gc": attempt.rows(rank, "event", "gc"),
-        COUNTED["throttled_ns"]: where(late, is_throttle),
-        STOPPED: where(late, ~is_throttle),
-    }
+    late = _late_wakes(attempt, rank)
+    others = [_late_wakes(attempt, r) for r in attempt.ranks if r != rank]
+    if attempt.share_a_clock(tuple(attempt.ranks)):
+        late = spans.without(late, spans.common(others, (len(others) + 1) // 2))
+    ends = attempt.steps[rank].end_ns[: attempt.n]
+    step = np.searchsorted(ends, late[0])  # which ends after it began
+    by_step = np.bincount(step, (late[1] - late[0]) * 1e-9, attempt.n + 1)[: attempt.n]
+    throttled, _ = _rise(attempt, rank, "throttled_ns")
+    rose = np.zeros(attempt.n) if throttled is None else throttled
+    is_throttle = np.append((by_step > 0) & (rose >= by_step / 2), False)[step]
+    known = {cause: spans.union(s.start_ns, s.end_ns) for cause, s in injected.items()}
+    gc = attempt.rows(rank, "event", "gc")
+    known["gc"] = spans.union(gc.start_ns, gc.end_ns)
+    known[COUNTED["throttled_ns"]] = late[0][is_throttle], late[1][is_throttle]
+    known[STOPPED] = late[0][~is_throttle], late[1][~is_throttle]
     found, taken = {}, spans.union(np.empty(0, np.int64), np.empty(0, np.int64))
-    for cause, each in series.items():
-        found[cause] = spans.without(spans.union(each.start_ns, each.end_ns), taken)
+    for cause, of in known.items():
+        found[cause] = spans.without(of, taken)
         taken = spans.union(*(np.concatenate([a, b]) for a, b in zip(taken, found[cause], strict=True)))
     return found
+
+
+def _late_wakes(attempt: Attempt, rank: int) -> tuple[Stamps, Stamps]:
+    late = attempt.rows(rank, "event", LATE)
+    late = where(late, late.value * 1e-9 < late.seconds / 2)
+    return spans.union(late.start_ns, late.end_ns)
 
 
 def _without(counted: Mapping[str, Floats], known: Floats) -> dict[str, Floats]:
@@ -239,110 +241,35 @@ def _without(counted: Mapping[str, Floats], known: Floats) -> dict[str, Floats]:
     return dict(zip(counted, table.T, strict=True))
 
 
-def _over_median(by_rank: Floats, at: int) -> Floats:
-    """[n, R] to [n]: of the rank at `at`, what is beyond the median rank's."""
-    over: Floats = np.maximum(0.0, by_rank[:, at] - np.median(by_rank, 1))
-    return over
-
-
-def _counted(segments: "_Segments", at: int) -> tuple[dict[str, Floats], tuple[str, ...]]:
-    """Seconds a step by which the rank's counters rose beyond the median rank's; and those that some rank has not."""
+def _counted(segments: Segments, at: int) -> tuple[dict[str, Floats], dict[str, str]]:
+    """Seconds a step by which the rank's counters rose beyond the median rank's; and why some cannot be told."""
     attempt = segments.attempt
-    rose, unread = {}, []
+    rose, unread = {}, {}
     for name in (*COUNTED, "on_cpu_ns"):
-        series = [attempt.rows(r, "counter", name) for r in attempt.ranks]
-        if all(len(s) > 1 for s in series):
-            rose[name] = np.stack(
-                [_rise(attempt, r, s) for r, s in zip(attempt.ranks, series, strict=True)], 1
-            )
+        of_ranks, why = zip(*(_rise(attempt, r, name) for r in attempt.ranks), strict=True)
+        if reasons := [f"rank {r}: {w}" for r, w in zip(attempt.ranks, why, strict=True) if w]:
+            unread[name] = reasons[0]
         else:
-            unread.append(name)
+            rose[name] = np.stack(of_ranks, 1)
     found = {cause: rose[name] for name, cause in COUNTED.items() if name in rose}
     if {"run_delay_ns", "on_cpu_ns"} <= rose.keys():
-        waited = np.maximum(
-            rose["run_delay_ns"], rose.get("throttled_ns", 0.0)
-        )  # old kernels count it as waiting
+        throttled = rose.get("throttled_ns", np.zeros(1))
+        waited = np.maximum(rose["run_delay_ns"], throttled)  # old kernels count that as waiting, too
         found[STOPPED] = segments.by_step(segments.own) - rose["on_cpu_ns"] - waited
         found[COMPUTING] = rose["on_cpu_ns"]
-    return {cause: _over_median(seconds, at) for cause, seconds in found.items()}, tuple(unread)
+    return {cause: over_median(seconds, at) for cause, seconds in found.items()}, unread
 
 
-def _rise(attempt: Attempt, rank: int, counter: Series) -> Floats:
-    """Seconds [n] in each step of a counter in ns, which is read where steps begin and end."""
-    steps, origin = attempt.steps[rank], int(counter.start_ns[0])
+def _rise(attempt: Attempt, rank: int, name: str) -> tuple[Floats | None, str]:
+    """Seconds [n] in each step of a counter in ns, which is read where steps begin and end; or None, and why."""
+    counter, steps = attempt.rows(rank, "counter", name), attempt.steps[rank]
+    if not len(counter):
+        return None, "not recorded"
+    if counter.start_ns[0] > steps.start_ns[0] or counter.start_ns[-1] < steps.end_ns[attempt.n - 1]:
+        return None, "not read in all steps"
+    origin = int(counter.start_ns[0])
     begin, end = (
         np.interp(at[: attempt.n] - origin, counter.start_ns - origin, counter.value)
         for at in (steps.start_ns, steps.end_ns)
     )
-    return (end - begin) * 1e-9
-
-
-class _Segments:
-    """K parts of steps between collectives of all ranks, and what follows the last: own time of each rank [K, R]."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        self.attempt = attempt
-        met = [_met(attempt, r) for r in attempt.ranks]
-        if not all(np.array_equal(step, met[0][0]) for step, _, _ in met):
-            raise ValueError("late: ranks must have met as often in each step")
-        met_in = met[0][0]
-        left = np.stack([end for _, _, end in met], 1)  # [collectives, R]
-        late = np.zeros(left.shape)
-        arrived = np.full(len(left), np.iinfo(np.int64).max)  # the last of all, where their clock tells
-        if len(left) and attempt.share_a_clock(tuple(attempt.ranks)):
-            late = np.maximum(0.0, (left - np.median(left, 1, keepdims=True)) * 1e-9)
-            arrived = np.stack([came for _, came, _ in met], 1).max(1)
-        # A step is its collectives and its end.
-        self.step = np.concatenate([met_in, np.arange(attempt.n)])
-        order = np.argsort(self.step, kind="stable")
-        self.step = self.step[order]
-        own, self.spans, self._late = [], [], []
-        self._arrived = np.concatenate([arrived, np.full(attempt.n, np.iinfo(np.int64).max)])[order]
-        for i, r in enumerate(attempt.ranks):
-            steps, blocked = attempt.steps[r], attempt.blocked[r]
-            end = np.concatenate([left[:, i], steps.end_ns[: attempt.n]])[order]
-            begin = np.concatenate([[0], end[:-1]])
-            is_first = np.concatenate([[True], self.step[1:] != self.step[:-1]])
-            begin[is_first] = steps.start_ns[: attempt.n]
-            waited = spans.overlap_s(begin, end, spans.union(blocked.start_ns, blocked.end_ns))
-            too_late = np.concatenate([late[:, i], np.zeros(attempt.n)])[order]
-            too_late = np.minimum(too_late, waited)
-            own.append((end - begin) * 1e-9 - waited + too_late)
-            self._late.append(too_late)
-            self.spans.append((begin, end))
-        self.own = np.stack(own, 1)
-
-    def by_step(self, seconds: Floats) -> Floats:
-        """[K] or [K, R] to [n] or [n, R]."""
-        found = np.zeros((self.attempt.n, *seconds.shape[1:]))
-        np.add.at(found, self.step, seconds)
-        return found
-
-    def overlap(self, at: int, start: Stamps, end: Stamps) -> tuple[Floats, Floats]:
-        """Seconds [K] of a union of time in each segment of a rank: in its own part, and while all go on late."""
-        begins, ends = self.spans[at]
-        came = np.clip(self._arrived, begins, ends)
-        before = spans.overlap_s(begins, came, (start, end))
-        after = spans.overlap_s(came, ends, (start, end))
-        alone = np.minimum(after, self._late[at])
-        return before + alone, after - alone
-
-    def saved(self, at: int, taken: Floats) -> Floats:
-        """[n]: by how much steps would be shorter without what was taken of a rank's segments [K]."""
-        others = np.delete(self.own, at, axis=1).max(1)
-        mine = self.own[:, at]
-        return self.by_step(np.maximum(mine, others) - np.maximum(mine - taken, others))
-
-
-def _met(attempt: Attempt, rank: int) -> tuple[Stamps, Stamps, Stamps]:
-    """Collectives of all ranks, by time: in which step, and when this rank came and went on, ns."""
-    steps, comes, ends = ([np.empty(0, np.int64)] for _ in range(3))
-    for name, peers in attempt.peers():
-        if set(peers) == set(attempt.ranks):
-            series = attempt.rows(rank, "quantum", name)
-            step = attempt.step_of(rank, series)
-            steps.append(step[step >= 0])
-            comes.append(series.start_ns[step >= 0])
-            ends.append(series.end_ns[step >= 0])
-    order = np.argsort(np.concatenate(ends), kind="stable")
-    return np.concatenate(steps)[order], np.concatenate(comes)[order], np.concatenate(ends)[order]
+    return (end - begin) * 1e-9, ""

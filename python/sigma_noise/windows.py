@@ -46,7 +46,11 @@ class Windows:
     width: int = 1
 
     def sums(self, rank: int, of_quanta: Floats) -> Floats:
-        """[n] of each window, of values of all quanta of a rank."""
+        """[n] of each window, of values of all quanta of a rank.  Raises: ValueError if they are too few."""
+        if len(self.first[rank]) and self.first[rank][-1] + self.width > len(of_quanta):
+            raise ValueError(
+                f"rank {rank} has {len(of_quanta)} quanta of {self.kernel}, fewer than its windows hold"
+            )
         so_far = np.concatenate([[0.0], np.cumsum(of_quanta)])
         found: Floats = so_far[self.first[rank] + self.width] - so_far[self.first[rank]]
         return found
@@ -155,6 +159,10 @@ def windows_of(
     """
     if window_s is not None and not 0 < window_s < float("inf"):
         raise ValueError(f"window must be more than 0 s, found {window_s:g}")
+    if exchanges is not None and window_s is not None:
+        raise ValueError(
+            "window is of quanta; between collectives there is what there is (--kernel names quanta)"
+        )
     if exchanges is not None:
         rows = dict(zip(exchanges.ranks, exchanges.parts.local_s, strict=True))
         kernel, what, width = LOCAL, f"local time before {COLLECTIVE}", 1

@@ -6,6 +6,8 @@ from typing import Any
 from sigma_kernels.nn import ExpertCountSampler, SparsitySchedule
 from sigma_train.config import Config, ConfigError
 
+MOST_STEPS = 10_000  # that a mean is of
+
 
 class ExpertCounts:
     """By step, from 0, and micro-batch; the same on every rank and after a restart.
@@ -38,11 +40,13 @@ class ExpertCounts:
         return self._sampler.sample(step, micro, len(self._of_model))
 
     def mean(self, begin: int, end: int) -> tuple[float, ...]:
-        """Of each layer over steps begin..end - 1, of what is drawn by its law."""
+        """Of each layer over steps begin..end - 1, of what is drawn by its law; of a long run by a step in so many."""
         if self._sampler is not None:
             law = zip(self._sampler.top_k, self._sampler.probabilities, strict=True)
             return (sum(k * p for k, p in law),) * len(self._of_model)
-        steps = [self.of_step(step) for step in range(begin, end)] or [self._of_model]
+        if self._schedule is None or begin >= end:
+            return self.of_step(begin)
+        steps = [self.of_step(step) for step in range(begin, end, 1 + (end - begin) // MOST_STEPS)]
         return tuple(sum(layer) / len(steps) for layer in zip(*steps, strict=True))
 
 
@@ -56,4 +60,5 @@ def same_past(then: Mapping[str, Any], now: Mapping[str, Any], step: int) -> boo
         top_k = settings["model.top_k"]
         return [tuple(top_k) if isinstance(top_k, list) else (top_k,) * settings["model.num_layers"]] * step
 
-    return past(then) == past(now)
+    keys = ("sparsity.phases", "model.top_k", "train.steps", "model.num_layers")
+    return all(then[key] == now[key] for key in keys) or past(then) == past(now)

@@ -93,6 +93,9 @@ class Trainer:
         self.ledger.begin(began, ranks.size, self.step, machine(config), tokens, flops)
         self.layers = LayerStatistics(self.model, config.guard.stats_every)
         self.one_step = Step(config, self.model, self.data, self.mesh, ranks, self.layers, self.noise)
+        self.one_step.turn_to(
+            max(0, self.step - 1)
+        )  # what was done last, for a run that has nothing left to do
         if ranks.is_first:
             write_text(self.out / "config.toml", config.to_toml())
             self.data.tokenizer.save(self.out / "tokenizer.json")
@@ -255,13 +258,14 @@ class Trainer:
 
     def _train_step(self) -> dict[str, Any] | None:
         """One step, or what is done in its place; its row of the metrics, None where the run has gone back."""
+        turned = self._turned()
         if self.step in self.guard.passed_over:
-            return {"guard": "left out"}
+            return {"guard": "left out"} | turned
         rate = learning_rate(self.step, self.config) * self.guard.rate_scale
         set_learning_rate(self.optimizer, rate)
         with self.layers.watching(self.step + 1):
             loss, norm, counts = self.one_step.gradients(self.step)
-        row: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": rate} | self._turned()
+        row: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": rate} | turned
         self.noise.turn(step_noise.GUARD)
         if trouble := self.guard.trouble(loss, norm):
             policy, told = trouble
@@ -283,6 +287,7 @@ class Trainer:
 
     def _turned(self) -> dict[str, Any]:
         """The experts a token of each layer where the schedule changes them, said and for the metrics."""
+        self.one_step.turn_to(self.step)
         now = self.one_step.experts.of_step(self.step)
         if not self.step or now == self.one_step.experts.of_step(self.step - 1):
             return {}

@@ -50,7 +50,7 @@ class Step:
             self.noise.turn(step_noise.BACKWARD)
             loss_of_all.backward()
             loss_sum += loss.item()
-        self._set_top_k(self.experts.of_step(number))
+        self.turn_to(number)
         self.noise.turn(step_noise.GRADIENTS)
         if self.mesh is not None:
             from sigma_train.parallel import average_expert_gradients  # a second of FSDP and DTensor
@@ -61,6 +61,10 @@ class Step:
         (loss_sum,) = self.ranks.summed(loss_sum)
         layers = [sk_nn.global_counts(sum(layer)) for layer in zip(*counts, strict=True)]
         return loss_sum / self.ranks.size / t.grad_accum, norm, layers
+
+    def turn_to(self, number: int) -> None:
+        """Have the model at the experts a token of this step."""
+        self._set_top_k(self.experts.of_step(number))
 
     def learn(self, optimizer: Optimizer, counts: list[Tensor]) -> None:
         """Move the weights by the gradients, which are then gone, and the routers' biases by the counts."""
@@ -77,7 +81,10 @@ class Step:
             lambda micro=micro: self._cross_entropy(number, micro) + self.balance_loss()
             for micro in range(self.config.train.grad_accum)
         ]
-        return origin(self.model, again, loss, norm, self.ranks)
+        try:
+            return origin(self.model, again, loss, norm, self.ranks)
+        finally:
+            self.turn_to(number)
 
     def balance_loss(self) -> Tensor | float:
         """What the routers add, of the model's last call."""

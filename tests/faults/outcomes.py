@@ -35,7 +35,7 @@ def write_page(path: Path, outcomes: list[Outcome], what: str) -> None:
     lines = [
         "# Fault campaign",
         "",
-        f"    pytest -m faults --kills 20 --page {path}",
+        f"    pytest tests -m faults --kills 20 --page {path}",
         "",
         what,
         "",

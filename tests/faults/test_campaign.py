@@ -1,6 +1,6 @@
 """The fault campaign: one training on two ranks for each kind of fault, hurt at random moments while it works.
 
-    pytest -m faults --kills 20 --page docs/results/faults.md
+    pytest tests -m faults --kills 20 --page docs/results/faults.md
 
 Every run must end with the losses of the one that nobody disturbed, bit for bit, from its last good step on.
 """
