@@ -38,7 +38,7 @@ def test_a_draw_depends_on_its_place_alone():
     assert {place: again.sample(*place, 8) for place in places} == want
     assert all(again.sample(*place, 3) == want[place][:3] for place in places)
     assert len(set(want.values())) == len(places)
-    other = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    other = subprocess.run([sys.executable, "-P", "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert tuple(map(int, other.stdout.split())) == want[3, 1]
     assert ExpertCountSampler([1, 2, 3, 4, 5, 6], seed=8).sample(3, 1, 8) != want[3, 1]
 

@@ -198,7 +198,7 @@ def test_the_heartbeat_sees_a_stop_of_the_process():
         "os.kill(p, signal.SIGSTOP); time.sleep(0.08); os.kill(p, signal.SIGCONT)"
     )
     began = now_ns()
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-P", "-c", script], check=True)
     time.sleep(0.02)
     counters.end()
     rows = recorder.taken()
