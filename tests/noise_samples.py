@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 from sigma_noise.formats.rank_detours import facts
-from sigma_noise.trace import Key, Series, Trace
+from sigma_noise.trace import Key, Series, Trace, rank_file
 
 MS = 1_000_000
 
@@ -194,3 +194,11 @@ def same(a: Series, b: Series) -> bool:
     """Bit for bit, but that one NaN is like another."""
     stamps = all(np.array_equal(getattr(a, f), getattr(b, f)) for f in ("start_ns", "end_ns"))
     return stamps and np.array_equal(a.value, b.value, equal_nan=True)
+
+
+def write(trace: Trace, folder: Path) -> None:
+    """A file a rank, as a run leaves them."""
+    folder.mkdir(parents=True)
+    for rank in trace.ranks:
+        rows = {key: s for key, s in trace.rows.items() if key[0] == rank}
+        Trace(trace.run, {rank: trace.ranks[rank]}, rows).write(rank_file(folder, rank))

@@ -7,6 +7,7 @@ from importlib.resources import files
 import jsonschema
 import numpy as np
 import pytest
+from noise_samples import write
 from sigma_cli.commands import app
 from sigma_noise import screen
 from sigma_noise.analysis import analyze
@@ -42,13 +43,6 @@ def measured(ranks: dict[int, Series]) -> Trace:
         "backend": "cpu",
     }
     return Trace(run, about, {(r, "quantum", "spin"): s for r, s in ranks.items()})
-
-
-def write(trace: Trace, folder) -> None:
-    folder.mkdir(parents=True)
-    for rank in trace.ranks:
-        rows = {key: s for key, s in trace.rows.items() if key[0] == rank}
-        Trace(trace.run, {rank: trace.ranks[rank]}, rows).write(rank_file(folder, rank))
 
 
 def invoke(*arguments: object):

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from noise_samples import write
 from sigma_cli.commands import app
 from sigma_noise import screen
 from sigma_noise.analysis import Options, analyze
 from sigma_noise.as_json import as_json
 from sigma_noise.many_ranks import over_budget, projections, replayed, without
-from sigma_noise.trace import Series, Trace, rank_file
+from sigma_noise.trace import Series, Trace
 from sigma_noise.windows import chosen, exchanges_of, is_fixed_time, windows_of
 from typer.testing import CliRunner
 
@@ -54,13 +55,6 @@ def exchange(late: int, ahead_ns: dict[int, int], steps: int = 200) -> Trace:
         to_add = [{"at_ns": 0, "offset_ns": -ahead_ns.get(rank, 0), "residual_ns": 1000}]
         about[rank] = {"clock": {"offsets": to_add}}
     return trace_of(rows, about, kernels=["a2a"])
-
-
-def write(trace: Trace, folder) -> None:
-    folder.mkdir(parents=True)
-    for rank in trace.ranks:
-        rows = {key: s for key, s in trace.rows.items() if key[0] == rank}
-        Trace(trace.run, {rank: trace.ranks[rank]}, rows).write(rank_file(folder, rank))
 
 
 def invoke(*arguments: object):

@@ -245,9 +245,7 @@ def of_fixed_time(trace: Trace, rank: int, kernel: str, options: Options, own: M
     start_s = series.since(int(series.start_ns[0]))
     quantum_s = float(np.median(series.seconds))
     count = series.value
-    bounds = changes.segments(np.maximum(count, 0.5))
-    if detours.floor(count, bounds, 1 - detours.FLOOR).min() <= 0:
-        bounds = np.array([0, len(count)])  # a stretch in which no work was done is no level
+    bounds = changes.segments_of_counts(count)
     noise = detours.fixed_time(start_s, count, quantum_s, bounds, options.tau_s)
     best = detours.floor(count, bounds, 1 - detours.FLOOR)
     lost = quantum_s * np.maximum(0.0, 1 - count / best)

@@ -337,16 +337,22 @@ def summary(
     return Attribution(total, tuple(known), shares[-1], named, unread)
 
 
+def circular_blocks(n: int, resamples: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """[resamples, n] indices, drawn in circular blocks of about n^(1/3) (Politis and Romano 1992)."""
+    block = max(1, round(n ** (1 / 3)))
+    begins = rng.integers(0, n, (resamples, -(-n // block)))
+    drawn: NDArray[np.int64] = (begins[:, :, None] + np.arange(block)) % n
+    return drawn.reshape(resamples, -1)[:, :n]
+
+
 def _bootstrap(table: Bins, lost: Bins, seed: int) -> tuple[Bins, Bins]:
-    """Percentiles of ratios of sums, with bins drawn in circular blocks of about n^(1/3) (Politis and Romano 1992)."""
+    """Percentiles of ratios of sums over bins that were drawn."""
     n = len(lost)
     if n < 10:
         nan = np.full(len(table), np.nan)
         return nan, nan
     rng = np.random.default_rng(seed)
-    block = max(1, round(n ** (1 / 3)))
-    begins = rng.integers(0, n, (RESAMPLES, -(-n // block)))
-    drawn = ((begins[:, :, None] + np.arange(block)) % n).reshape(RESAMPLES, -1)[:, :n]
+    drawn = circular_blocks(n, RESAMPLES, rng)
     of_sample = n * np.arange(RESAMPLES)[:, None]
     weights = np.bincount((drawn + of_sample).ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n)
     of = weights @ lost

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import median_filter
 from scipy.signal import lfilter
 
+from sigma_noise.detours import FLOOR, floor
 from sigma_noise.intervals import NORMAL_MAD, Array, Interval, initial_positive_sum, median_shift, series
 
 SAMPLES_A_BLOCK = 8
@@ -106,6 +107,13 @@ def segments(x: ArrayLike, penalty: float = PENALTY) -> NDArray[np.int64]:
     least = np.finfo(float).eps * np.ptp(y) ** 2  # of two exact levels, which have no variance
     found = _pelt(y, max(penalty * unit, least))
     return _refined(np.log(x), np.array([0, *(width * k for k in found), len(x)]), width)
+
+
+def segments_of_counts(count: ArrayLike) -> NDArray[np.int64]:
+    """The same of work done in quanta of fixed time; one segment where a stretch did none, which is no level."""
+    x = series(count, "count")
+    bounds = segments(np.maximum(x, 0.5))
+    return bounds if floor(x, bounds, 1 - FLOOR).min() > 0 else np.array([0, len(x)])
 
 
 def _pelt(y: Array, penalty: float) -> list[int]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sigma_noise import spans
-from sigma_noise.attribution import STOPPED, Attribution, longest_first, summary
+from sigma_noise.attribution import STOPPED, Attribution, circular_blocks, longest_first, summary
 from sigma_noise.step_counters import LATE
 from sigma_noise.step_segments import Floats, Segments, Stamps, median_rank, over_median
 from sigma_noise.steps import WARM_UP, Attempt, attempts_of, where
@@ -47,7 +47,7 @@ class Regained:
 
 @dataclass(frozen=True)
 class Late:
-    """Of the rank whose own time was the longest beyond the median: what took that, and what each cause cost a step."""
+    """Of the rank that lost most, alone or with all others: what took that, and what each cause cost a step."""
 
     rank: int
     steps: int
@@ -77,7 +77,7 @@ def late(
     warm_up: int = WARM_UP,
     seed: int = 0,
 ) -> Late | None:
-    """Of `rank`, else of the one with most own time beyond the median; None of a single rank, late for nobody.
+    """Of `rank`, else of the one that lost most; None of a single rank, which is late for nobody.
 
     Args:    injected: events that are known, by rank and cause, on its clock.
              between: windows, ns of the rank's clock; steps that do not lie within one are passed over.
@@ -130,11 +130,8 @@ def _worst(segments: list[Segments], injected: Mapping[int, Mapping[str, Series]
 
 
 def regained(seconds: Floats, rng: np.random.Generator) -> Regained:
-    """Mean of seconds [n] by step, with circular blocks of about n^(1/3) steps (Politis and Romano 1992)."""
-    n = len(seconds)
-    block = max(1, round(n ** (1 / 3)))
-    begins = rng.integers(0, n, (RESAMPLES, -(-n // block)))
-    drawn = ((begins[:, :, None] + np.arange(block)) % n).reshape(RESAMPLES, -1)[:, :n]
+    """Mean of seconds [n] by step."""
+    drawn = circular_blocks(len(seconds), RESAMPLES, rng)
     low, high = np.quantile(seconds[drawn].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Regained(float(seconds.mean()), float(low), float(high))
 

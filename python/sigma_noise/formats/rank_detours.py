@@ -88,9 +88,7 @@ def noise_of(quanta: Series, is_fixed_time: bool, tau_s: float | None = None) ->
         seconds = np.maximum(quanta.seconds, 1e-9)
         return detours.fixed_work(start_s, seconds, changes.segments(seconds), tau_s)
     count, quantum_s = quanta.value, float(np.median(quanta.seconds))
-    bounds = changes.segments(np.maximum(count, 0.5))
-    if detours.floor(count, bounds, 1 - detours.FLOOR).min() <= 0:
-        bounds = np.array([0, len(count)])  # a stretch in which no work was done is no level
+    bounds = changes.segments_of_counts(count)
     return detours.fixed_time(start_s, count, quantum_s, bounds, tau_s)
 
 
