@@ -31,7 +31,7 @@ REAL = [  # ranks, settings; layers of one choice and of several, on a rank fewe
             "router.score=sigmoid",
         ],
     ),
-    (8, ["router.balance=global", "train.batch_size=3", "model.top_k=[3,1]"]),  # one expert on each
+    (8, ["train.batch_size=1", "model.top_k=[3,1]"]),  # one expert on each, one sequence
 ]
 
 

@@ -87,8 +87,10 @@ def activations(
     total = T * len(shapes.layers) * (2 * norm + qk_norm + attention + projected)
     for layer in expected(config, shapes, layout, T) if routed is None else routed:
         total += _feed_forward(config, layout, layer, gate_up_width or b)
-    head = norm + H * b + c.vocab_size * F32 + 2 * I64  # of the loss: log-probabilities; tokens and targets
-    return total + T * head + F32  # and the number of targets
+    head = norm + H * b + c.vocab_size * F32  # of the loss: log-probabilities
+    # Tokens and targets; of one sequence both are views of its window, one longer than they are.
+    ids = T + 1 if config.train.batch_size == 1 else 2 * T
+    return total + T * head + ids * I64 + F32  # and the number of targets
 
 
 def _feed_forward(config: Config, layout: Layout, layer: Routed, gate_up_width: int) -> int:
