@@ -226,6 +226,13 @@ def must_fit(model: nn.Module, path: Path) -> None:
         raise CheckpointError(f"{path} does not fit the model of the settings: {misfits[0]}{more}")
 
 
+def holds_moments(path: Path) -> bool:
+    """Whether an optimizer that had made a step was saved."""
+    from sigma_train import sharded
+
+    return any(name.startswith(OPTIMIZER) for name in sharded.described(path))
+
+
 def own_tensors(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Of a state those that are saved: one that two names share under the first."""
     names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
