@@ -26,7 +26,7 @@ from sigma_train.model import LanguageModel, flops_per_token
 
 Plan = tuple[int, ...]
 Batch = tuple[Tensor, Tensor]
-Standing = Literal["trained", "not trained", "extrapolated"]
+Standing = Literal["trained", "between", "beyond"]
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Elastic:
         return (k,) * self.num_layers
 
     def standing(self, plan: Plan) -> Standing:
-        """Whether the run computed at each layer's k, or a k is above all of that layer's, or neither."""
+        """Whether the run computed at each layer's k, or a k is above all of that layer's, extrapolated; or neither."""
         pairs = [*zip(plan, self.seen, strict=True)]
         if all(k in layer for k, layer in pairs):
             return "trained"
-        return "extrapolated" if any(k > max(layer) for k, layer in pairs) else "not trained"
+        return "beyond" if any(k > max(layer) for k, layer in pairs) else "between"
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,9 @@ def check(elastic: Elastic, plan: Plan, option: str) -> None:
         raise WrongInput(
             f"{option} must have one entry for each of {elastic.num_layers} layers, found {len(plan)}"
         )
-    if not all(1 <= k <= E for k in plan):
-        raise WrongInput(f"{option} must lie in 1..{E}, the experts of the model, found {in_words(plan)}")
+    for k in plan:
+        if not 1 <= k <= E:
+            raise WrongInput(f"{option} must lie in 1..{E}, the experts of the model, found {k}")
 
 
 def in_words(plan: Plan) -> str:

@@ -12,19 +12,25 @@ from sigma_train.elastic_allocation import Allocation
 
 def show(elastic: Elastic, measured: list[Measured]) -> None:
     console = Console()
-    title = f"{elastic.checkpoint}, validation split"
-    table = _table(
-        title,
-        ("k", "", "bits per byte", "active", "MFLOP a token", "busiest", "mean deviation", "entropy", "dead"),
-    )
+    columns = ("k", "", "bits/byte", "active, M", "MFLOP", "most", "mean", "entropy", "dead")
+    table = _table(f"{elastic.checkpoint}, validation split", columns)
     for m in measured:
-        table.add_row(_name(m.plan), elastic.standing(m.plan), f"{m.bits_per_byte:.4f}", *_cost(m), *_load(m))
+        load = m.load()
+        table.add_row(
+            _name(m.plan), elastic.standing(m.plan), f"{m.bits_per_byte:.4f}", _active(m), f"{m.flops / 1e6:.2f}",
+            f"{max(load['most']):+.0%}", f"{max(load['mean_deviation']):.0%}", f"{min(load['entropy']):.3f}",
+            str(sum(map(int, load["dead"]))),
+        )  # fmt: skip
     console.print(table)
     _say(console, trained_at(elastic))
     _say(
         console,
-        "busiest: over an even share, in the layer where it is worst; mean deviation and entropy: in the worst layer, "
-        "0 and 1 are even; dead: experts without a token, of all layers",
+        "active: parameters that a token meets; MFLOP: of a token's forward, 2 for each and attention",
+    )
+    _say(
+        console,
+        "load of experts, of the layer where it is worst: most above an even share, mean deviation from it, entropy "
+        "(1: even); dead: without a token, of all layers",
     )
 
 
@@ -32,16 +38,14 @@ def show_search(elastic: Elastic, found: Allocation) -> None:
     """Both paths, the even spread, and what the search has won."""
     console = Console()
     on_front = found.on_the_front()
-    table = _table(
-        f"{elastic.checkpoint}, mean k at most {found.mean_k:g}",
-        ("", "k of each layer", "mean k", "", "searched", "held out", "active", "MFLOP a token", "front"),
-    )
+    columns = ("", "k of each layer", "", "mean k", "searched", "held out", "active, M", "front")
+    table = _table(f"{elastic.checkpoint}, mean k at most {found.mean_k:g}", columns)
     for name, plans in _parts(found):
         for plan in plans:
-            m = found.judged[plan]
+            m, standing = found.judged[plan], elastic.standing(plan)
             table.add_row(
-                name, in_words(plan), f"{statistics.mean(plan):.2f}", elastic.standing(plan),
-                f"{found.searched[plan]:.4f}", f"{m.bits_per_byte:.4f}", *_cost(m), "*" if on_front[plan] else "",
+                name, in_words(plan), "" if standing == "trained" else standing, f"{statistics.mean(plan):.2f}",
+                f"{found.searched[plan]:.4f}", f"{m.bits_per_byte:.4f}", _active(m), "*" if on_front[plan] else "",
             )  # fmt: skip
             name = ""
         table.add_section()
@@ -63,7 +67,7 @@ def trained_at(elastic: Elastic) -> str:
     """What the run was trained at, in a sentence."""
     layers = [", ".join(map(str, sorted(layer))) for layer in elastic.seen]
     told = f"{layers[0]} in each layer" if len(set(layers)) == 1 else "layer by layer: " + "; ".join(layers)
-    return f"trained at k = {told}; a k above the largest of these is extrapolation"
+    return f"trained at k = {told}; beyond the largest of these is extrapolation"
 
 
 def picture(found: Allocation) -> bytes:
@@ -99,7 +103,7 @@ def _parts(found: Allocation) -> list[tuple[str, tuple[Plan, ...]]]:
 def _table(title: str, columns: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number > 1 and column else "left")
+        table.add_column(column, justify="right" if number > 1 and column else "left", overflow="fold")
     return table
 
 
@@ -107,18 +111,8 @@ def _name(plan: Plan) -> str:
     return str(plan[0]) if len(set(plan)) == 1 else in_words(plan)
 
 
-def _cost(m: Measured) -> tuple[str, str]:
-    return f"{m.active_parameters / 1e6:.3f} M", f"{m.flops / 1e6:.2f}"
-
-
-def _load(m: Measured) -> tuple[str, ...]:
-    load = m.load()
-    return (
-        f"{max(load['most']):+.0%}",
-        f"{max(load['mean_deviation']):.0%}",
-        f"{min(load['entropy']):.4f}",
-        str(sum(int(n) for n in load["dead"])),
-    )
+def _active(m: Measured) -> str:
+    return f"{m.active_parameters / 1e6:.3f}"
 
 
 def _say(console: Console, text: str) -> None:
