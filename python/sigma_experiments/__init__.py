@@ -5,4 +5,5 @@ lab.py trains, page.py writes; everything else is the experiment's own.
 
 EXPERIMENTS = {
     "balance": "one expert of many: how uneven plain loss, bias, Top-1 loss and the schedule leave each layer",
+    "matryoshka": "one model for every k: drawn for each step, micro-batch or layer, beside specialists of one k",
 }

@@ -276,10 +276,12 @@ class Config(_Section):
                 f"train.seq_len must not exceed model.max_seq_len = {self.model.max_seq_len}, "
                 f"found {self.train.seq_len}"
             )
-        if self.router.normalize and self.model.num_experts > 1 and 1 in self.model.layer_top_k:
+        is_asked = self.router.normalize and not self.router.normalize_one
+        if is_asked and self.model.num_experts > 1 and 1 in self.model.layer_top_k:
             warnings.warn(
-                "router.normalize = true with model.top_k = 1 makes every routing weight 1, "
-                "so the router gets no gradient from the task loss",
+                "router.normalize = true with model.top_k = 1 would make every routing weight 1, "
+                "so that the router gets no gradient from the task loss: weights there are not divided; "
+                "router.normalize_one = true divides them",
                 ConfigWarning,
                 stacklevel=2,
             )

@@ -38,6 +38,13 @@ class Allocation:
         differences = [(plan, *self.judged[plan].over(chosen)) for plan in dict.fromkeys(self.even)]
         return [(plan, gain, error) for plan, gain, error in differences if plan != self.found.plan]
 
+    def gains_as_json(self) -> list[dict[str, Any]]:
+        """An error that is not known is null."""
+        return [
+            {"over": list(plan), "bits_per_byte": gain, "error": error if math.isfinite(error) else None}
+            for plan, gain, error in self.gains()
+        ]
+
     def figures(self, elastic: Elastic) -> dict[str, Any]:
         """Everything, as JSON has it."""
         on_front = self.on_the_front()
@@ -52,10 +59,7 @@ class Allocation:
         return {
             "mean_k": self.mean_k,
             "found": row(self.found.plan),
-            "gains": [
-                {"over": list(plan), "bits_per_byte": gain, "error": error if math.isfinite(error) else None}
-                for plan, gain, error in self.gains()
-            ],
+            "gains": self.gains_as_json(),
             "tried": self.found.tried,
             "lowered": [row(plan) for plan in self.found.lowered],
             "raised": [row(plan) for plan in self.found.raised],
