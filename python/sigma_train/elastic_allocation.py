@@ -80,7 +80,7 @@ def allocate(elastic: Elastic, batches: Sequence[Batch], mean_k: float, least: i
         return searched[plan]
 
     layers = elastic.num_layers
-    total = math.floor(mean_k * layers + 1e-9)  # 2.3 * 10 is 22.999...
+    total = math.floor(mean_k * layers + 1e-9)  # 2.333333333 * 3 is meant as 7
     found = search(loss, layers, least, most, total)
     uniform = tuple(elastic.uniform(k) for k in range(least, most + 1))
     spread = even(layers, total)
