@@ -40,12 +40,15 @@ SHAPE = {  # of all experiments, unless they say otherwise: a minute on one core
 
 SHORT = {  # over the settings of a run, where only its running is of interest
     "model.vocab_size": 512,
+    "model.hidden_size": 16,
+    "model.head_dim": 8,
+    "model.intermediate_size": 8,
     "data.max_bytes": 400_000,
     "data.val_fraction": 0.1,
     "optim.warmup_steps": 2,
-    "train.steps": 10,
+    "train.steps": 6,
     "train.batch_size": 4,
-    "train.eval_every": 5,
+    "train.eval_every": 3,
     "train.eval_batches": 2,
 }
 
