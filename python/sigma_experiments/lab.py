@@ -123,6 +123,7 @@ class Lab:
         """Settings of all are looked at before one begins.  Raises: ConfigError; Failure as one fails."""
         found = {run: Trained(run, run.config(self.folder)) for run in runs}
         waiting = [trained for trained in found.values() if not _is_finished(trained)]
+        self.folder.mkdir(parents=True, exist_ok=True)
         with _Trainings() as trainings, self._progress(len(found)) as advance:
             for _ in range(len(found) - len(waiting)):
                 advance("kept")
