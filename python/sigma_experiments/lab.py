@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from sigma_train.config import Config, load_config
+from sigma_train.config import Config, ConfigWarning, load_config
 from sigma_train.errors import Failure
 from sigma_train.files import write_text
 from sigma_train.metrics import read_metrics
@@ -40,12 +41,15 @@ SHAPE = {  # of all experiments, unless they say otherwise: a minute on one core
 
 SHORT = {  # over the settings of a run, where only its running is of interest
     "model.vocab_size": 512,
+    "model.hidden_size": 16,
+    "model.head_dim": 8,
+    "model.intermediate_size": 8,
     "data.max_bytes": 400_000,
     "data.val_fraction": 0.1,
     "optim.warmup_steps": 2,
-    "train.steps": 10,
+    "train.steps": 6,
     "train.batch_size": 4,
-    "train.eval_every": 5,
+    "train.eval_every": 3,
     "train.eval_batches": 2,
 }
 
@@ -77,7 +81,9 @@ class Run:
         for name, value in {**SHAPE, **self.settings, **own}.items():
             section, _, key = name.partition(".")
             layers.setdefault(section, {})[key] = value
-        return load_config(None, None, [], layers)
+        with warnings.catch_warnings():  # the training has it in its log
+            warnings.simplefilter("ignore", ConfigWarning)
+            return load_config(None, None, [], layers)
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ class Lab:
         """Settings of all are looked at before one begins.  Raises: ConfigError; Failure as one fails."""
         found = {run: Trained(run, run.config(self.folder)) for run in runs}
         waiting = [trained for trained in found.values() if not _is_finished(trained)]
+        self.folder.mkdir(parents=True, exist_ok=True)
         with _Trainings() as trainings, self._progress(len(found)) as advance:
             for _ in range(len(found) - len(waiting)):
                 advance("kept")
