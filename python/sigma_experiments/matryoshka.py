@@ -18,6 +18,7 @@ from sigma_train.elastic_allocation import Allocation, allocate
 from sigma_train.expert_counts import ExpertCounts
 from sigma_train.model import flops_per_token
 
+from sigma_experiments import sparse
 from sigma_experiments.lab import SHORT, Lab, Run, Trained
 from sigma_experiments.page import Page, spread, table
 
@@ -87,7 +88,7 @@ def run(lab: Lab) -> Page:
 
 
 def train(lab: Lab) -> dict[str, list[Trained]]:
-    short = SHORT if lab.is_short else {}
+    short = SHORT | {"train.grad_accum": 2} if lab.is_short else {}
     bases = [Run("base", BASE_SEED + seed, {**BASE, **short}) for seed in range(lab.seeds)]
     begun = lab.train(bases)
     runs = {
@@ -147,7 +148,6 @@ def text(
     config = layer[0].config
     t = config.train
     per_step = t.batch_size * t.grad_accum * t.seq_len
-    seeds = "one seed" if len(layer) == 1 else f"{len(layer)} seeds"
     losses = [
         [TITLES[name], *(spread(list(bits[name][:, i]), 3) for i in range(len(TRAINED + BEYOND)))]
         for name in ARMS
@@ -169,9 +169,9 @@ def text(
     suite = sum(cost[f"fixed-{k}"] for k in TRAINED) / cost["layer"]
     return f"""
 {LAYERS} layers of {config.model.num_experts} experts, hidden size {config.model.hidden_size}, bytes of Python source,
-{seeds}, mean [lowest, highest]. A base of {t.steps} steps of {per_step:,} tokens at k = 2; then, from its weights and
-moments, {t.steps} steps of each arm on the same text, a step in {t.grad_accum} micro-batches. Weights of the chosen are
-divided by their sum at every k, at 1 too; "weight p" is a specialist of one expert whose weights are never divided, so
+{sparse.seeds_of(layer)}, mean [lowest, highest]. A base of {t.steps} steps of {per_step:,} tokens at k = 2; then,
+from its weights and moments, {t.steps} steps of each arm on the same text, {t.grad_accum} micro-batches a step. Weights
+of the chosen are divided by their sum at every k, at 1 too; "weight p" is a specialist of one expert whose weights are never divided, so
 that its router has a gradient of the task. Every arm is measured at every k on the same validation text; no arm
 was trained beyond k = {max(TRAINED)}, so what stands there is extrapolation. Bits per byte:
 
