@@ -163,17 +163,15 @@ def text(
     ]
     gains = [gain for found in plans for gain in found.gains()]
     found = "; ".join(el.in_words(each.found.plan) for each in plans)
-    saved = [f"{g:+.4f} ± {e:.4f} over {el.in_words(plan)}" for plan, g, e in gains] or [
-        "none: they are the even spread"
-    ]
+    saved = [f"{g:+.4f} ± {e:.4f} over {el.in_words(plan)}" for plan, g, e in gains]
     suite = sum(cost[f"fixed-{k}"] for k in TRAINED) / cost["layer"]
     return f"""
 {LAYERS} layers of {config.model.num_experts} experts, hidden size {config.model.hidden_size}, bytes of Python source,
 {sparse.seeds_of(layer)}, mean [lowest, highest]. A base of {t.steps} steps of {per_step:,} tokens at k = 2; then,
 from its weights and moments, {t.steps} steps of each arm on the same text, {t.grad_accum} micro-batches a step. Weights
-of the chosen are divided by their sum at every k, at 1 too; "weight p" is a specialist of one expert whose weights are never divided, so
-that its router has a gradient of the task. Every arm is measured at every k on the same validation text; no arm
-was trained beyond k = {max(TRAINED)}, so what stands there is extrapolation. Bits per byte:
+of the chosen are divided by their sum at every k, at 1 too; "weight p" is a specialist of one expert whose weights are
+never divided, so that its router has a gradient of the task. Every arm is measured at every k on the same validation
+text; no arm was trained beyond k = {max(TRAINED)}, so what stands there is extrapolation. Bits per byte:
 
 {table(["trained at", *(f"k = {k}" for k in TRAINED), *(f"k = {k}, extrapolated" for k in BEYOND)], losses)}
 
