@@ -190,8 +190,8 @@ def test_the_probe_is_spread_over_the_validation_text(make_trainer):  # noqa: F8
     trainer = make_trainer("run", *SHORT)
     tokens, t = trainer.layers._probe._tokens, trainer.config.train
     windows = trainer.data.val.num_windows(t.seq_len)
-    assert tokens.shape == (2, t.seq_len)
-    for row, window in zip(tokens, (0, windows // 2), strict=True):
+    assert tokens.shape == (8, t.seq_len)
+    for row, window in zip(tokens, (windows * i // 8 for i in range(8)), strict=True):
         want = trainer.data.val.tokens[window * t.seq_len : (window + 1) * t.seq_len]
         assert row.tolist() == want.tolist()
 

@@ -14,18 +14,18 @@ TOKENS = 512  # at most, or one sequence
 
 
 class Probe:
-    """Sequences of the validation split, spread over it, the same on every rank and in every run on this text.
+    """Sequences of the validation split, spread over it, the same on every rank and in every run with this text.
 
     Every rank has all of them: what the experts of all ranks make of them is then the same on each, and no rank has to
     be told.
     """
 
     def __init__(self, config: Config, validation: TokenDataset) -> None:
-        t = config.train
-        windows = validation.num_windows(t.seq_len)
-        count = min(windows, t.batch_size, max(1, TOKENS // t.seq_len))
+        length = config.train.seq_len
+        windows = validation.num_windows(length)
+        count = min(windows, max(1, TOKENS // length))
         self._config = config
-        self._tokens, _ = validation.windows(np.arange(count) * windows // count, t.seq_len)
+        self._tokens, _ = validation.windows(np.arange(count) * windows // count, length)
         self._last: list[Tensor] | None = None
 
     def forget(self) -> None:
