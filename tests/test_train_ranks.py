@@ -68,7 +68,7 @@ def assert_same_run(got: Path, want: Path) -> None:
 
 
 def assert_same_layers(got: Path, want: Path) -> None:
-    """Statistics are of all ranks, to rounding; choices of the probe are compared from the second look of a start on."""
+    """Statistics are of all ranks, to rounding; choices of the probe from the second look of a start on."""
     of_got, of_want = rows(got, "layers"), rows(want, "layers")
     assert of_got.keys() == of_want.keys() != set()
     looks = 0

@@ -165,7 +165,7 @@ def test_changes_are_of_fixed_tokens_since_the_last_look(make_trainer, tmp_path)
     assert all(0 <= share <= 1 for step in range(2, 7) for share in changes[step])
     assert max(changes[2]) > 0
     look = trainer.layers._probe
-    assert look.changes(trainer.model).tolist() == [0, 0], "no weight has moved"
+    assert look.changes(trainer.model, trainer.ranks).tolist() == [0, 0], "no weight has moved"
     inputs = look._tokens
     with torch.no_grad():
         trainer.model(inputs)
@@ -175,7 +175,7 @@ def test_changes_are_of_fixed_tokens_since_the_last_look(make_trainer, tmp_path)
         trainer.model(inputs)
     after = [moe.last_routing.indices for moe in trainer.model.moe_layers()]
     want = [(a != b).double().mean().item() for a, b in zip(after, before, strict=True)]
-    assert look.changes(trainer.model).tolist() == pytest.approx(want)
+    assert look.changes(trainer.model, trainer.ranks).tolist() == pytest.approx(want)
     assert want[0] == 0 < want[1]
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
     again = make_trainer("run", *SHORT, "guard.stats_every=1", "optim.lr=0.05", resume=True)

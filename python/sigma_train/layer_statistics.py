@@ -148,7 +148,7 @@ class LayerStatistics:
             tokens = self._steps * sums["router_tokens"][0].item()
             values |= of_routers(sums, largest["router"], now)
             values |= of_loads(self._counts, tokens, self._text.commonest) | self._of_biases()
-            values["routing_changes"] = self._probe.changes(self.model)
+            values["routing_changes"] = self._probe.changes(self.model, ranks)
         steps, self._counts, self._steps = self._steps, None, 0
         return told | {"layers": {"steps": steps} | {name: as_json(x) for name, x in values.items()}}
 

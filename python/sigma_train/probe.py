@@ -9,6 +9,7 @@ from torch import Tensor
 from sigma_train.config import Config
 from sigma_train.dataset import TokenDataset
 from sigma_train.model import LanguageModel, precision
+from sigma_train.ranks import Ranks
 
 TOKENS = 512  # at most, or one sequence
 
@@ -33,14 +34,18 @@ class Probe:
         self._last = None
 
     @torch.no_grad()
-    def changes(self, model: LanguageModel) -> Tensor:
+    def changes(self, model: LanguageModel, ranks: Ranks) -> Tensor:
         """Of each layer's (token, slot) pairs the share whose expert the token had in no slot at the last look.
 
         NaN at the first look.  Where k has changed, of the smaller k: slots are best first, so that the first of them
-        are what the router would have chosen.  A collective where experts are spread over ranks.
+        are what the router would have chosen.  A collective.
         """
         with precision(self._config):
             model(self._tokens)
+        if ranks.size > 1:
+            from sigma_train.parallel import hold_shards  # a second of FSDP and DTensor
+
+            hold_shards(model)
         now = [moe.last_routing.indices for moe in model.moe_layers()]  # [T, k] each
         last, self._last = self._last, now
         if last is None:
