@@ -38,7 +38,7 @@ def write_report(run: Path, sample: str, noise: "tuple[StepNoise, Late | None] |
     figures = {"Loss": loss_figure(rows), "Throughput": throughput_figure(rows)}
     if any("load" in row for row in rows):
         figures["Expert load"] = load_figure(rows)
-    if routing_view.has_routing(rows):
+    if routing_view.looks(rows):
         figures["Deviation from an even load"] = routing_view.deviations(rows)
         figures["Routing"] = routing_view.maps(rows)
     time = Account(read_events(run / FILE)).totals() if (run / FILE).exists() else None

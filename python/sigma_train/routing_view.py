@@ -13,7 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 Rows = list[dict[str, Any]]
-PERCENT = FuncFormatter(lambda share, _: f"{share:+,.0%}" if share else "0")
+PERCENT = FuncFormatter(lambda share, _: f"{share:,.0%}")
+SIGNED = FuncFormatter(lambda share, _: f"{share:+,.0%}" if share else "0")
+FORMATS = {"load_most": SIGNED, "load_least": SIGNED, "routing_changes": PERCENT}
+TICKS = (-1, -0.5, 0, 0.5, 1, 3, 10, 30, 100, 300, 1000)
 COLUMNS = 4  # of layers side by side
 MAPS = {
     "load_most": "busiest expert, from an even share",
@@ -25,8 +28,9 @@ MAPS = {
 }
 
 
-def has_routing(rows: Rows) -> bool:
-    return any("load_entropy" in row.get("layers", {}) for row in rows)
+def looks(rows: Rows) -> Rows:
+    """The rows that have statistics of routing: none of a dense model, nor of a program that had none."""
+    return [row for row in rows if "load_entropy" in row.get("layers", {})]
 
 
 def maps(rows: Rows) -> Figure:
@@ -41,19 +45,16 @@ def maps(rows: Rows) -> Figure:
     for (name, title), axes in zip(MAPS.items(), grid.flat, strict=True):
         values = np.array([row["layers"][name] for row in seen], dtype=float).T  # [layers, looks]
         axes.set_facecolor("lightgrey")
-        image = axes.pcolormesh(
-            edges, np.arange(layers + 1) - 0.5, np.ma.masked_invalid(values), **colours(name, values)
-        )
+        shown = np.ma.masked_invalid(values)
+        image = axes.pcolormesh(edges, np.arange(layers + 1) - 0.5, shown, **colours(name, values))
         axes.set_title(title, fontsize=10)
-        bar = figure.colorbar(image, ax=axes)
-        if name.startswith(("load_most", "load_least", "routing")):
-            bar.ax.yaxis.set_major_formatter(PERCENT)
-        bar.ax.minorticks_off()
-        mark_switches(axes, rows, "white")
+        ticks = whole_numbers() if name == "experts_dead" else None
+        figure.colorbar(image, ax=axes, ticks=ticks, format=FORMATS.get(name)).minorticks_off()
+        mark_switches(axes, rows, "deepskyblue")
     grid[0, 0].invert_yaxis()
     for axes in grid[:, 0]:
         axes.set_ylabel("layer")
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(whole_numbers())
     for axes in grid[-1]:
         axes.set_xlabel("step")
     return figure
@@ -72,75 +73,65 @@ def colours(name: str, values: np.ndarray) -> dict[str, Any]:
 
 
 def deviations(rows: Rows) -> Figure:
-    """A plot a layer: its busiest and its idlest expert, what chance leaves, and what the commonest token forces.
-
-    Linear up to one even share more or less, logarithmic above.
-    """
+    """A plot a layer, linear up to one even share more or less and logarithmic above."""
     seen = looks(rows)
-    steps = [row["step"] for row in seen]
     layers = len(seen[0]["layers"]["load_most"])
     columns = min(COLUMNS, layers)
     lines = -(-layers // columns)
+    size = (11, 1 + 1.7 * max(lines, 1.5))
     figure, grid = plt.subplots(
-        lines,
-        columns,
-        figsize=(11, 1 + 1.7 * max(lines, 1.5)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
+        lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
-    for layer, axes in enumerate(grid.flat):
-        if layer >= layers:
-            axes.set_visible(False)
-            continue
-        of = {
-            name: [row["layers"][name][layer] for row in seen]
-            for name in seen[0]["layers"]
-            if name.startswith("load_")
-        }
-        axes.axhline(0, color="black", linewidth=0.6)
-        axes.plot(steps, of["load_most"], color="tab:red", linewidth=1.2, label="busiest expert")
-        axes.plot(steps, of["load_least"], color="tab:blue", linewidth=1.2, label="idlest expert")
-        axes.plot(steps, of["load_most_floor"], color="tab:green", linestyle=":", label="busiest by chance")
-        bound = [x if x > 0 else np.nan for x in of["load_most_bound"]]
-        axes.plot(
-            steps, bound, color="tab:orange", linestyle="--", label="commonest token alone: $E\\,\\pi/k-1$"
-        )
-        mark_switches(axes, rows, "grey")
-        axes.set_title(f"layer {layer}", fontsize=9, pad=3)
-        axes.grid(alpha=0.3)
-    scale(
-        grid[0, 0],
-        [x for row in seen for name in ("load_most", "load_most_bound") for x in row["layers"][name]],
-    )
-    below = layers - columns
     for layer, axes in enumerate(grid.flat[:layers]):
-        if layer >= below:
+        draw_layer(axes, seen, layer)
+        mark_switches(axes, rows, "grey")
+        if layer >= layers - columns:  # nothing is below
             axes.set_xlabel("step")
             axes.tick_params(labelbottom=True)
+            axes.xaxis.set_major_locator(whole_numbers())
+    for axes in grid.flat[layers:]:
+        axes.set_visible(False)
+    names = ("load_most", "load_most_bound")
+    scale(grid[0, 0], max(x for row in seen for name in names for x in row["layers"][name]))
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=9, frameon=False)
     return figure
 
 
-def scale(axes: Axes, values: list[float]) -> None:
-    axes.set_yscale("symlog", linthresh=1, linscale=1)
-    axes.set_ylim(-1.1, 1.4 * max(1, *values))
-    axes.yaxis.set_major_formatter(PERCENT)
-    axes.set_yticks(
-        [t for t in (-1, -0.5, 0, 0.5, 1, 3, 10, 30, 100, 300, 1000) if t <= 1.4 * max(1, *values)]
-    )
+def draw_layer(axes: Axes, seen: Rows, layer: int) -> None:
+    """Its busiest and its idlest expert, what chance leaves, and what the commonest token forces where it does."""
+
+    def plot(name: str, label: str, **style: Any) -> None:
+        values = [row["layers"][name][layer] for row in seen]
+        values = [x if x > 0 or not name.endswith("bound") else np.nan for x in values]
+        axes.plot([row["step"] for row in seen], values, label=label, **style)
+
+    axes.axhline(0, color="black", linewidth=0.6)
+    marker = "." if len(seen) == 1 else None
+    plot("load_most", "busiest expert", color="tab:red", linewidth=1.2, marker=marker)
+    plot("load_least", "idlest expert", color="tab:blue", linewidth=1.2, marker=marker)
+    plot("load_most_floor", "busiest by chance", color="tab:green", linestyle=":", marker=marker)
+    forced = r"commonest token alone: $E\,\pi/k-1$"
+    plot("load_most_bound", forced, color="tab:orange", linestyle="--", marker=marker)
+    axes.set_title(f"layer {layer}", fontsize=9, pad=3)
+    axes.grid(alpha=0.3)
+
+
+def scale(axes: Axes, largest: float) -> None:
+    top = 1.4 * max(1, largest)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(-1.1, top)
+    axes.set_yticks([tick for tick in TICKS if tick <= top])
+    axes.yaxis.set_major_formatter(SIGNED)
     axes.minorticks_off()
 
 
-def looks(rows: Rows) -> Rows:
-    return [row for row in rows if "load_entropy" in row.get("layers", {})]
+def whole_numbers() -> MaxNLocator:
+    return MaxNLocator("auto", integer=True, min_n_ticks=1)
 
 
 def mark_switches(axes: Axes, rows: Rows, colour: str) -> None:
-    for n, step in enumerate(row["step"] for row in rows if "top_k" in row):
+    """Between the last step of one k and the first of the next, which has `top_k` in its row."""
+    for n, row in enumerate(row for row in rows if "top_k" in row):
         label = "$k$ changes" if n == 0 else None
-        axes.axvline(
-            step - 1, color=colour, linestyle="-.", linewidth=1, label=label
-        )  # the first so, after step - 1
+        axes.axvline(row["step"] - 1, color=colour, linestyle="-.", linewidth=1, label=label)
