@@ -19,7 +19,7 @@ def most_floor(num_experts: int, tokens: float, top_k: float) -> float:
     """The busiest expert's expected deviation where every choice of k is as likely.
 
     Of E normal deviates the largest is about z = Phi^-1((E - 3/8) / (E + 1/4)) (Blom 1958), and a binomial's skewness s
-    makes z + (z^2 - 1) s / 6 of it (Cornish and Fisher 1938): +58 % at T = 2048, E = 96, k = 1, where normal deviates
+    makes z + (z^2 - 1) s / 6 of it (Cornish and Fisher 1938): +57 % at T = 2048, E = 96, k = 1, where normal deviates
     alone would say +53 %.
     """
     E, q = num_experts, top_k / num_experts
