@@ -12,7 +12,7 @@ from sigma_train import probe, routing_statistics
 from sigma_train.load_limits import cv_floor, most_bound, most_floor
 from sigma_train.metrics import deviations
 from sigma_train.progress import RunLine, in_lines, lowest_and_worst
-from sigma_train.routing_statistics import of_loads, of_routers, sharpness, top1_sums
+from sigma_train.routing_statistics import of_limits, of_loads, of_routers, sharpness, top1_sums
 from test_train_guard import rows
 from test_train_sparsity import make_trainer  # noqa: F401 - a fixture
 
@@ -24,14 +24,14 @@ SHORT = ("train.steps=6", "train.save_every=3", "train.eval_every=100", "train.b
 def test_loads_of_known_counts():
     """Defends: a deviation without its sign, a spread of a sample, an entropy in nats, a dead expert passed over."""
     counts = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0], [8, 8, 0, 0]])
-    got = {name: x.tolist() for name, x in of_loads(counts, 16, 0.375).items()}
+    got = {name: x.tolist() for name, x in (of_loads(counts) | of_limits(counts, 16, 0.375)).items()}
     assert got["load_most"] == [0, 3, 1]
     assert got["load_least"] == [0, -1, -1]
     assert got["load_cv"] == pytest.approx([0, math.sqrt(3), 1])
     assert got["load_entropy"] == pytest.approx([1, 0, 0.5])
     assert got["experts_dead"] == [0, 3, 2]
     assert got["load_most_bound"] == pytest.approx([4 * 0.375 - 1] * 3)
-    twice = of_loads(2 * counts, 16, 0.375)  # two experts a token
+    twice = of_limits(2 * counts, 16, 0.375)  # two experts a token
     assert twice["load_most_bound"].tolist() == pytest.approx([4 * 0.375 / 2 - 1] * 3)
     assert twice["load_cv_floor"].tolist() == pytest.approx([math.sqrt((4 / 2 - 1) / 16)] * 3)
 

@@ -25,7 +25,7 @@ from sigma_train.mesh import copies
 from sigma_train.model import LanguageModel
 from sigma_train.probe import Probe
 from sigma_train.ranks import Ranks
-from sigma_train.routing_statistics import Values, of_loads, of_routers, sharpness, top1_sums
+from sigma_train.routing_statistics import Values, of_limits, of_loads, of_routers, sharpness, top1_sums
 
 OUTPUTS = ("attention", "mlp", "residual")
 
@@ -147,7 +147,8 @@ class LayerStatistics:
         if now is not None and self._counts is not None:
             tokens = self._steps * sums["router_tokens"][0].item()
             values |= of_routers(sums, largest["router"], now)
-            values |= of_loads(self._counts, tokens, self._text.commonest) | self._of_biases()
+            values |= of_loads(self._counts) | of_limits(self._counts, tokens, self._text.commonest)
+            values |= self._of_biases()
             values["routing_changes"] = self._probe.changes(self.model, ranks)
         steps, self._counts, self._steps = self._steps, None, 0
         return told | {"layers": {"steps": steps} | {name: as_json(x) for name, x in values.items()}}

@@ -66,18 +66,24 @@ def of_routers(sums: Values, largest: Tensor, counts: Tensor) -> Values:
     return values
 
 
-def of_loads(counts: Tensor, tokens: float, commonest: float) -> Values:
-    """How even the load is, beside how even it can be; counts [layers, E] of so many tokens."""
-    counts = counts.double()
-    mean, E = counts.mean(1), counts.shape[1]
-    share = counts / mean[:, None]
-    top_k = [rows / tokens for rows in counts.sum(1).tolist()]  # where it has changed, its mean
+def of_loads(counts: Tensor) -> Values:
+    """How far the experts are from an even share, and how many are dead; counts [layers, E]."""
+    counts, E = counts.double(), counts.shape[1]
+    share = counts / counts.mean(1, keepdim=True)
     return {
         "load_most": share.amax(1) - 1,
         "load_least": share.amin(1) - 1,
         "load_cv": share.std(1, correction=0),
         "load_entropy": evenness(share / E),
         "experts_dead": (counts == 0).sum(1),
+    }
+
+
+def of_limits(counts: Tensor, tokens: float, commonest: float) -> Values:
+    """How even the load can be, of so many tokens, of which the commonest is this share; counts [layers, E]."""
+    E = counts.shape[1]
+    top_k = [rows / tokens for rows in counts.sum(1).tolist()]  # where it has changed, its mean
+    return {
         "load_cv_floor": torch.tensor([cv_floor(E, tokens, k) for k in top_k]),
         "load_most_floor": torch.tensor([most_floor(E, tokens, k) for k in top_k]),
         "load_most_bound": torch.tensor([most_bound(E, k, commonest) for k in top_k]),
