@@ -150,13 +150,18 @@ def test_a_rank_with_a_tail_is_named_which_medians_do_not_see(ranks, runs):
 
 
 def test_one_tail_of_2048():
+    """In 95 of 100 it is named; of the rest most have no detour in two quarters of their time."""
     rng = generator(4100)
-    x = detours(rng, steps(rng, 2048, 1000), 1234)
-    flags = flag(x, 0.01, SPREAD, 10)
-    assert np.flatnonzero(flags.has_tail).tolist() == [1234]
-    assert not flags.is_slow.any()
-    assert Losses(x).what_if().argmax() == 1234
-    assert of_medians(x)[1234] > 0.98
+    runs, named = 10, 0
+    for _ in range(runs):
+        x = detours(rng, steps(rng, 2048, 1000), 1234)
+        flags = flag(x, 0.01, SPREAD, 10)
+        named += np.flatnonzero(flags.has_tail | flags.is_slow).tolist() == [1234] and bool(
+            flags.has_tail[1234]
+        )
+        assert Losses(x).what_if().argmax() == 1234
+        assert of_medians(x)[1234] > 0.98
+    assert runs - named <= most(runs, 0.05)
 
 
 def test_what_does_not_recur_is_not_flagged():

@@ -10,10 +10,10 @@ then sends nothing.  Where some go on and some are held by it, x is of all that 
 
 What a rank lost is y, and its own time beyond that of the median rank, step by step, less what other ranks have beyond
 it by chance.  Events claim it first, by overlap: injections that are known, garbage collection, late wakes of the
-process' heartbeat, which was stopped then.  Then what the counters of the rank's thread rose by beyond those of the median rank, likewise: time that its group was throttled,
-runnable time without a CPU, time neither on a CPU nor runnable nor waiting (`STOPPED`), and at last time on a CPU,
-which is more work or a slower clock (`COMPUTING`).  Counters do not say when within a step: segments of the longest
-excess are theirs first.
+process' heartbeat, which was stopped then.  Then what the counters of the rank's thread rose by beyond those of the
+median rank, likewise: time that its group was throttled, runnable time without a CPU, time neither on a CPU nor
+runnable nor waiting (`STOPPED`), and at last time on a CPU, which is more work or a slower clock (`COMPUTING`).
+Counters do not say when within a step: segments of the longest excess are theirs first.
 
 What events cost is told a second way, by steps that they touched and steps that they did not (`step_matched`), where
 that can tell; the interval then has both.

@@ -19,7 +19,7 @@ from sigma_noise import spans
 
 Floats = NDArray[np.float64]
 Stamps = NDArray[np.int64]
-NEARBY = 16  # untouched steps to compare with
+NEARBY = 32  # untouched steps to compare with
 LEAST_CHANCE = 0.05  # below it an untouched step stands for more than twenty
 
 
