@@ -200,7 +200,8 @@ def test_same_seed_same_projection():
     first, second, other = (project(windows, [64], model="gpd", seed=s, resamples=50) for s in (1, 1, 2))
     for f in fields(first):
         assert np.array_equal(getattr(first, f.name), getattr(second, f.name)), f.name
-    assert other.low[0] != first.low[0]
+    # An end may be the same: hosts drawn again are of few kinds.
+    assert (other.low[0], other.high[0]) != (first.low[0], first.high[0])
 
 
 def test_flags_and_refusals():

@@ -314,19 +314,25 @@ def test_autocorrelation_time(phi):
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.99, 0.999])
 def test_quantiles_of_drawn_blocks_are_those_of_the_drawn_samples(p):
-    """Defends: weights by block gone astray, the rest after the last whole block, the straight line between levels."""
+    """Defends: weights by block gone astray, the rest after the last whole block, the straight line between levels.
+
+    Ten series; in 400 of them no draw was off by 0.37 of what the quantile's neighbours by 2 % span, at p = 0.999.
+    """
     rng = generator(7100)
-    x = np.exp(correlated(rng, 1037, 0.8))
-    blocks = draw(1037, 4.0, 50, rng)
-    assert (blocks.length, blocks.count) == (12, 86)
-    parts = [x[blocks.of_step == b] for b in range(blocks.count)]
-    want = [
-        np.quantile(np.concatenate([np.tile(part, int(w)) for part, w in zip(parts, row, strict=True)]), p)
-        for row in blocks.weight
-    ]
-    around = np.quantile(x, np.clip([p - 0.02, p + 0.02], 0.0, 1.0))
-    np.testing.assert_allclose(quantiles(x, p, blocks), want, atol=0.35 * (around[1] - around[0]), rtol=0)
-    assert np.corrcoef(quantiles(x, p, blocks), want)[0, 1] > 0.97
+    off, together = [], []
+    for _ in range(10):
+        x = np.exp(correlated(rng, 1037, 0.8))
+        blocks = draw(1037, 4.0, 50, rng)
+        assert (blocks.length, blocks.count) == (12, 86)
+        parts = [x[blocks.of_step == b] for b in range(blocks.count)]
+        drawn = [[np.tile(part, int(w)) for part, w in zip(parts, row, strict=True)] for row in blocks.weight]
+        want = [np.quantile(np.concatenate(samples), p) for samples in drawn]
+        around = np.quantile(x, np.clip([p - 0.02, p + 0.02], 0.0, 1.0))
+        got = quantiles(x, p, blocks)
+        off.append(np.abs(got - want) / (around[1] - around[0]))
+        together.append(np.corrcoef(got, want)[0, 1])
+    assert np.max(off) < 0.45
+    assert np.mean(together) > 0.97
 
 
 @pytest.mark.acceptance
