@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sigma_noise import spans
+from sigma_noise import spans, steps_view
 from sigma_noise.attribution import STOPPED
 from sigma_noise.step_causes import Estimate, Late, Regained, late
 from sigma_noise.step_counters import LATE
@@ -83,12 +83,14 @@ def random_stops(seed: int) -> np.ndarray:
     return np.cumsum(gaps).astype(np.int64)
 
 
-def simulated(seed: int) -> tuple[Late, float]:
-    """What is found, and what a step takes less where nothing is stopped, seconds."""
+def simulated(seed: int, seen_ns: int = 30 * MS) -> tuple[Late, float]:
+    """What is found where the heartbeat sees so much of a stop, and what a step takes less without any, seconds."""
     stops = random_stops(seed)
     ran, undisturbed = Stopped(seed, stops), Stopped(seed, stops[:0])
     ran.stops = stops[stops + ran.length_ns < ran.ended.max()]
-    found = late(recorded(ran), warm_up=0)
+    trace = recorded(ran)
+    beats = Series(ran.stops, ran.stops + seen_ns, np.zeros(len(ran.stops)))
+    found = late(Trace(trace.run, trace.ranks, {**trace.rows, (WORST, "event", LATE): beats}), warm_up=0)
     return found, float(ran.ended.max() - undisturbed.ended.max()) * 1e-9 / STEPS
 
 
@@ -105,7 +107,18 @@ def test_stops_cost_what_the_same_ranks_take_less_without_them(seed):
     assert gain.by_steps.low < truth < gain.by_steps.high
     assert gain.low == min(gain.by_segments.low, gain.by_steps.low)
     assert gain.high == max(gain.by_segments.high, gain.by_steps.high)
-    assert found.sentence.endswith(f"by steps without it {gain.by_steps.seconds * 1e3:.3g}")
+    by_steps = gain.by_steps.seconds * 1e3
+    assert found.sentence.endswith(f"by steps without it {by_steps:.3g}")
+    assert f" to {gain.high * 1e3:.2f}<td>{by_steps:.2f}<tr>" in steps_view._causes(found)
+
+
+def test_what_counters_add_to_an_event_is_in_its_step_already():
+    """Defends: the rest of stops of which the heartbeat saw two thirds, counted once by step and once by counter."""
+    found, truth = simulated(1, seen_ns=20 * MS)
+    gain = found.regained[STOPPED].by_steps
+    assert gain.low < truth < gain.high
+    whole, _ = simulated(1)
+    assert gain.seconds == pytest.approx(whole.regained[STOPPED].by_steps.seconds, rel=0.05)
 
 
 def test_ranks_that_take_turns_at_being_last_have_lost_nothing():

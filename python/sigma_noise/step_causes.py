@@ -149,7 +149,9 @@ def _regained(cause: str, parts: Sequence["_Part"], rng: np.random.Generator) ->
     if not events.any() or any(x is None for x in matches):
         return Regained(by_segments, None)
     counted = _joined([part.counted.get(cause) for part in parts], parts)
-    by_steps = _mean(_joined([part.matched.get(cause) for part in parts], parts) + counted, rng)
+    compared = _joined([part.matched.get(cause) for part in parts], parts)
+    elsewhere = np.where(events > 0, 0.0, counted)  # a step that was touched is compared as a whole
+    by_steps = _mean(compared + elsewhere, rng)
     tells = by_steps.high - by_steps.low < events.mean()
     return Regained(by_segments, by_steps if tells else None)
 
