@@ -139,6 +139,8 @@ def test_compare_ends_with_the_code_of_its_verdict(tmp_path, slow, runs, code, w
     told = json.loads((tmp_path / "c.json").read_text())
     assert told["verdict"] == word
     assert told["exit"] == code
+    assert told["shape"]["wasserstein_log"] == pytest.approx(abs(np.log(slow)), abs=0.01)
+    assert f"{told['shape']['similarity']:.3f} similar" in " ".join(result.output.split())
 
 
 def test_compare_of_a_noisy_base_is_unfit(tmp_path):

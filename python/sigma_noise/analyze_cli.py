@@ -156,9 +156,9 @@ def compare(
     with failures_are(Exit.INTERNAL):
         from sigma_noise.runs import judged, show
 
-        verdict = judged(base, new, kernel, metric, margin or [], calibrate, alpha, seed)
-        show(verdict, json_file)
-    raise typer.Exit(verdict.exit)
+        found = judged(base, new, kernel, metric, margin or [], calibrate, alpha, seed)
+        show(found, json_file)
+    raise typer.Exit(found.comparison.exit)
 
 
 def as_options(text: str) -> str:
