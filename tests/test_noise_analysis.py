@@ -189,6 +189,8 @@ def test_a_record_of_a_training_is_told_by_its_steps(tmp_path):
     result = invoke("analyze", tmp_path / "noise")
     assert result.exit_code == 0, (result.output, result.exception)
     assert "rank 1 computed" in result.output
+    assert invoke("analyze", tmp_path / "noise", "--json", tmp_path / "t.json").exit_code == 0
+    assert json.loads((tmp_path / "t.json").read_text())["noise"]["worst"] == 1
     assert "whose report.html has this" in str(
         invoke("analyze", tmp_path / "noise", "--report", tmp_path).exception
     )

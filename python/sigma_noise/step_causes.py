@@ -239,11 +239,17 @@ def _of_attempt(
         saved[cause] = saved.get(cause, 0.0) + counted[cause]
         rest, room = rest - np.minimum(rest, seconds), room - mine
     told = [cause for cause, seconds in claimed.items() if seconds.any()]
-    of_told = [{c: x[c][kept] for c in told if c in x} for x in (claimed, saved, counted, lasted)]
+
+    def of_kept(by_cause: Mapping[str, Floats]) -> dict[str, Floats]:
+        return {cause: by_cause[cause][kept] for cause in told if cause in by_cause}
+
     return _Part(
         lost[kept],
         steps.seconds[: attempt.n][kept],
-        *of_told,
+        of_kept(claimed),
+        of_kept(saved),
+        of_kept(counted),
+        of_kept(lasted),
         {cause: compared[cause] for cause in told if cause in compared},
         unread,
     )
