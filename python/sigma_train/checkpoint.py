@@ -145,6 +145,20 @@ def latest_checkpoint(folder: Path, ranks: Ranks = Ranks()) -> Path | None:  # n
     return None
 
 
+def named_checkpoint(path: Path, ranks: Ranks = Ranks()) -> Path:  # noqa: B008
+    """A checkpoint, or the newest of a run or of a folder of them; sound; a collective.
+
+    Raises: CheckpointError if there is none or it is damaged.
+    """
+    if (path / RECORD).exists():
+        verify(path, ranks)
+        return path
+    for folder in (path / "checkpoints", path):
+        if (found := latest_checkpoint(folder, ranks)) is not None:
+            return found
+    raise CheckpointError(f"{path} must be a run or a checkpoint, found neither there")
+
+
 def prefixed(state: Mapping[str, T], prefix: str) -> dict[str, T]:
     return {f"{prefix}{name}": x for name, x in state.items()}
 
@@ -210,6 +224,13 @@ def must_fit(model: nn.Module, path: Path) -> None:
     if misfits:
         more = f", and {len(misfits) - 1} more do not fit" if len(misfits) > 1 else ""
         raise CheckpointError(f"{path} does not fit the model of the settings: {misfits[0]}{more}")
+
+
+def holds_moments(path: Path) -> bool:
+    """Whether an optimizer that had made a step was saved."""
+    from sigma_train import sharded
+
+    return any(name.startswith(OPTIMIZER) for name in sharded.described(path))
 
 
 def own_tensors(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -209,6 +209,8 @@ class TrainConfig(_Section):
     time_budget_s: OptionalPositive = None
     out: Folder = "runs/default"
     threads: OptionalThreads = None
+    init_from: OptionalFolder = None  # a run or a checkpoint whose weights this one begins with, at step 0
+    init_optimizer: bool = Field(False, strict=True)  # and with the moments of its optimizer
     expert_ranks: OptionalCount = None  # that share the experts, each such group all of them; none: all ranks
     shard_ranks: OptionalCount = (
         None  # that share the rest of the model, each such group all of it; none: all ranks
@@ -263,6 +265,8 @@ class Config(_Section):
             raise ConfigError(
                 f"sparsity must not exceed model.num_experts = {self.model.num_experts}, found {most}"
             )
+        if self.train.init_optimizer and self.train.init_from is None:
+            raise ConfigError("train.init_optimizer wants train.init_from, found none")
         if self.train.seq_len > self.model.max_seq_len:
             raise ConfigError(
                 f"train.seq_len must not exceed model.max_seq_len = {self.model.max_seq_len}, "

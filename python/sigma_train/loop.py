@@ -18,7 +18,13 @@ from rich.console import Console
 from sigma_kernels import _C
 from sigma_train import selfcheck, step_noise
 from sigma_train.bound import dense_tokens_per_s, machine, product_flops_per_s
-from sigma_train.checkpoint import latest_checkpoint, must_fit, read_record
+from sigma_train.checkpoint import (
+    holds_moments,
+    latest_checkpoint,
+    must_fit,
+    named_checkpoint,
+    read_record,
+)
 from sigma_train.config import Config, ConfigError, shaping_settings
 from sigma_train.dataset import PreparedData, prepare
 from sigma_train.errors import WrongInput
@@ -69,6 +75,7 @@ class Trainer:
             raise ConfigError(
                 f"{self.out} already holds a run; continue it with --resume or name another --out"
             )
+        begins_with = None if latest else self._named(config.train.init_from)
         keep_freed_memory()
         torch.set_num_threads(config.train.threads or torch.get_num_threads())
         torch.manual_seed(config.train.seed)
@@ -79,14 +86,17 @@ class Trainer:
         self.model = LanguageModel(config)
         if latest:
             self._resume(latest)
+        elif begins_with:
+            self._begin_with(begins_with)
         top_k = experts.mean(self.step, config.train.steps) if self.model.moe_layers() else ()
         flops = flops_per_token(self.model, config, top_k)  # here: of the whole model
         self.mesh = mesh_of(config, ranks.size) if ranks.size > 1 else None
         if self.mesh is not None:
             late("parallel").spread(self.model, self.mesh)
         self.optimizer = make_optimizer(self.model, config.optim)
-        if latest:
-            late("parallel").load_state(self.model, self.optimizer, latest, ranks)
+        if stored := latest or begins_with:
+            with_moments = stored == latest or config.train.init_optimizer
+            late("parallel").load_state(self.model, self.optimizer, stored, ranks, with_moments=with_moments)
         t = config.train
         self.saver = late("saver").Saver(self.checkpoints, t.keep, ranks, t.async_save, t.rank_timeout_s)
         tokens = t.grad_accum * t.batch_size * t.seq_len * ranks.size
@@ -125,6 +135,19 @@ class Trainer:
             self.guard.load(extra["guard"])
         self.placing.load(extra.get("load"))
         self.console.print(f"resumed {path} at step {self.step}")
+
+    def _named(self, place: str | None) -> Path | None:
+        return None if place is None else named_checkpoint(Path(place), self.ranks)
+
+    def _begin_with(self, path: Path) -> None:
+        """Look whether a new run can have the weights of a checkpoint, which come when the model is spread."""
+        record = read_record(path)
+        if record["extra"].get("corpus_digest") != self.data.stats["corpus_digest"]:
+            raise ConfigError(f"train.init_from: {path} was trained on another text, with another vocabulary")
+        must_fit(self.model, path)
+        if self.config.train.init_optimizer and not holds_moments(path):
+            raise ConfigError(f"train.init_optimizer: {path} holds no moments of an optimizer")
+        self.console.print(f"begins with the weights of {path}, of step {record['step']}")
 
     def _settings(self) -> dict[str, Any]:
         """What shapes the weights; the sequences of a step are those of all ranks, however many share them."""

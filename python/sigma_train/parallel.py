@@ -22,11 +22,11 @@ from sigma_kernels.collectives import observed, told
 from sigma_kernels.distributed import ExpertParallelMoE
 from sigma_kernels.distributed.moe import local
 from sigma_kernels.nn import MoE
-from sigma_train.checkpoint import MODEL, OPTIMIZER, own_tensors, prefixed, unprefixed
+from sigma_train.checkpoint import MODEL, OPTIMIZER, holds_moments, own_tensors, prefixed, unprefixed
 from sigma_train.mesh import Mesh
 from sigma_train.model import LanguageModel
 from sigma_train.ranks import Ranks
-from sigma_train.sharded import described, load, load_whole, placements
+from sigma_train.sharded import load, load_whole, placements
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -125,14 +125,17 @@ def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return weights | moments
 
 
-def load_state(model: nn.Module, optimizer: Optimizer, path: Path, ranks: Ranks) -> None:
+def load_state(
+    model: nn.Module, optimizer: Optimizer, path: Path, ranks: Ranks, *, with_moments: bool = True
+) -> None:
     """What `state_of` gave, however the model was spread then; the optimizer is a new one.  A collective.
 
     Experts stand where they stood then; in one process, which has them all, in order.
     """
     if ranks.size > 1:
         stand(model, placements(path))
-    weights, has_moments = _weights(model), any(name.startswith(OPTIMIZER) for name in described(path))
+    weights = _weights(model)
+    has_moments = with_moments and holds_moments(path)
     # Asking a new optimizer has it make a step at rate 0, which changes no weight.
     settings: Any = get_optimizer_state_dict(model, optimizer, options=FLAT) if has_moments else {}
     moments = _moments(settings)
