@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 from sigma_noise import cli as noise_cli
 from sigma_train import cli as train_cli
-from sigma_train import ledger_cli, plan_cli
+from sigma_train import grow_cli, ledger_cli, plan_cli
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(train_cli.train)
 app.command()(train_cli.compare)
 app.command()(train_cli.generate)
 app.command()(train_cli.export)
+app.command()(grow_cli.grow)
 app.command()(plan_cli.plan)
 app.command()(ledger_cli.ledger)
 app.add_typer(noise_cli.app, name="noise")

@@ -11,7 +11,7 @@ from torch import Tensor
 from sigma_train.errors import WrongInput
 from sigma_train.growth_layers import LayerGrowthPlan
 from sigma_train.growth_names import Kind, parse
-from sigma_train.growth_pieces import Grown, Growth, Piece, grown_tensors
+from sigma_train.growth_pieces import Grown, Growth, grown_tensors
 
 State = dict[str, Tensor]
 HALVES = {"exp_avg": 1, "exp_avg_sq": 2}  # powers of a gradient that AdamW keeps means of
@@ -90,12 +90,13 @@ def grown_moments(shapes: Mapping[str, torch.Size], growth: Growth) -> dict[str,
 
 def assembled(state: Mapping[str, Tensor], made: Grown) -> Tensor:
     """The tensor, in memory of its own."""
-    pieces = [piece.of(rows(state[piece.source], piece)) for piece in made.pieces]
-    return pieces[0].clone() if pieces[0].shape == made.shape else torch.stack(pieces)
-
-
-def rows(x: Tensor, piece: Piece) -> Tensor:
-    return x if piece.row is None else x[piece.row]
+    first = state[made.pieces[0].source]
+    out = first.new_empty(made.shape)
+    places = [out] if made.pieces[0].row is None else out
+    for place, piece in zip(places, made.pieces, strict=True):
+        x = state[piece.source]
+        place.copy_(piece.of(x if piece.row is None else x[piece.row]))
+    return out
 
 
 def num_layers(names: Mapping[str, object]) -> int:

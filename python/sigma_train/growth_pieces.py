@@ -48,12 +48,10 @@ class Growth:
         if self.balance_bias not in ("copy", "zero"):
             raise WrongInput(f"growth: balance_bias must be 'copy' or 'zero', found {self.balance_bias!r}")
 
-    def experts_of(self, num_experts: int) -> list[tuple[int, bool]]:
-        """Of each grown expert whose copy it is, and whether it is not the former one itself."""
+    def numbers(self, expert: int, num_experts: int) -> list[int]:
+        """Of an expert and its copies, in the grown model."""
         f = self.experts
-        if self.interleave:
-            return [(e, c > 0) for e in range(num_experts) for c in range(f)]
-        return [(e, c > 0) for c in range(f) for e in range(num_experts)]
+        return [expert * f + c if self.interleave else c * num_experts + expert for c in range(f)]
 
 
 @dataclass(frozen=True)
@@ -137,18 +135,21 @@ def _of_experts(
     source: str, name: Name, layer: int | None, E: int, is_zero: bool, growth: Growth
 ) -> dict[int, Piece]:
     """By the number of the grown expert, what it has of one tensor."""
-    f, is_bias = growth.experts, name.kind is Kind.BALANCE_BIAS
+    f, is_bias, is_of_one = growth.experts, name.kind is Kind.BALANCE_BIAS, name.kind is Kind.ONE_EXPERT
+    whose = {
+        number: (of, copy > 0)
+        for of in ([name.expert] if is_of_one else range(E))
+        for copy, number in enumerate(growth.numbers(of, E))
+    }
     made = {}
-    for e, (of, is_copy) in enumerate(growth.experts_of(E)):
-        if name.kind is Kind.ONE_EXPERT and of != name.expert:
-            continue
+    for e, (of, is_copy) in sorted(whose.items()):
         scale = 1 / f if is_bias and growth.score == "softmax" else 1.0
         if is_zero or (is_bias and is_copy and growth.balance_bias == "zero"):
             scale = 0.0
         draws = is_copy and scale == 1 and not is_bias and name.is_weight
         made[e] = Piece(
             source,
-            None if name.kind is Kind.ONE_EXPERT else of,
+            None if is_of_one else of,
             scale,
             growth.noise if draws else 0.0,
             # Of the grown model's numbers: in a second growth by the same seed no copy gets the noise of the first.
