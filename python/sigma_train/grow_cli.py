@@ -134,7 +134,7 @@ def _grow_run(source: Path, growth: "Grow", optimizer: Any, out: Path, norms: bo
     how = growth(base.config.model.num_layers, base.config.router.score)
     ledger = grow_run(base, how, optimizer, out)
     if norms:
-        _show_norms(Reading(base.checkpoint).items(), how.layers)
+        _show_norms(Reading(base.checkpoint).weights(), how.layers)
     return ledger, f"sigma train --config {out / 'config.toml'} --out FOLDER trains it"
 
 

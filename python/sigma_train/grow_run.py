@@ -6,7 +6,7 @@ OUT/config.toml       the run's settings, of the grown model, with train.init_fr
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -76,11 +76,17 @@ class Reading(Mapping[str, Tensor]):
                 return x[placement]
         return x
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._of)
 
     def __len__(self) -> int:
         return len(self._of)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """By the model's names, one after the other."""
+        for name in self._of:
+            if name.startswith(MODEL):
+                yield name.removeprefix(MODEL), self[name]
 
     def dtype(self, name: str) -> torch.dtype:
         return self._of[name].properties.dtype
@@ -118,7 +124,7 @@ def grow_run(base: Base, growth: Growth, optimizer: Literal["reset", "inherit"],
     if optimizer == "inherit":
         made |= _stored(OPTIMIZER, grown_moments(moments, growth))
     config = _beginning_with(grown_config(base.config, growth), out, optimizer == "inherit")
-    ledger = ledger_of(base.checkpoint, base.config).grown(_told(base.checkpoint, growth, optimizer))
+    ledger = ledger_of(base.checkpoint).grown(_told(base.checkpoint, growth, optimizer))
     tokenizer = read_tokenizer(base.run / "tokenizer.json")
     temporary = temporary_name(out)
     with must_be_writable("--out", out.parent):

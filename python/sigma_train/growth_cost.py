@@ -1,4 +1,4 @@
-"""FLOPs that a grown model's weights have cost: sunk before it grew, and extra since."""
+"""FLOPs that a run's weights have cost: sunk in those that it began with, and extra since."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from sigma_train.config import Config
 from sigma_train.expert_counts import ExpertCounts
 from sigma_train.model import LanguageModel, flops_per_token
 
-KEY = "growth"  # of a checkpoint's record, carried from each of a run to the next
+KEY = "sunk"  # of a checkpoint's record, carried from each of a run to the next
 
 
 @dataclass(frozen=True)
@@ -30,29 +30,40 @@ class SunkCostLedger:
     def total_flops(self) -> float:
         return self.sunk_flops + self.extra_flops
 
+    def begun_with(self) -> "SunkCostLedger":
+        """Of a run that begins with these weights: all that was spent is sunk."""
+        return SunkCostLedger(self.total_flops, 0.0, self.history)
+
     def grown(self, how: Mapping[str, Any]) -> "SunkCostLedger":
-        """At a growth: all that was spent is sunk."""
+        """Of the grown weights, with one more entry in the history."""
         entry = {**how, "sunk_flops": self.total_flops}
-        return SunkCostLedger(self.total_flops, 0.0, (*self.history, entry))
+        return replace(self.begun_with(), history=(*self.history, entry))
 
     def record(self) -> dict[str, Any]:
         """As JSON; what is extra follows from tokens."""
-        return {"sunk_flops": self.sunk_flops, "history": list(self.history)}
+        return {"flops": self.sunk_flops, "history": list(self.history)}
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any] | None) -> "SunkCostLedger":
-        """None: of a run that did not begin with a grown model."""
+        """None: of a run that began with nothing."""
         if record is None:
             return cls()
-        return cls(float(record["sunk_flops"]), 0.0, tuple(record["history"]))
+        return cls(float(record["flops"]), 0.0, tuple(record["history"]))
 
 
-def ledger_of(checkpoint: Path, config: Config) -> SunkCostLedger:
-    """Of a run at one of its checkpoints; steps that were lost or left out count as nothing."""
+def ledger_of(checkpoint: Path) -> SunkCostLedger:
+    """Of a run at one of its checkpoints, by its record; steps that were lost or left out count as nothing."""
     record = read_record(checkpoint)
     extra = record["extra"]
-    flops = extra.get("tokens_seen", 0) * mean_flops_per_token(config, record["step"])
-    return replace(SunkCostLedger.of_record(extra.get(KEY)), extra_flops=flops)
+    ledger = SunkCostLedger.of_record(extra.get(KEY))
+    if not extra.get("tokens_seen"):
+        return ledger
+    settings: dict[str, dict[str, Any]] = {}
+    for name, value in extra["settings"].items():
+        section, _, key = name.partition(".")
+        settings.setdefault(section, {})[key] = value
+    flops = mean_flops_per_token(Config.from_dict(settings), record["step"])
+    return replace(ledger, extra_flops=extra["tokens_seen"] * flops)
 
 
 def mean_flops_per_token(config: Config, steps: int) -> float:

@@ -90,7 +90,7 @@ def grown_tensors(shapes: Mapping[str, Shape], growth: Growth) -> dict[str, Grow
     experts = expert_counts(shapes)
     if growth.experts > 1 and (unknown := unknown_experts(shapes)):
         raise WrongInput(f"growth: {unknown[0]} is no tensor of experts whose layout is known")
-    if growth.experts > 1 and not experts:
+    if growth.experts > 1 and all(parse(source).kind is Kind.OTHER for source in shapes):
         raise WrongInput("growth: the model has no experts, so experts must be 1")
     grown: dict[str, Grown] = {}
     for source, shape in shapes.items():
