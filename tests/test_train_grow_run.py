@@ -197,7 +197,8 @@ def test_what_is_no_sound_checkpoint_is_named(cache, tmp_path):
     assert_one_sentence(
         result,
         2,
-        "checkpoint run/checkpoints/step-00000001 is damaged: the sha256 of __0_0.distcp differs, and no other below run/checkpoints is sound; a new run needs another folder",
+        "checkpoint run/checkpoints/step-00000001 is damaged: the sha256 of __0_0.distcp differs, "
+        "and no other below run/checkpoints is sound; a new run needs another folder",
     )
     part.write_bytes(content)
     settings = tmp_path / "run" / "config.toml"
@@ -206,7 +207,8 @@ def test_what_is_no_sound_checkpoint_is_named(cache, tmp_path):
     assert_one_sentence(
         result,
         2,
-        "run/checkpoints/step-00000001 does not fit the model of the settings: layers.2.input_layernorm.weight is missing, and 10 more do not fit",
+        "run/checkpoints/step-00000001 does not fit the model of the settings: "
+        "layers.2.input_layernorm.weight is missing, and 10 more do not fit",
     )
     assert not (tmp_path / "out").exists()
 
@@ -216,14 +218,11 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     for name, layers, width in (("small", 2, 64), ("large", 16, 256)):
         make_run(tmp_path / name, f"model.num_layers={layers}", f"model.hidden_size={width}", "model.top_k=2",
                  "model.intermediate_size=160")  # fmt: skip
-    program = [
-        sys.executable,
-        growth_memory.__file__,
-        "run",
-        *(str(tmp_path / x) for x in ("small", "large", "out")),
-    ]
     (tmp_path / "out").mkdir()
+    places = [str(tmp_path / name) for name in ("small", "large", "out")]
+    program = [sys.executable, growth_memory.__file__, "run", *places]
     result = subprocess.run(program, capture_output=True, text=True, check=True)
+    print(result.stdout)
     grown = sum(path.stat().st_size for path in (tmp_path / "out" / "large").rglob("*.distcp"))
     largest = 16 * 2 * 160 * 256 * 4
     assert grown > 240e6

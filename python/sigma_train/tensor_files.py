@@ -61,23 +61,30 @@ class Stored:
 def stored_tensors(path: Path) -> dict[str, Stored]:
     """All of a file, in the order of their bytes.  Raises: WrongInput if it is damaged."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length <= size - 8 else None
-        header.pop("__metadata__", None)
-        found = {
-            name: Stored(path, x["dtype"], tuple(x["shape"]), *(8 + length + at for at in x["data_offsets"]))
-            for name, x in header.items()
-        }
+        found, size = _described(path), path.stat().st_size
         for name, x in found.items():
-            if x.dtype not in DTYPES or x.end - x.begin != math.prod(x.shape) * DTYPES[x.dtype].itemsize:
+            if x.dtype not in DTYPES or x.end - x.begin != size_of(x.dtype, x.shape):
                 raise ValueError(f"{name} is {x.dtype} {list(x.shape)} in {x.end - x.begin} bytes")
             if not 0 <= x.begin <= x.end <= size:
                 raise ValueError(f"{name} lies beyond its end")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise WrongInput(f"{path} is no sound safetensors file: {error}") from None
     return dict(sorted(found.items(), key=lambda item: item[1].begin))
+
+
+def _described(path: Path) -> dict[str, Stored]:
+    """What the header says, which may be anything."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size - 8:
+            raise ValueError("its header lies beyond its end")
+        header = json.loads(file.read(length))
+    begin = 8 + length
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(path, x["dtype"], tuple(x["shape"]), *(begin + at for at in x["data_offsets"]))
+        for name, x in header.items()
+    }
 
 
 def header_of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
