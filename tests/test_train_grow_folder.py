@@ -363,7 +363,6 @@ def test_memory_is_that_of_a_few_matrices(tmp_path):
     grown = tmp_path / "out" / "large" / "model.safetensors"
     one_expert = 2 * 1024 * 640 * 4  # of gate and up, f32
     assert grown.stat().st_size > 240e6
-    print(result.stdout)
     assert json.loads(result.stdout)["peak_bytes"] < 6 * one_expert < grown.stat().st_size / 7
     tensors = stored_tensors(grown)
     assert tensors["model.layers.3.mlp.experts.down_proj"].shape == (16, 640, 1024)

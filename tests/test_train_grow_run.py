@@ -214,16 +214,15 @@ def test_what_is_no_sound_checkpoint_is_named(cache, tmp_path):
 
 
 def test_memory_is_that_of_a_few_tensors(tmp_path):
-    """Defends: a state, or what was written of it, that is kept whole: 16 layers of 4.3 MB grow to 273 MB."""
-    for name, layers, width in (("small", 2, 64), ("large", 16, 256)):
+    """Defends: a state, or what was written of it, that is kept whole: 12 layers of 4.3 MB grow to 205 MB."""
+    for name, layers, width in (("small", 2, 64), ("large", 12, 256)):
         make_run(tmp_path / name, f"model.num_layers={layers}", f"model.hidden_size={width}", "model.top_k=2",
                  "model.intermediate_size=160")  # fmt: skip
     (tmp_path / "out").mkdir()
     places = [str(tmp_path / name) for name in ("small", "large", "out")]
     program = [sys.executable, growth_memory.__file__, "run", *places]
     result = subprocess.run(program, capture_output=True, text=True, check=True)
-    print(result.stdout)
     grown = sum(path.stat().st_size for path in (tmp_path / "out" / "large").rglob("*.distcp"))
     largest = 16 * 2 * 160 * 256 * 4
-    assert grown > 240e6
-    assert json.loads(result.stdout)["peak_bytes"] < 6 * largest < grown / 7
+    assert grown > 180e6
+    assert json.loads(result.stdout)["peak_bytes"] < 3 * largest < grown / 5
