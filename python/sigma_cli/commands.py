@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from sigma_experiments import cli as experiment_cli
 from sigma_noise import cli as noise_cli
 from sigma_train import cli as train_cli
 from sigma_train import grow_cli, ledger_cli, plan_cli
@@ -15,6 +16,7 @@ app.command()(train_cli.compare)
 app.command()(train_cli.generate)
 app.command()(train_cli.export)
 app.command()(grow_cli.grow)
+app.command()(experiment_cli.experiment)
 app.command()(plan_cli.plan)
 app.command()(ledger_cli.ledger)
 app.add_typer(noise_cli.app, name="noise")

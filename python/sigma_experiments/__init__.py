@@ -1,0 +1,10 @@
+"""`sigma experiment NAME`: published findings tried at the size of a small machine; a module each, `run(lab)`.
+
+lab.py trains, page.py writes; everything else is the experiment's own.
+"""
+
+EXPERIMENTS = {
+    "balance": "one expert of many: how uneven plain loss, bias, Top-1 loss and the schedule leave each layer",
+    "trade-off": "each balance loss at several strengths: validation over the busiest expert",
+    "token-bound": "what the commonest token alone forces on each layer, for several vocabularies",
+}

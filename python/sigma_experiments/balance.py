@@ -1,0 +1,173 @@
+"""The collapse of lower layers under plain loss, and its cures (Sigma-MoE-Tiny, arXiv 2512.16248, figures 2 to 4).
+
+Plain loss E sum_i f_i p_i is least where p is uniform, however uneven f is.  Beside it: the schedule, whose lower
+layers begin with several experts, once switched to one late and once left as it is; the selection bias of Wang et al.
+2024; the Top-1 loss.  All see the same tokens; schedule and staying are one run, bit for bit, until the switch.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from sigma_experiments import sparse
+from sigma_experiments.lab import Lab, Trained
+from sigma_experiments.page import Page, spread, table
+
+EARLY = (8, 6, 4, 2, 1, 1)
+SWITCH = 0.6  # of the steps
+ARMS = {
+    "plain": {},
+    "schedule": {"sparsity.phases": [[0, EARLY], [SWITCH, (1,) * sparse.LAYERS]]},
+    "stay": {"model.top_k": EARLY},
+    "bias": {"router.balance": "bias", "router.bias_rate": 1e-2},
+    "top1": {"router.balance": "top1", "router.top1_temperature": 0.1},
+}
+TITLES = {
+    "plain": "plain loss, k = 1",
+    "schedule": f"plain loss, k = {EARLY}, then 1",
+    "stay": f"plain loss, k = {EARLY} throughout",
+    "bias": "selection bias, rate 0.01",
+    "top1": "Top-1 loss, temperature 0.1",
+}
+
+
+def run(lab: Lab) -> Page:
+    trained = sparse.by_arm(
+        lab.train([r for name, settings in ARMS.items() for r in sparse.arm(name, lab, settings)])
+    )
+    must_be_one_run(trained["schedule"], trained["stay"])
+    commonest = sparse.commonest_share(trained["plain"][0])
+    bound = sparse.token_bound(commonest)
+    return Page(
+        "One expert of 96: balance, layer by layer",
+        text(trained, commonest, bound),
+        {"deviation": deviation_figure(trained, bound), "layers": layers_figure(trained, bound)},
+        data(trained, commonest),
+    )
+
+
+def must_be_one_run(schedule: list[Trained], stay: list[Trained]) -> None:
+    """Or staying and switching are not of one checkpoint."""
+    for one, other in zip(schedule, stay, strict=True):
+        until = switch_step(one)
+        losses = [
+            [row["loss"] for row in each.rows if "loss" in row and row["step"] <= until]
+            for each in (one, other)
+        ]
+        assert losses[0] == losses[1], f"{one.run.name} and {other.run.name} differ before step {until}"
+
+
+def switch_step(trained: Trained) -> int:
+    """The last step before it."""
+    return round(SWITCH * trained.config.train.steps)
+
+
+def text(trained: dict[str, list[Trained]], commonest: float, bound: float) -> str:
+    config = trained["plain"][0].config
+    tokens = config.train.steps * config.train.batch_size * config.train.seq_len
+    rows = []
+    for name, runs in trained.items():
+        most, least = sparse.final(runs, "load_most"), sparse.final(runs, "load_least")
+        dead = sparse.final(runs, "experts_dead")
+        rows.append(
+            [
+                TITLES[name],
+                *(sparse.percent(most[:, layer]) for layer in (0, 1, sparse.LAYERS - 1)),
+                sparse.percent(least[:, 0]),
+                spread(dead.sum(1), 0),
+                spread(sparse.final(runs, "router_entropy_of_mean")[:, 0], 3),
+                spread(sparse.final_bits(runs), 4),
+            ]
+        )
+    columns = [
+        "balance",
+        "busiest expert, layer 0",
+        "layer 1",
+        f"layer {sparse.LAYERS - 1}",
+        "idlest, layer 0",
+        "experts without a token, all layers",
+        "entropy of p over log E, layer 0",
+        "validation, bits per byte",
+    ]
+    return f"""
+{sparse.LAYERS} layers of {sparse.EXPERTS} experts, hidden size {config.model.hidden_size}, {tokens:,} tokens of Python
+source a run in steps of {config.train.batch_size * config.train.seq_len:,}, vocabulary {config.model.vocab_size};
+{sparse.seeds_of(trained["plain"])}, mean [lowest, highest]. Deviations from an even share are those of the last
+{2 * config.guard.stats_every} steps. k = {EARLY} over the layers goes to 1 at {SWITCH:.0%} of the steps; the run that
+switches and the one that stays have, until then, equal losses bit for bit, which is checked: they go on from one state.
+
+{table(columns, rows)}
+
+![Deviation over steps](balance-deviation.png)
+
+Busiest and idlest expert of the lowest, the second and the highest layer; a thin line a seed. Dashed: what the
+commonest token alone forces on a layer in which equal tokens go to equal experts, E pi_max - 1 = {bound:+.0%}
+(pi_max = {commonest:.3f}).
+
+![Deviation by layer](balance-layers.png)
+
+The same at the end, layer by layer, and what the router says of itself: where the entropy of its mean probability is 1
+and experts are uneven all the same, the loss E sum f p is at its least and sees nothing.
+"""
+
+
+def deviation_figure(trained: dict[str, list[Trained]], bound: float) -> Figure:
+    layers = (0, 1, sparse.LAYERS - 1)
+    figure, grid = plt.subplots(
+        len(trained), len(layers), figsize=(12, 2.3 * len(trained)), sharex=True, sharey=True, squeeze=False
+    )
+    for axes_row, (name, runs) in zip(grid, trained.items(), strict=True):
+        for axes, layer in zip(axes_row, layers, strict=True):
+            for key, color in (("load_most", "tab:red"), ("load_least", "tab:blue")):
+                steps, values = sparse.over_time(runs, key)
+                for seed in values:
+                    axes.plot(steps, 100 * seed[:, layer], color=color, linewidth=0.6, alpha=0.6)
+                axes.plot(steps, 100 * values.mean(0)[:, layer], color=color, linewidth=1.8)
+            axes.axhline(100 * bound, color="black", linestyle="--", linewidth=0.8)
+            axes.axhline(0, color="gray", linewidth=0.6)
+            axes.set_yscale("symlog", linthresh=100)
+            axes.set_yticks([-100, 0, 100, 300, 1000, 3000])
+            axes.set_yticklabels(["-100", "0", "100", "300", "1000", "3000"])
+            axes.set_title(f"{TITLES[name]}: layer {layer}", fontsize=9)
+            axes.grid(alpha=0.3)
+            if name == "schedule":
+                axes.axvline(switch_step(runs[0]), color="tab:green", linewidth=1)
+        axes_row[0].set_ylabel("deviation, %")
+    for axes in grid[-1]:
+        axes.set_xlabel("step")
+    figure.tight_layout()
+    return figure
+
+
+def layers_figure(trained: dict[str, list[Trained]], bound: float) -> Figure:
+    panels = (
+        ("load_most", "busiest expert, deviation in %", 100),
+        ("load_least", "idlest expert, deviation in %", 100),
+        ("router_entropy_of_mean", "entropy of mean p over log E", 1),
+    )
+    figure, grid = plt.subplots(1, len(panels), figsize=(12, 3.6))
+    for axes, (key, title, unit) in zip(grid, panels, strict=True):
+        for color, (name, runs) in enumerate(trained.items()):
+            values = unit * sparse.final(runs, key)
+            layers = np.arange(values.shape[1])
+            error = np.abs(np.stack([values.min(0), values.max(0)]) - values.mean(0))
+            axes.errorbar(layers, values.mean(0), error, color=f"C{color}", marker="o", label=name, capsize=2)
+        axes.set(title=title, xlabel="layer")
+        axes.grid(alpha=0.3)
+    grid[0].axhline(100 * bound, color="black", linestyle="--", linewidth=0.8)
+    grid[0].set_yscale("log")
+    grid[0].legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def data(trained: dict[str, list[Trained]], commonest: float) -> dict[str, object]:
+    keys = ("load_most", "load_least", "experts_dead", "router_entropy_of_mean", "router_entropy")
+    arms = {
+        name: {
+            "bits_per_byte": sparse.final_bits(runs),
+            **{key: sparse.final(runs, key).tolist() for key in keys},
+        }
+        for name, runs in trained.items()
+    }
+    return {"commonest_token_share": commonest, "arms": arms}

@@ -1,0 +1,57 @@
+"""What an experiment found: a page with its pictures, and every figure of it as JSON."""
+
+import datetime
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from sigma_train.files import atomic_file, write_text
+from sigma_train.processor import processor_name
+from sigma_train.report import png
+
+import sigma_kernels as sk
+from sigma_kernels import _C
+
+
+@dataclass(frozen=True)
+class Page:
+    """text: Markdown after the heading, which names pictures as `NAME-KEY.png`; data: what JSON can hold."""
+
+    title: str
+    text: str
+    figures: Mapping[str, Figure]
+    data: Mapping[str, Any]
+
+
+def write(page: Page, folder: Path, name: str, command: str, seconds: float) -> Path:
+    """NAME.md, NAME.json and the pictures, each whole; returns the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, figure in page.figures.items():
+        with atomic_file(folder / f"{name}-{key}.png") as file:
+            file.write(png(figure))
+    write_text(folder / f"{name}.json", json.dumps(page.data, indent=1) + "\n")
+    made = (
+        f"Made by `{command}` on {datetime.date.today()} in {seconds / 60:.1f} minutes: {processor_name()}, "
+        f"ISA {_C.isa()}, torch {torch.__version__}, sigma-kernels {sk.__version__}. "
+        f"All figures: [{name}.json]({name}.json)."
+    )
+    write_text(folder / f"{name}.md", f"# {page.title}\n\n{made}\n\n{page.text.strip()}\n")
+    return folder / f"{name}.md"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])
+
+
+def spread(values: Sequence[float], digits: int = 3, unit: str = "") -> str:
+    """Mean and, of several, lowest and highest: '1.234 [1.2, 1.3]'."""
+    text = f"{statistics.mean(values):.{digits}f}{unit}"
+    if len(values) == 1:
+        return text
+    return f"{text} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
