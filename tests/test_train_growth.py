@@ -286,19 +286,23 @@ def test_inherited_moments_make_the_step_that_would_have_been_made():
 
 
 def test_moments_of_copied_layers_are_those_of_their_origin():
+    """Defends: noise on moments, or zeros in those of outputs that begin at zero."""
     model = make_model()
     optimizer = adamw(model)
     model(torch.randint(0, 300, (1, 20))).square().mean().backward()
     optimizer.step()
     state = moments_of(model, optimizer)
-    grown = grow_optimizer_state(state, Growth(PLAN.stack(3), zero_outputs=True), "inherit")
+    grown = grow_optimizer_state(state, Growth(PLAN.stack(3), 2, 0.5, zero_outputs=True), "inherit")
     assert len(grown) - len(state) == sum(name.startswith("state.layers.") for name in state)
-    for name in (
-        "self_attn.o_proj.weight.exp_avg",
-        "mlp.experts.down_proj.step",
-        "mlp.router.weight.exp_avg_sq",
+    for name, share in (
+        ("self_attn.o_proj.weight.exp_avg", 1.0),
+        ("mlp.experts.down_proj.step", 1.0),
+        ("mlp.experts.down_proj.exp_avg", 0.5),
+        ("mlp.router.weight.exp_avg_sq", 0.25),
     ):
-        assert torch.equal(grown[f"state.layers.4.{name}"], state[f"state.layers.1.{name}"])
+        want = share * state[f"state.layers.1.{name}"]
+        got = grown[f"state.layers.4.{name}"]
+        assert torch.equal(got, want if share == 1 else torch.cat([want, want])), name
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.AdamW:

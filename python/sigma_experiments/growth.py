@@ -105,8 +105,8 @@ What the same extra FLOPs make of a model, over what had been spent before. Inte
 
 {table(["grown after", "interposition - stack, bits per byte"], beside)}
 
-The steepest fall of the layers' norms, in mean steps between the small model's layers: {spread(seams["interposition"], 1)} after
-interposition, {spread(seams["stack"], 1)} after a stack.
+The steepest fall of the layers' norms, in mean steps between the small model's layers:
+{spread(seams["interposition"], 1)} after interposition, {spread(seams["stack"], 1)} after a stack.
 
 ![Twice the experts](growth-width.png)
 
