@@ -19,7 +19,7 @@ from torch import Tensor
 from sigma_train.errors import WrongInput
 from sigma_train.files import failed_writes_are_oserrors, must_be_writable, sync, temporary_name, write_text
 from sigma_train.growth_cost import SunkCostLedger
-from sigma_train.growth_families import TOP_K, grown_settings, num_experts
+from sigma_train.growth_families import grown_settings, num_experts, top_k
 from sigma_train.growth_names import Kind, parse
 from sigma_train.growth_pieces import Grown, Growth, Piece, expert_counts, grown_tensors
 from sigma_train.tensor_files import Stored, header_of, size_of, stored_tensors, sync_file
@@ -205,7 +205,7 @@ def _grown_ledger(folder: Folder, growth: Growth, tokens: int) -> SunkCostLedger
 
 def active_parameters(folder: Folder) -> float:
     """That one token meets, embeddings among them."""
-    share = folder.settings[TOP_K] / num_experts(folder.settings)
+    share = top_k(folder.settings) / num_experts(folder.settings)
     of_experts = (Kind.ALL_EXPERTS, Kind.ONE_EXPERT)
     return sum(
         math.prod(shape) * (share if parse(name).kind in of_experts else 1.0)

@@ -62,6 +62,10 @@ def num_experts(settings: Mapping[str, Any]) -> int:
     return _integer(settings, next((key for key in EXPERTS if key in settings), EXPERTS[0]))
 
 
+def top_k(settings: Mapping[str, Any]) -> int:
+    return _integer(settings, TOP_K)
+
+
 def num_layers(settings: Mapping[str, Any]) -> int:
     return _integer(settings, "num_hidden_layers")
 
@@ -116,7 +120,7 @@ def _grow_experts(settings: dict[str, Any], growth: Growth, family: Family) -> N
     for key in EXPERTS:
         if key in settings:
             settings[key] = _integer(settings, key) * f
-    settings[TOP_K] = _integer(settings, TOP_K) * f
+    settings[TOP_K] = top_k(settings) * f
     if (groups := settings.get("n_group") or 1) > 1:
         # The groups are neighbours: appended copies make as many new ones, each a copy of one.
         if growth.interleave:
