@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from sigma_train.config import Config, load_config
+from sigma_train.config import Config, ConfigWarning, load_config
 from sigma_train.errors import Failure
 from sigma_train.files import write_text
 from sigma_train.metrics import read_metrics
@@ -80,7 +81,9 @@ class Run:
         for name, value in {**SHAPE, **self.settings, **own}.items():
             section, _, key = name.partition(".")
             layers.setdefault(section, {})[key] = value
-        return load_config(None, None, [], layers)
+        with warnings.catch_warnings():  # the training has it in its log
+            warnings.simplefilter("ignore", ConfigWarning)
+            return load_config(None, None, [], layers)
 
 
 @dataclass(frozen=True)

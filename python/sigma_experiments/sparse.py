@@ -20,9 +20,9 @@ BASE = {
     "model.num_layers": LAYERS,
     "model.num_experts": EXPERTS,
     "model.top_k": 1,
+    "router.score": "sigmoid",  # the losses read softmax, as in the published scripts of the model's team
     "router.balance": "global",
     "router.balance_coef": 1e-2,
-    "router.output_scale": 8.0,
     "data.max_bytes": 20_000_000,
     "optim.lr": 3e-3,
     "optim.schedule": "wsd",
