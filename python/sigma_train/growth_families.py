@@ -98,12 +98,12 @@ def _grow_layers(settings: dict[str, Any], plan: LayerGrowthPlan, family: Family
         settings["decoder_sparse_step"] = 1
         settings["mlp_only_layers"] = [j for j, source in enumerate(plan.sources) if source in dense]
     if family.dense == "first":
-        dense = range(_integer(settings, "first_k_dense_replace", 0))
-        is_dense = [source in dense for source in plan.sources]
+        first = _integer(settings, "first_k_dense_replace", 0)
+        is_dense = [source < first for source in plan.sources]
         if is_dense != sorted(is_dense, reverse=True):
             raise WrongInput(
                 f"growth: config.json can only say that the first layers are dense; skip_first must be at least "
-                f"{len(dense)}, or the plan an interposition"
+                f"{first}, or the plan an interposition"
             )
         settings["first_k_dense_replace"] = sum(is_dense)
 
