@@ -5,7 +5,6 @@ is constant after its warm-up, so that a point is not one of a decay.  Grown run
 text in the same order, and the small model another order, that of seed + 100.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,11 +103,6 @@ class Curve:
         return float(np.interp(flops, self.flops, self.bits))
 
 
-def settings_of(lab: Lab, size: Size, more: Mapping[str, Any]) -> dict[str, Any]:
-    looks = {"train.eval_every": size.look, "train.save_every": size.unit, "train.keep": size.points[-1]}
-    return {**BASE, **(SHORT if lab.is_short else {}), **looks, **more}
-
-
 def arms(size: Size, n: int) -> list[Arm]:
     deep = [
         Arm(f"{kind}-{point}", "deep", point, Growth(getattr(LayerGrowthPlan, kind)(n)))
@@ -126,8 +120,10 @@ def flops_per_step(config: Config) -> float:
 
 def train(lab: Lab, size: Size) -> tuple[dict[str, list[Curve]], list[Path]]:
     """Curves by arm, of each seed; and the last checkpoint of each small model."""
-    shared = settings_of(lab, size, {"train.steps": size.steps})
-    bases = [Run("small", seed + OTHER_TEXT, shared) for seed in range(lab.seeds)]
+    shared = {**BASE, **(SHORT if lab.is_short else {})}
+    kept = {"train.save_every": size.unit, "train.keep": size.points[-1]}
+    length = {"train.steps": size.steps, "train.eval_every": size.look}
+    bases = [Run("small", seed + OTHER_TEXT, {**shared, **kept, **length}) for seed in range(lab.seeds)]
     small = list(lab.train(bases).values())
     chosen = arms(size, small[0].config.model.num_layers)
     lengths = {arm.target: _length(small[0].config, arm, size) for arm in chosen}
