@@ -33,6 +33,7 @@ from sigma_train.events import FILE, Was
 from sigma_train.expert_counts import ExpertCounts, same_past
 from sigma_train.files import write_text
 from sigma_train.generate import generate
+from sigma_train.growth_cost import KEY, SunkCostLedger, ledger_of
 from sigma_train.guard import Diverged, Guard
 from sigma_train.layer_statistics import LayerStatistics
 from sigma_train.ledger import Ledger
@@ -81,6 +82,7 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.data: PreparedData = prepare(config)
         self.guard = Guard(config.guard)
+        self.sunk = SunkCostLedger()
         self.placing = Placing(config.train)
         experts = ExpertCounts(config)
         self.model = LanguageModel(config)
@@ -134,6 +136,7 @@ class Trainer:
         if "guard" in extra:  # of a program that had one
             self.guard.load(extra["guard"])
         self.placing.load(extra.get("load"))
+        self.sunk = SunkCostLedger.of_record(extra.get(KEY))
         self.console.print(f"resumed {path} at step {self.step}")
 
     def _named(self, place: str | None) -> Path | None:
@@ -147,7 +150,9 @@ class Trainer:
         must_fit(self.model, path)
         if self.config.train.init_optimizer and not holds_moments(path):
             raise ConfigError(f"train.init_optimizer: {path} holds no moments of an optimizer")
-        self.console.print(f"begins with the weights of {path}, of step {record['step']}")
+        self.sunk = ledger_of(path).begun_with()
+        told = f", with {self.sunk.sunk_flops:.3g} FLOPs sunk in them" if self.sunk.sunk_flops else ""
+        self.console.print(f"begins with the weights of {path}, of step {record['step']}{told}")
 
     def _settings(self) -> dict[str, Any]:
         """What shapes the weights; the sequences of a step are those of all ranks, however many share them."""
@@ -394,6 +399,7 @@ class Trainer:
             "tokens_seen": self.tokens_seen,
             "guard": self.guard.state(),
             "load": self.placing.state(),
+            KEY: self.sunk.record(),
         }
         self.saver.save(self.step, late("parallel").state_of(self.model, self.optimizer), extra)
         self._saved = self.step
