@@ -66,7 +66,7 @@ def test_a_training_that_fails_is_named(tmp_path, monkeypatch, cache):
 def test_each_experiment_in_short(name, make_lab, tmp_path, cache):
     """Defends: an experiment that no longer runs, a page whose pictures are not there, numbers JSON cannot hold."""
     found = module_of(name).run(make_lab())
-    written = page.write(found, tmp_path / "page", name, "test", 1.0)
+    written = page.write(found, tmp_path / "page", name, "test", 1.0, 1.0)
     text = written.read_text()
     assert found.figures
     for key in found.figures:

@@ -32,6 +32,7 @@ def experiment(
     """Train the arms of an experiment and write what came of it; goes on where it was stopped."""
     import difflib
     import os
+    import resource
     import time
 
     from rich.console import Console
@@ -55,5 +56,7 @@ def experiment(
     command = f"sigma experiment {name} --seeds {seeds}{' --short' if short else ''}"
     place = page or folder
     with must_be_writable("--page", place):
-        written = pages.write(found, place, name, command, time.monotonic() - began)
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        processor_s = spent.ru_utime + spent.ru_stime
+        written = pages.write(found, place, name, command, time.monotonic() - began, processor_s)
     console.print(f"wrote {written}", soft_wrap=True)

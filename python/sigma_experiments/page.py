@@ -28,17 +28,20 @@ class Page:
     data: Mapping[str, Any]
 
 
-def write(page: Page, folder: Path, name: str, command: str, seconds: float) -> Path:
-    """NAME.md, NAME.json and the pictures, each whole; returns the page's path."""
+def write(page: Page, folder: Path, name: str, command: str, seconds: float, processor_s: float) -> Path:
+    """NAME.md, NAME.json and the pictures, each whole; returns the page's path.
+
+    Args: seconds by the clock, and of the trainings by their processors, which what else runs here does not lengthen.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for key, figure in page.figures.items():
         with atomic_file(folder / f"{name}-{key}.png") as file:
             file.write(png(figure))
     write_text(folder / f"{name}.json", json.dumps(page.data, indent=1) + "\n")
     made = (
-        f"Made by `{command}` on {datetime.date.today()} in {seconds / 60:.1f} minutes: {processor_name()}, "
-        f"ISA {_C.isa()}, torch {torch.__version__}, sigma-kernels {sk.__version__}. "
-        f"All figures: [{name}.json]({name}.json)."
+        f"Made by `{command}` on {datetime.date.today()} in {seconds / 60:.1f} minutes, trainings of "
+        f"{processor_s / 60:.1f} core-minutes in them: {processor_name()}, ISA {_C.isa()}, "
+        f"torch {torch.__version__}, sigma-kernels {sk.__version__}. All figures: [{name}.json]({name}.json)."
     )
     write_text(folder / f"{name}.md", f"# {page.title}\n\n{made}\n\n{page.text.strip()}\n")
     return folder / f"{name}.md"
