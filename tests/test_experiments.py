@@ -116,7 +116,7 @@ def test_a_training_that_fails_is_named(tmp_path, monkeypatch, cache):
 def test_each_experiment_in_short(name, make_lab, tmp_path, cache):
     """Defends: an experiment that no longer runs, a page whose pictures are not there, numbers JSON cannot hold."""
     found = module_of(name).run(make_lab())
-    written = page.write(found, tmp_path / "page", name, "test", 1.0)
+    written = page.write(found, tmp_path / "page", name, "test", 1.0, 1.0)
     text = written.read_text()
     assert found.figures
     for key in found.figures:
@@ -152,8 +152,10 @@ def test_a_page_that_cannot_be_written_is_told_first(cache, tmp_path):
 
 def test_a_page_says_what_its_minutes_are_without(tmp_path):
     """Defends: "in 0.1 minutes" of an experiment that was gone on with."""
-    written = page.write(page.Page("A", "text", {}, {}), tmp_path, "a", "sigma experiment a", 6.0, kept=3)
-    assert "in 0.1 minutes, without 3 trainings of calls before: " in written.read_text()
+    written = page.write(
+        page.Page("A", "text", {}, {}), tmp_path, "a", "sigma experiment a", 6.0, 12.0, kept=3
+    )
+    assert "trainings of 0.2 core-minutes in them, without 3 of calls before: " in written.read_text()
 
 
 def test_trainings_end_with_a_killed_experiment(cache, tmp_path):

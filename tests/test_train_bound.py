@@ -23,8 +23,8 @@ def test_the_peak_is_the_fastest_of_the_products(monkeypatch):
     assert len(sizes) == 3 + 15, "0.3 s of products of 0.02 s"
 
 
-def test_a_product_that_takes_all_the_time_is_the_peak(monkeypatch):
-    """Defends: a training that ends with a traceback where the machine is too busy for a second look."""
+def test_a_product_that_takes_longer_than_there_is_time_is_the_peak(monkeypatch):
+    """Defends: a run that ends in a traceback where something else has the machine."""
     monkeypatch.setattr(bound, "_seconds", lambda a, b, out: 0.4)
     assert bound.product_flops_per_s(torch.float32) == pytest.approx(2 * 128**3 / 0.4)
 

@@ -8,6 +8,7 @@ layers begin with several experts, once switched to one late and once left as it
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from sigma_train.errors import Failure
 
 from sigma_experiments import sparse
@@ -158,7 +159,11 @@ def layers_figure(trained: dict[str, list[Trained]], bound: float) -> Figure:
         axes.grid(alpha=0.3)
     grid[0].axhline(100 * bound, color="black", linestyle="--", linewidth=0.8)
     grid[0].set_yscale("log")
-    grid[0].legend(fontsize=8)
+    grid[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    grid[0].yaxis.set_major_formatter(ScalarFormatter())
+    grid[0].yaxis.set_minor_locator(NullLocator())
+    grid[2].set_ylim(0.9, 1.005)
+    grid[2].legend(fontsize=8)
     figure.tight_layout()
     return figure
 

@@ -32,6 +32,7 @@ def experiment(
     """Train the arms of an experiment and write what came of it; goes on where it was stopped."""
     import difflib
     import os
+    import resource
     import time
 
     from rich.console import Console
@@ -56,5 +57,8 @@ def experiment(
     found = module_of(name).run(lab)
     command = f"sigma experiment {name} --seeds {seeds}{' --short' if short else ''}"
     with must_be_writable("--page", place):
-        written = pages.write(found, place, name, command, time.monotonic() - began, len(lab.kept))
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        processor_s = spent.ru_utime + spent.ru_stime
+        seconds = time.monotonic() - began
+        written = pages.write(found, place, name, command, seconds, processor_s, len(lab.kept))
     console.print(f"wrote {written}", soft_wrap=True)

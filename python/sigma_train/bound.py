@@ -52,7 +52,7 @@ def product_flops_per_s(dtype: torch.dtype, seconds: float = 0.3) -> float:
         out = torch.empty(n, n, dtype=dtype)
         torch.mm(a, b, out=out)  # the first touches memory
         took = min(_seconds(a, b, out) for _ in range(3))
-    rounds = int(seconds / took)  # none where a busy machine was this slow
+    rounds = int(seconds / took)
     return 2 * n**3 / min([took, *(_seconds(a, b, out) for _ in range(rounds))])
 
 

@@ -13,7 +13,7 @@ def train(
         str | None,
         typer.Option(
             help="named settings: tiny-96, tiny-dense, compare-96, compare-dense, smoke, smoke-dense, "
-            "sigma-moe-tiny, sigma-moe-200b"
+            "sigma-moe-tiny, sigma-moe-tiny-cpu, sigma-moe-200b"
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings")] = None,

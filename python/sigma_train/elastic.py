@@ -21,8 +21,8 @@ from sigma_train.errors import WrongInput
 from sigma_train.evaluate import batch_nats
 from sigma_train.expert_counts import ExpertCounts
 from sigma_train.generate import load_model
-from sigma_train.layer_statistics import of_loads
 from sigma_train.model import LanguageModel, flops_per_token
+from sigma_train.routing_statistics import of_loads
 
 Plan = tuple[int, ...]
 Batch = tuple[Tensor, Tensor]
