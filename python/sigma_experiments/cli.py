@@ -47,7 +47,7 @@ def experiment(
     from sigma_experiments import page as pages
     from sigma_experiments.lab import Lab
 
-    folder = out.absolute() / (f"{name}-short" if short else name)  # as trainings have it in their settings
+    folder = out / (f"{name}-short" if short else name)
     place = page or folder
     for option, wanted in (("--out", folder), ("--page", place)):
         with must_be_writable(option, wanted):
