@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+from sigma_train.errors import Failure
 
 from sigma_experiments import sparse
 from sigma_experiments.lab import Lab, Trained
@@ -48,14 +49,15 @@ def run(lab: Lab) -> Page:
 
 
 def must_be_one_run(schedule: list[Trained], stay: list[Trained]) -> None:
-    """Or staying and switching are not of one checkpoint."""
+    """Raises: Failure if staying and switching are not of one checkpoint."""
     for one, other in zip(schedule, stay, strict=True):
         until = switch_step(one)
         losses = [
             [row["loss"] for row in each.rows if "loss" in row and row["step"] <= until]
             for each in (one, other)
         ]
-        assert losses[0] == losses[1], f"{one.run.name} and {other.run.name} differ before step {until}"
+        if losses[0] != losses[1]:
+            raise Failure(f"experiment: {one.run.name} and {other.run.name} differ before step {until}")
 
 
 def switch_step(trained: Trained) -> int:
