@@ -21,7 +21,7 @@ from sigma_train.model import LanguageModel
 from sigma_train.reading import Reading, losses
 from sigma_train.spans import spans_of_lengths
 from sigma_train.teacher import RunTeacher, TransformersTeacher, open_teacher
-from sigma_train.teacher_cache import cache_losses
+from sigma_train.teacher_cache import cache_losses, reading_of
 from sigma_train.teacher_file import read_losses
 from sigma_train.tokenizer import train_tokenizer
 from support import assert_one_sentence, sigma
@@ -100,7 +100,10 @@ def test_losses_are_those_of_one_forward(run):
     texts = ["def f(x):\n", TEXT, "", "x"]
     encoded = [ids for ids, _ in teacher.encode(texts)]
     got = losses(teacher, encoded, Reading(64, 0, 128))
+    assert [len(nats) for nats in got] == [len(ids) for ids in encoded]
     for ids, nats in zip(encoded, got, strict=True):
+        if not ids:
+            continue
         whole = torch.tensor([*teacher.prefix, *ids])
         with torch.no_grad():
             want = F.cross_entropy(teacher.model(whole[None, :-1])[0], whole[1:], reduction="none")
@@ -136,6 +139,7 @@ def test_a_run_and_its_export_are_one_teacher(run, exported, corpus, tmp_path):
     for folder, kind in ((run, RunTeacher), (exported, TransformersTeacher)):
         teacher = open_teacher(folder)
         assert isinstance(teacher, kind)
+        assert teacher.prefix[0] not in teacher.encode(["<|endoftext|>"])[0][0], "a text that closes itself"
         cached(teacher, config, tmp_path / kind.__name__)
         found.append(read_losses(tmp_path / kind.__name__, "test"))
     ours, theirs = found
@@ -240,12 +244,11 @@ def foreign(folder, normalizer=None, trim: bool = True, special: str = "<s>"):
 
 
 def test_a_model_of_transformers_with_its_own_pieces(corpus, tmp_path):
-    """Defends: special tokens, made of a text or put around it, a text that is cut, one without its spaces."""
+    """Defends: special tokens around a text, a text that is cut, spaces that belong to nothing."""
     teacher = open_teacher(foreign(tmp_path / "hf", normalizers.NFKC()))
     text = f"  für <s> e\u0301 {TEXT}"
     ((ids, spans),) = teacher.encode([text])
     assert len(ids) == len(spans) > 20
-    assert teacher.prefix[0] not in ids
     assert (spans[0, 0], spans[-1, 1]) == (0, len(text.encode()))
     assert (spans[1:, 0] <= spans[:-1, 1]).all()
     config = config_of(corpus, tmp_path)
@@ -329,14 +332,6 @@ def test_the_command(run, corpus, tmp_path, cache):
     record = json.loads(load_metadata(out)["sigma_teacher"])
     assert record["reading"] == {"context": 64, "overlap": 16, "dtype": "f16"}
     assert set(load_file(out)) == {"loss", "begins", "ends"}
-    for more, told in (
-        (["--context", "65"], "--context must be at most 64, what the teacher can read, found 65"),
-        (
-            ["--context", "8", "--overlap", "8"],
-            "--overlap must be less than the context of 8 tokens, found 8",
-        ),
-    ):
-        assert_one_sentence(sigma(*args, "--out", str(tmp_path / "no"), *more, env=cache), 2, told)
     wrong = [
         "teacher",
         "cache",
@@ -352,6 +347,17 @@ def test_the_command(run, corpus, tmp_path, cache):
     )
     assert_one_sentence(sigma(*wrong, env=cache), 2, f"{told}config.json; found neither")
     assert not (tmp_path / "no").exists()
+
+
+def test_a_reading_that_cannot_be_is_refused(run):
+    teacher = RunTeacher(run)
+    assert reading_of(teacher, None, None, 100) == Reading(64, 16, 100)
+    for context, overlap, told in (
+        (65, None, "--context must be at most 64, what the teacher can read, found 65"),
+        (8, 8, "--overlap must be less than the context of 8 tokens, found 8"),
+    ):
+        with pytest.raises(WrongInput, match=told):
+            reading_of(teacher, context, overlap, 100)
 
 
 def load_metadata(path):
