@@ -42,10 +42,12 @@ class Selection:
         return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, is_among)
 
 
-def weighted_mean(loss: Tensor, weights: Tensor) -> Tensor:
-    """sum(w l) / sum(w); what has no weight has no gradient, and where nothing has the mean is 0.
+def weighted_mean(loss: Tensor, weights: Tensor, total: Tensor | None = None) -> Tensor:
+    """sum(w l) / total; what has no weight has no gradient, and where nothing has the mean is 0.
 
     A loss without weight is left out and not multiplied by 0: it may be infinite.
+    total: sum(w) by default; else what takes its place, where others have a part of the tokens.
     """
     kept = loss.masked_fill(weights == 0, 0.0)
-    return (weights * kept).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    total = weights.sum() if total is None else total
+    return (weights * kept).sum() / total.clamp(min=torch.finfo(weights.dtype).tiny)
