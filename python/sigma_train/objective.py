@@ -52,14 +52,18 @@ class Objective:
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
             targets.shape
         )
-        score, has_score = self._scores(losses.detach(), batch)
+        weights, total = self.weights(losses.detach(), batch)
+        self._of_all += losses.mean().item()
+        self._kept += weights.mean().item()
+        return weighted_mean(losses, weights, total)
+
+    def weights(self, losses: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """[B, S] of this rank's tokens by their losses, and the mean over ranks of their sum; a collective."""
+        score, has_score = self._scores(losses, batch)
         own = torch.stack([score, has_score.float()], dim=1)  # [B, 2, S]
         score, has_score = self.ranks.rows(own).unbind(1)
         weights = self.selection.weights(score, has_score.bool())
-        mine = weights.view(self.ranks.size, *targets.shape)[self.ranks.rank]
-        self._of_all += losses.mean().item()
-        self._kept += mine.mean().item()
-        return weighted_mean(losses, mine, weights.sum() / self.ranks.size)
+        return weights.view(self.ranks.size, *losses.shape)[self.ranks.rank], weights.sum() / self.ranks.size
 
     def figures(self) -> dict[str, float]:
         """Sums over this rank's micro-steps since `begin`; nothing where all tokens count.
