@@ -7,6 +7,7 @@ W windows once, a restart repeats what it would have seen, and no state is kept.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -39,6 +40,7 @@ from sigma_train.tokenizer import DamagedFile, Tokenizer, train_tokenizer
 
 VERSION = 1  # of the files in the cache; part of every key
 TOKENIZER_SAMPLE_BYTES = 1 << 26  # 64 MiB of training text settle a vocabulary of this size
+COUNT_BLOCK = 1 << 20  # tokens that are widened at once to be counted
 ENCODE_BATCH = 256  # documents, at most 16 MiB of text
 STALE_S = 86_400.0  # an unfinished file this old belongs to no one
 
@@ -68,6 +70,14 @@ class TokenDataset:
         """Of the whole split, ends of documents counted: bits per byte = nats / ln 2 / bytes_per_token."""
         return self.num_bytes / self.num_tokens
 
+    @functools.cached_property
+    def commonest(self) -> float:
+        """The share of all tokens that are the commonest one; one pass, less than the digest takes at the start."""
+        counts = np.zeros(len(self.token_bytes), np.int64)
+        for begin in range(0, self.num_tokens, COUNT_BLOCK):
+            counts += np.bincount(self.tokens[begin : begin + COUNT_BLOCK], minlength=len(counts))
+        return float(counts.max()) / self.num_tokens
+
     def count_bytes(self, targets: Tensor) -> int:
         """Bytes of text that exactly these tokens stand for, where a limited evaluation sees part of a split."""
         return int(self.token_bytes[targets.cpu().numpy()].sum())
@@ -90,7 +100,7 @@ class TokenDataset:
         The global batch has batch_size * world_size rows; ranks share it without overlap.  Where that product
         and the step stay the same, so do the rows, whatever the number of ranks.
         """
-        return self._windows(self._sampled(step, batch_size, seq_len, seed, rank, world_size), seq_len)
+        return self.windows(self._sampled(step, batch_size, seq_len, seed, rank, world_size), seq_len)
 
     def target_places(
         self, step: int, batch_size: int, seq_len: int, seed: int, rank: int = 0, world_size: int = 1
@@ -111,9 +121,10 @@ class TokenDataset:
         """The windows in their order, at most `limit` batches; the last batch of the split may be smaller."""
         windows = self.num_windows(seq_len)
         for start in itertools.islice(range(0, windows, batch_size), limit):
-            yield self._windows(np.arange(start, min(start + batch_size, windows)), seq_len)
+            yield self.windows(np.arange(start, min(start + batch_size, windows)), seq_len)
 
-    def _windows(self, windows: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
+    def windows(self, windows: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of windows by their numbers."""
         rows = self.tokens[windows[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64)  # [B, S + 1]
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

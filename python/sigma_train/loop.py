@@ -37,7 +37,7 @@ from sigma_train.guard import Diverged, Guard
 from sigma_train.layer_statistics import LayerStatistics
 from sigma_train.ledger import Ledger
 from sigma_train.mesh import mesh_of, sizes
-from sigma_train.metrics import Metrics, busiest
+from sigma_train.metrics import Metrics
 from sigma_train.model import LanguageModel, flops_per_token
 from sigma_train.objective import Objective
 from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
@@ -103,7 +103,7 @@ class Trainer:
         self.saver = late("saver").Saver(self.checkpoints, t.keep, ranks, t.async_save, t.rank_timeout_s)
         tokens = t.grad_accum * t.batch_size * t.seq_len * ranks.size
         self.ledger.begin(began, ranks.size, self.step, machine(config), tokens, flops)
-        self.layers = LayerStatistics(self.model, config.guard.stats_every)
+        self.layers = LayerStatistics(self.model, config, self.data)
         self.one_step = Step(
             config, self.model, self.data, self.mesh, ranks, self.layers, self.noise, self.objective
         )
@@ -244,9 +244,8 @@ class Trainer:
                 if self.tokens_seen > last_tokens and "loss" in row:
                     speed = row["tokens_per_s"] = (self.tokens_seen - last_tokens) / (now - last_log)
                     share = row["share_of_dense"] = speed / dense if dense else None
-                    load = busiest(row["load"]) if "load" in row else None
                     row |= (figures := self.ledger.figures())
-                    self.line.update(self.step, row["loss"], speed, share, load, **figures)
+                    self.line.update(self.step, row["loss"], speed, share, row.get("load"), **figures)
                 last_log, last_tokens = now, self.tokens_seen
             self._record(**row)
             self.noise.end_step()
