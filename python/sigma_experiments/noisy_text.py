@@ -18,7 +18,7 @@ from sigma_train.files import write_text
 from sigma_train.spans import spans_of_lengths
 from sigma_train.tokenizer import Tokenizer
 
-PIECE = 8192  # bytes of a document at most, so that there are many
+PIECE = 4096  # bytes of a document at most, so that there are many
 NOISY, REPLACED = 0.3, 0.3  # of the documents, of the characters of one
 CLEAN, BESIDE_NOISE, NOISE, END = range(
     4

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sigma_train.config import Config
 from sigma_train.dataset import prepare
@@ -31,8 +32,8 @@ from sigma_experiments.lab import SHORT, Lab, Run, Trained
 from sigma_experiments.noisy_text import BESIDE_NOISE, CLEAN, NOISE, Texts, write_texts
 from sigma_experiments.page import Page, spread, table
 
-TEXT_BYTES, SHORT_BYTES = 3_000_000, 200_000
-STEPS, TEACHER_STEPS = 300, 600
+TEXT_BYTES, SHORT_BYTES = 3_000_000, 80_000
+STEPS, TEACHER_STEPS = 300, 500
 LOOKS = 16  # batches of the training text over which a trained student's choice is counted
 COMMON = {
     "router.balance": "global",
@@ -265,27 +266,30 @@ def percent(rates: Sequence[dict[str, float]], key: str) -> str:
 
 
 def quality_figure(bits: dict[str, list[float]]) -> Figure:
-    figure, axes = plt.subplots(figsize=(7, 3.2))
-    for place, (name, values) in enumerate(bits.items()):
+    figure, axes = plt.subplots(figsize=(8, 3))
+    for place, values in enumerate(bits.values()):
         axes.plot([np.mean(values)], [place], "o", color=f"C{place}")
         axes.plot(values, [place] * len(values), "|", color=f"C{place}", markersize=14)
-        axes.text(min(values), place - 0.3, ARMS[name][0], fontsize=8)
-    axes.set(xlabel="bits per byte on clean text that nobody has seen; a mark a seed", yticks=[])
-    axes.set_ylim(len(bits) - 0.5, -0.8)
-    axes.grid(alpha=0.3, axis="x")
+    axes.set_xlabel("bits per byte on clean text that nobody has seen; a mark a seed")
+    _name_rows(axes, list(bits))
     figure.tight_layout()
     return figure
 
 
 def kept_figure(kept: dict[str, list[dict[str, float]]]) -> Figure:
     groups = {"clean": "clean documents", "beside_noise": "clean tokens of noisy documents", "noise": "noise"}
-    figure, axes = plt.subplots(figsize=(7, 3.2))
+    figure, axes = plt.subplots(figsize=(8, 3.6))
     for offset, (key, label) in enumerate(groups.items()):
         values = [100 * np.mean([each[key] for each in rates]) for rates in kept.values()]
-        axes.bar(np.arange(len(kept)) + 0.27 * (offset - 1), values, 0.25, label=label)
-    axes.set_xticks(range(len(kept)), [ARMS[name][0] for name in kept], fontsize=7)
-    axes.set(ylabel="kept, %")
+        axes.barh(np.arange(len(kept)) + 0.27 * (offset - 1), values, 0.25, label=label)
+    axes.set_xlabel("kept, %")
     axes.legend(fontsize=8)
-    axes.grid(alpha=0.3, axis="y")
+    _name_rows(axes, list(kept))
     figure.tight_layout()
     return figure
+
+
+def _name_rows(axes: Axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), [ARMS[name][0] for name in names], fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x")

@@ -6,6 +6,7 @@ the text, whose documents follow each other as in the split; and a record of wha
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +45,10 @@ class TeacherLosses:
 
     @property
     def bits_per_byte(self) -> float:
-        """Of the teacher on the text, over the bytes of the tokens that have a loss."""
-        has_loss = ~self.loss.isnan()
-        nats = self.loss[has_loss].double().sum().item()
-        return nats / torch.log(torch.tensor(2.0)).item() / (self.ends - self.begins)[has_loss].sum().item()
+        """Of the teacher on the text, without the tokens that have no loss and their bytes."""
+        has_none = self.loss.isnan()
+        num_bytes = self.record["text"]["bytes"] - (self.ends - self.begins)[has_none].sum().item()
+        return self.loss[~has_none].double().sum().item() / math.log(2) / num_bytes
 
     def targets(self, dataset: TokenDataset, how: Aggregate) -> Tensor:
         """[tokens] f32: the teacher's loss for each token of the split, NaN where it has none.
