@@ -115,6 +115,8 @@ def settings(lab: Lab, base: Mapping[str, Any], place: Path, more: Mapping[str, 
 def students(lab: Lab, texts: Texts, place: Path, costs: Costs) -> list[Run]:
     runs = []
     for name, (_, own) in ARMS.items():
+        if lab.is_short and name in ("random", "mean"):
+            continue
         own = own | (
             {"objective.teacher": str(place)} if own.get("objective.kind") == "teacher_guided" else {}
         )
