@@ -162,6 +162,9 @@ def test_alignment_by_edit_distance():
     assert mined_align(["a", "bc", "d"], ["a", "bc", "d"]).tolist() == [[0, 0], [1, 1], [2, 2]]
     assert mined_align(["Pro", "fess", "or"], ["Prof", "essor"]).tolist() == [[0, 0], [1, 1], [1, 1]]
     assert mined_align(["ab"], ["a", "b"]).tolist() == [[0, 1]]
+    whole, cut = ["xxxxxxxx", "longpiece", "yyyyyyyy"], ["xxxxxxxx", "long", "piece", "yyyyyyyy"]
+    assert mined_align(whole, cut).tolist() == [[0, 0], [1, 2], [3, 3]]
+    assert mined_align(cut, whole).tolist() == [[0, 0], [1, 1], [1, 1], [2, 2]]
     ranges = mined_align([*"the cat sat"], ["the", " cat", " sat"])
     assert ranges[0, 0] == 0
     assert ranges[-1, 1] == 2

@@ -54,6 +54,7 @@ def test_gradients_are_of_kept_tokens_alone():
     TeacherGuidedLoss(0.4)(student, teacher, ranges).backward()
     assert student.grad.tolist() == [0.5, 0, 0, 0.5]
     assert teacher.grad is None
+    assert not gap(student, torch.zeros(4))[0].requires_grad
 
 
 def test_what_is_left_out_may_be_infinite():
@@ -88,6 +89,8 @@ def test_the_share_is_of_the_tokens_that_have_a_score():
         kept = Selection(rate, "exclude").weights(score, has_score)[0]
         assert kept.nonzero()[:, 0].tolist() == list(range(2, 2 + count)), rate
     assert Selection(0.4).weights(score, has_score).sum() == 6
+    many = torch.ones(1, 5000)
+    assert Selection(0.5).weights(many, many.bool())[0].nonzero()[:, 0].tolist() == list(range(2500))
 
 
 def test_vectorised_equals_the_loop():
