@@ -8,13 +8,14 @@ import typer
 from sigma_experiments import cli as experiment_cli
 from sigma_noise import cli as noise_cli
 from sigma_train import cli as train_cli
-from sigma_train import elastic_cli, ledger_cli, plan_cli, teacher_cli
+from sigma_train import elastic_cli, grow_cli, ledger_cli, plan_cli, teacher_cli
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(train_cli.train)
 app.command()(train_cli.compare)
 app.command()(train_cli.generate)
 app.command()(train_cli.export)
+app.command()(grow_cli.grow)
 app.command()(experiment_cli.experiment)
 app.command()(plan_cli.plan)
 app.command()(ledger_cli.ledger)

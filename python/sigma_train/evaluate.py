@@ -26,6 +26,10 @@ def evaluate(model: LanguageModel, data: TokenDataset, config: Config, ranks: Ra
         if ranks.rank < len(group):
             nats += of_batch
             num_bytes += data.count_bytes(targets)
+    if ranks.size > 1:
+        from sigma_train.parallel import hold_shards  # a second of FSDP and DTensor
+
+        hold_shards(model)
     nats, num_bytes = ranks.summed(nats, num_bytes)
     return nats / math.log(2) / num_bytes
 

@@ -33,6 +33,7 @@ from sigma_train.events import FILE, Was
 from sigma_train.expert_counts import ExpertCounts, same_past
 from sigma_train.files import write_text
 from sigma_train.generate import generate
+from sigma_train.growth_cost import KEY, SunkCostLedger, ledger_of
 from sigma_train.guard import Diverged, Guard
 from sigma_train.layer_statistics import LayerStatistics
 from sigma_train.ledger import Ledger
@@ -83,6 +84,7 @@ class Trainer:
         self.data: PreparedData = prepare(config)
         self.objective = Objective(config, self.data, ranks)
         self.guard = Guard(config.guard)
+        self.sunk = SunkCostLedger()
         self.placing = Placing(config.train)
         experts = ExpertCounts(config)
         self.model = LanguageModel(config)
@@ -138,6 +140,7 @@ class Trainer:
         if "guard" in extra:  # of a program that had one
             self.guard.load(extra["guard"])
         self.placing.load(extra.get("load"))
+        self.sunk = SunkCostLedger.of_record(extra.get(KEY))
         self.console.print(f"resumed {path} at step {self.step}")
 
     def _named(self, place: str | None) -> Path | None:
@@ -148,10 +151,17 @@ class Trainer:
         record = read_record(path)
         if record["extra"].get("corpus_digest") != self.data.stats["corpus_digest"]:
             raise ConfigError(f"train.init_from: {path} was trained on another text, with another vocabulary")
+        held_out, wanted = record["extra"]["settings"]["data.val_fraction"], self.config.data.val_fraction
+        if held_out != wanted:  # another vocabulary too, which is of the rest
+            raise ConfigError(
+                f"train.init_from: {path} held out data.val_fraction = {held_out:g} of the text, wanted is {wanted:g}"
+            )
         must_fit(self.model, path)
         if self.config.train.init_optimizer and not holds_moments(path):
             raise ConfigError(f"train.init_optimizer: {path} holds no moments of an optimizer")
-        self.console.print(f"begins with the weights of {path}, of step {record['step']}")
+        self.sunk = ledger_of(path).begun_with()
+        told = f", with {self.sunk.sunk_flops:.3g} FLOPs sunk in them" if self.sunk.sunk_flops else ""
+        self.console.print(f"begins with the weights of {path}, of step {record['step']}{told}")
 
     def _settings(self) -> dict[str, Any]:
         """What shapes the weights; the sequences of a step are those of all ranks, however many share them.
@@ -403,6 +413,7 @@ class Trainer:
             "tokens_seen": self.tokens_seen,
             "guard": self.guard.state(),
             "load": self.placing.state(),
+            KEY: self.sunk.record(),
         }
         self.saver.save(self.step, late("parallel").state_of(self.model, self.optimizer), extra)
         self._saved = self.step
