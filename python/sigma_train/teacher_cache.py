@@ -97,7 +97,7 @@ def _read(
     """Losses [M] f32 and spans [M, 2] int64 of all documents, one after the other."""
     loss, spans, at = [np.empty(0, np.float32)], [np.empty((0, 2), np.int64)], 0
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("the teacher reads", total=sum(document.size for document in documents))
         for first in range(0, len(documents), GROUP):
             group = documents[first : first + GROUP]
