@@ -8,7 +8,7 @@ import typer
 from sigma_experiments import cli as experiment_cli
 from sigma_noise import cli as noise_cli
 from sigma_train import cli as train_cli
-from sigma_train import elastic_cli, grow_cli, ledger_cli, plan_cli
+from sigma_train import elastic_cli, grow_cli, ledger_cli, plan_cli, teacher_cli
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(train_cli.train)
@@ -21,6 +21,7 @@ app.command()(plan_cli.plan)
 app.command()(ledger_cli.ledger)
 app.add_typer(elastic_cli.app, name="elastic")
 app.add_typer(noise_cli.app, name="noise")
+app.add_typer(teacher_cli.app, name="teacher")
 
 
 class Device(StrEnum):

@@ -63,6 +63,7 @@ if TYPE_CHECKING:  # a call is no type to a type checker
     NonNegative = float
     Share = float
     OpenShare = float
+    Kept = float
     Beta = float
 else:
     Count = _integer(1, 10**9)
@@ -77,6 +78,7 @@ else:
     NonNegative = _number("a number of at least 0", ge=0)
     Share = _number("a number from 0 to 1", ge=0, le=1)
     OpenShare = _number("a number above 0 and below 1", gt=0, lt=1)
+    Kept = _number("a number above 0 and at most 1", gt=0, le=1)
     Beta = _number("a number of at least 0 and below 1", ge=0, lt=1)
 Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), Wanted("the name of a folder")]
 TopK = Annotated[
@@ -241,6 +243,17 @@ class GuardConfig(_Section):
     stats_every: Whole = 0  # steps between statistics of each layer; 0: never
 
 
+class ObjectiveConfig(_Section):
+    """Which tokens are learned from; `objective.py` says how they are chosen."""
+
+    kind: Literal["plain", "random", "student", "teacher_guided"] = "plain"
+    teacher: OptionalFile = None  # of `sigma teacher cache`; its content shapes a run, wherever it lies
+    keep_rate: Kept = 0.4
+    aggregate: Literal["max", "mean", "sum", "first"] = "max"
+    unmapped: Literal["include", "exclude"] = "include"
+    scope: Literal["batch", "sequence"] = "batch"
+
+
 class Config(_Section):
     model: ModelConfig = ModelConfig()
     router: RouterConfig = RouterConfig()
@@ -249,6 +262,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     guard: GuardConfig = GuardConfig()
     sparsity: SparsityConfig = SparsityConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -268,6 +282,11 @@ class Config(_Section):
         if most > self.model.num_experts:
             raise ConfigError(
                 f"sparsity must not exceed model.num_experts = {self.model.num_experts}, found {most}"
+            )
+        if (self.objective.kind == "teacher_guided") != (self.objective.teacher is not None):
+            raise ConfigError(
+                "objective.kind = teacher_guided and objective.teacher, a file of `sigma teacher cache`, go together; "
+                f"found kind {self.objective.kind!r} and teacher {self.objective.teacher or 'none'}"
             )
         if self.train.init_optimizer and self.train.init_from is None:
             raise ConfigError("train.init_optimizer wants train.init_from, found none")
@@ -314,6 +333,7 @@ _NOT_SHAPING = {
         "most",
         "stats_every",
     },  # what they did is in a checkpoint
+    "objective": {"teacher"},  # the digest of what it holds stands for it
     "train": {
         *("eval_every", "eval_batches", "log_every", "save_every", "sample_every"),
         *("keep", "async_save", "time_budget_s", "out", "threads", "rank_timeout_s", "noise", "prometheus"),

@@ -100,9 +100,20 @@ class TokenDataset:
         The global batch has batch_size * world_size rows; ranks share it without overlap.  Where that product
         and the step stay the same, so do the rows, whatever the number of ranks.
         """
-        windows = self.num_windows(seq_len)
+        return self.windows(self._sampled(step, batch_size, seq_len, seed, rank, world_size), seq_len)
+
+    def target_places(
+        self, step: int, batch_size: int, seq_len: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> Tensor:
+        """Where in the split the targets of `batch` stand, int64 [batch_size, seq_len]."""
+        windows = self._sampled(step, batch_size, seq_len, seed, rank, world_size)
+        return torch.from_numpy(windows[:, None] * seq_len + np.arange(1, seq_len + 1))
+
+    def _sampled(
+        self, step: int, batch_size: int, seq_len: int, seed: int, rank: int, world_size: int
+    ) -> np.ndarray:
         first = (step * world_size + rank) * batch_size
-        return self.windows(sample_windows(first, batch_size, windows, seed), seq_len)
+        return sample_windows(first, batch_size, self.num_windows(seq_len), seed)
 
     def eval_batches(
         self, batch_size: int, seq_len: int, limit: int | None = None

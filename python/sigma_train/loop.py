@@ -40,6 +40,7 @@ from sigma_train.ledger import Ledger
 from sigma_train.mesh import mesh_of, sizes
 from sigma_train.metrics import Metrics
 from sigma_train.model import LanguageModel, flops_per_token
+from sigma_train.objective import Objective
 from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
 from sigma_train.placing import Placing, in_words
 from sigma_train.progress import RunLine
@@ -81,6 +82,7 @@ class Trainer:
         torch.set_num_threads(config.train.threads or torch.get_num_threads())
         torch.manual_seed(config.train.seed)
         self.data: PreparedData = prepare(config)
+        self.objective = Objective(config, self.data, ranks)
         self.guard = Guard(config.guard)
         self.sunk = SunkCostLedger()
         self.placing = Placing(config.train)
@@ -104,7 +106,9 @@ class Trainer:
         tokens = t.grad_accum * t.batch_size * t.seq_len * ranks.size
         self.ledger.begin(began, ranks.size, self.step, machine(config), tokens, flops)
         self.layers = LayerStatistics(self.model, config, self.data)
-        self.one_step = Step(config, self.model, self.data, self.mesh, ranks, self.layers, self.noise)
+        self.one_step = Step(
+            config, self.model, self.data, self.mesh, ranks, self.layers, self.noise, self.objective
+        )
         self.one_step.turn_to(
             max(0, self.step - 1)
         )  # what was done last, for a run that has nothing left to do
@@ -160,9 +164,13 @@ class Trainer:
         self.console.print(f"begins with the weights of {path}, of step {record['step']}{told}")
 
     def _settings(self) -> dict[str, Any]:
-        """What shapes the weights; the sequences of a step are those of all ranks, however many share them."""
+        """What shapes the weights; the sequences of a step are those of all ranks, however many share them.
+
+        Of a teacher's file its content counts, not its name.
+        """
         settings = shaping_settings(self.config)
-        return settings | {"train.batch_size": settings["train.batch_size"] * self.ranks.size}
+        sequences = settings["train.batch_size"] * self.ranks.size
+        return settings | {"train.batch_size": sequences, "objective.teacher": self.objective.digest}
 
     def run(self) -> None:
         """Train to the last step, to the time budget, or to a signal; then save.
@@ -297,7 +305,8 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         with self.layers.watching(self.step + 1):
             loss, norm, counts = self.one_step.gradients(self.step)
-        row: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": rate} | turned
+        row: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": rate}
+        row |= self.one_step.figures | turned
         self.noise.turn(step_noise.GUARD)
         if trouble := self.guard.trouble(loss, norm):
             policy, told = trouble

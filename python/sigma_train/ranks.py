@@ -49,6 +49,15 @@ class Ranks:
             dist.all_gather_object(box, value)
         return box
 
+    def rows(self, mine: Tensor) -> Tensor:
+        """The rows of all ranks in their order, of each as many; a collective."""
+        if self.size == 1:
+            return mine
+        found = mine.new_empty(self.size * len(mine), *mine.shape[1:])
+        with observed("gathered"):
+            dist.all_gather_single(found, mine.contiguous())
+        return found
+
     def summed(self, *values: float | Tensor) -> list[float]:
         """Numbers, each over all ranks; a collective."""
         total = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values])

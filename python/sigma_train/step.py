@@ -1,6 +1,5 @@
 """One step: loss and gradients of its micro-batches over all ranks, and what is learned from them."""
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -12,6 +11,7 @@ from sigma_train.expert_counts import ExpertCounts
 from sigma_train.layer_statistics import LayerStatistics
 from sigma_train.mesh import Mesh
 from sigma_train.model import LanguageModel, precision
+from sigma_train.objective import Objective
 from sigma_train.optim import clip
 from sigma_train.origin import origin
 from sigma_train.ranks import Ranks
@@ -20,7 +20,8 @@ from sigma_train.ranks import Ranks
 class Step:
     """Steps are told apart by their number, from 0, which decides their tokens.
 
-    noise: is told of every phase; its owner may put another in its place.
+    noise: is told of every phase; its owner may put another in its place.  figures: of the step done last, by the names
+    that the metrics have, beside its loss.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class Step:
         ranks: Ranks,
         layers: LayerStatistics,
         noise: step_noise.NoRecord,
+        objective: Objective,
     ) -> None:
         self.config, self.model, self.data, self.mesh, self.ranks = config, model, data, mesh, ranks
-        self.layers, self.noise = layers, noise
+        self.layers, self.noise, self.objective = layers, noise, objective
         self.experts = ExpertCounts(config)
+        self.figures: dict[str, float] = {}
 
     def gradients(self, number: int) -> tuple[float, float, list[Tensor]]:
         """Loss, norm of the gradient, which is cut, and each layer's counts, all over the ranks.
@@ -43,6 +46,7 @@ class Step:
         The model is left with as many experts a token as the step has where they are not drawn.
         """
         t, loss_sum, counts = self.config.train, 0.0, []
+        self.objective.begin()
         for micro in range(t.grad_accum):
             loss = self._cross_entropy(number, micro)
             counts.append([moe.last_routing.counts for moe in self.model.moe_layers()])
@@ -58,9 +62,12 @@ class Step:
             average_expert_gradients(self.model, self.mesh)
         self.layers.see_gradients()
         norm = clip(self.model, self.config.optim.grad_clip)
-        (loss_sum,) = self.ranks.summed(loss_sum)
+        figures = self.objective.figures()
+        sums = self.ranks.summed(loss_sum, *figures.values())
+        loss, *means = (each / self.ranks.size / t.grad_accum for each in sums)
+        self.figures = dict(zip(figures, means, strict=True))
         layers = [sk_nn.global_counts(sum(layer)) for layer in zip(*counts, strict=True)]
-        return loss_sum / self.ranks.size / t.grad_accum, norm, layers
+        return loss, norm, layers
 
     def turn_to(self, number: int) -> None:
         """Have the model at the experts a token of this step."""
@@ -107,19 +114,15 @@ class Step:
             self.model.set_top_k(top_k)
 
     def _cross_entropy(self, number: int, micro: int) -> Tensor:
-        """Of one micro-batch of this rank."""
+        """Of one micro-batch of this rank, over the tokens that count."""
         t = self.config.train
         self.noise.turn(step_noise.DATA)
+        batch = number * t.grad_accum + micro
         inputs, targets = self.data.train.batch(
-            number * t.grad_accum + micro,
-            t.batch_size,
-            t.seq_len,
-            t.seed,
-            self.ranks.rank,
-            self.ranks.size,
+            batch, t.batch_size, t.seq_len, t.seed, self.ranks.rank, self.ranks.size
         )
         self._set_top_k(self.experts.of_batch(number, micro))
         self.noise.turn(step_noise.FORWARD)
         with precision(self.config):
             logits = self.model(inputs)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return self.objective.loss(logits, targets, batch)

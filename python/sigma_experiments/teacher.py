@@ -1,0 +1,297 @@
+"""Tokens chosen by a teacher of another vocabulary (VocAgnoLM, arXiv 2503.19123), where part of the text is noise.
+
+A teacher is trained on clean text, and reads the students' text once, of which a part cannot be learned.  Students of a
+quarter of its active size and another vocabulary see the same tokens and learn from all, or from 40 %: at random, by
+their own loss, by how much it is above the teacher's.  They are measured on clean text that nobody has seen.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sigma_train.config import Config
+from sigma_train.dataset import prepare
+from sigma_train.evaluate import evaluate
+from sigma_train.generate import load_run
+from sigma_train.model import LanguageModel, flops_per_token
+from sigma_train.objective import Objective
+from sigma_train.ranks import Ranks
+from sigma_train.teacher import open_teacher
+from sigma_train.teacher_cache import cache_losses
+from sigma_train.teacher_file import TeacherLosses, read_losses
+
+from sigma_experiments import sparse
+from sigma_experiments.lab import SHORT, Lab, Run, Trained
+from sigma_experiments.noisy_text import BESIDE_NOISE, CLEAN, NOISE, Texts, write_texts
+from sigma_experiments.page import Page, spread, table
+
+TEXT_BYTES, SHORT_BYTES = 3_000_000, 80_000
+STEPS, TEACHER_STEPS = 300, 500
+LOOKS = 16  # batches of the training text over which a trained student's choice is counted
+COMMON = {
+    "router.balance": "global",
+    "data.val_fraction": 0.02,
+    "optim.lr": 3e-3,
+    "optim.schedule": "wsd",
+    "optim.warmup_steps": 30,
+    "train.batch_size": 32,
+    "train.eval_every": 100,
+    "train.save_every": 300,
+}
+STUDENT = {
+    **COMMON,
+    "model.vocab_size": 512,
+    "model.num_layers": 4,
+    "model.num_experts": 8,
+    "train.steps": STEPS,
+}
+TEACHER = {
+    **COMMON,
+    "model.vocab_size": 1024,
+    "model.hidden_size": 128,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.intermediate_size": 128,
+    "model.num_layers": 4,
+    "model.num_experts": 16,
+    "train.steps": TEACHER_STEPS,
+}
+GUIDED = {"objective.kind": "teacher_guided"}
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("all tokens", {}),
+    "random": ("40 % at random", {"objective.kind": "random"}),
+    "student": ("40 % by the student's loss", {"objective.kind": "student"}),
+    "max": ("40 % by the gap, max", {**GUIDED, "objective.aggregate": "max"}),
+    "mean": ("40 % by the gap, mean", {**GUIDED, "objective.aggregate": "mean"}),
+    "longer": ("all tokens, FLOPs of the teacher's reading added", {}),
+}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs: of a student's step, of the teacher's reading, of the teacher's training."""
+
+    step: float
+    reading: float
+    training: float
+
+    @property
+    def longer(self) -> int:
+        """Steps of a student that the reading pays for."""
+        return round(self.reading / self.step)
+
+
+def run(lab: Lab) -> Page:
+    texts = write_texts(lab.folder / "text", SHORT_BYTES if lab.is_short else TEXT_BYTES)
+    teacher = Run("teacher", 0, settings(lab, TEACHER, texts.teacher, {}))
+    (trained_teacher,) = lab.train([teacher]).values()
+    place, losses = read_by(trained_teacher, lab, texts)
+    costs = costs_of(trained_teacher, lab, texts, losses)
+    trained = sparse.by_arm(lab.train(students(lab, texts, place, costs)))
+    bits = {name: [on_clean_text(each, texts) for each in runs] for name, runs in trained.items()}
+    kept = {
+        name: [kept_by(each, texts) for each in runs] for name, runs in trained.items() if name != "longer"
+    }
+    return Page(
+        "Tokens chosen by a teacher of another vocabulary",
+        text(trained, trained_teacher, losses, costs, bits, kept),
+        {"quality": quality_figure(bits), "kept": kept_figure(kept)},
+        {"bits_per_byte": bits, "kept": kept, "flops": vars(costs), "teacher": losses.record},
+    )
+
+
+def settings(lab: Lab, base: Mapping[str, Any], place: Path, more: Mapping[str, Any]) -> dict[str, Any]:
+    short = SHORT if lab.is_short else {}
+    return {**base, "data.paths": (str(place),), **more, **short}
+
+
+def students(lab: Lab, texts: Texts, place: Path, costs: Costs) -> list[Run]:
+    runs = []
+    for name, (_, own) in ARMS.items():
+        if lab.is_short and name in ("random", "mean"):
+            continue
+        own = own | (
+            {"objective.teacher": str(place)} if own.get("objective.kind") == "teacher_guided" else {}
+        )
+        of_arm = settings(lab, STUDENT, texts.student, own)
+        if name == "longer":
+            of_arm["train.steps"] += min(
+                costs.longer, of_arm["train.steps"] if lab.is_short else costs.longer
+            )
+        runs += [Run(name, seed, of_arm) for seed in range(lab.seeds)]
+    return runs
+
+
+def read_by(teacher: Trained, lab: Lab, texts: Texts) -> tuple[Path, TeacherLosses]:
+    """The file of the teacher's losses on the students' text, which has its name of the teacher."""
+    opened = open_teacher(teacher.folder)
+    place = lab.folder / f"losses-{opened.digest[:12]}"
+    data = student_config(lab, texts).data
+    lab.console.print(
+        cache_losses(opened, data, place, None, None, 4096, "f16", lab.console),
+        soft_wrap=True,
+        highlight=False,
+    )
+    return place, read_losses(place, "experiment")
+
+
+def student_config(lab: Lab, texts: Texts) -> Config:
+    return Run("student", 0, settings(lab, STUDENT, texts.student, {})).config(lab.folder)
+
+
+def costs_of(teacher: Trained, lab: Lab, texts: Texts, losses: TeacherLosses) -> Costs:
+    """A forward is a third of a training step's FLOPs; what windows overlap by is read twice."""
+    config = student_config(lab, texts)
+    t, of_teacher = config.train, teacher.config.train
+    per_token = [flops_of(each) for each in (config, teacher.config)]
+    reading = losses.record["reading"]
+    twice = reading["context"] / (reading["context"] - reading["overlap"])
+    return Costs(
+        per_token[0] * t.batch_size * t.seq_len,
+        per_token[1] / 3 * len(losses.loss) * twice,
+        per_token[1] * of_teacher.batch_size * of_teacher.seq_len * of_teacher.steps,
+    )
+
+
+def flops_of(config: Config) -> int:
+    with torch.device("meta"):
+        return flops_per_token(LanguageModel(config), config)
+
+
+def on_clean_text(trained: Trained, texts: Texts) -> float:
+    """Bits per byte of all that was held out."""
+    config, model, tokenizer = load_run(trained.folder)
+    everything = config.model_copy(update={"train": config.train.model_copy(update={"eval_batches": 10**6})})
+    return evaluate(model, texts.clean(tokenizer), everything)
+
+
+@torch.no_grad()
+def kept_by(trained: Trained, texts: Texts) -> dict[str, float]:
+    """Of what the trained student would keep: which share of each kind of token, and how much of it is noise."""
+    config, model, _ = load_run(trained.folder)
+    data, t = prepare(config), config.train
+    objective = Objective(config, data, Ranks())
+    kinds = torch.from_numpy(texts.kinds(data.train, config.data))
+    kept, all_ = torch.zeros(4), torch.zeros(4)
+    for batch in range(LOOKS):
+        inputs, targets = data.train.batch(batch, t.batch_size, t.seq_len, t.seed)
+        losses = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="none")
+        losses = losses.view(targets.shape)
+        weights = torch.ones_like(losses)
+        if config.objective.kind != "plain":
+            weights, _ = objective.weights(losses, batch)
+        kind = kinds[data.train.target_places(batch, t.batch_size, t.seq_len, t.seed)].flatten().long()
+        kept += torch.bincount(kind, weights.flatten(), minlength=4)
+        all_ += torch.bincount(kind, minlength=4)
+    of_text, rate = kept[: NOISE + 1].sum(), kept / all_.clamp(min=1)
+    return {
+        "clean": rate[CLEAN].item(),
+        "beside_noise": rate[BESIDE_NOISE].item(),
+        "noise": rate[NOISE].item(),
+        "noise_of_kept": (kept[NOISE] / of_text).item(),
+    }
+
+
+def text(
+    trained: dict[str, list[Trained]],
+    teacher: Trained,
+    losses: TeacherLosses,
+    costs: Costs,
+    bits: dict[str, list[float]],
+    kept: dict[str, list[dict[str, float]]],
+) -> str:
+    student = trained["plain"][0].config
+    quality = [
+        [
+            ARMS[name][0],
+            str(runs[0].config.train.steps),
+            spread(bits[name], 4),
+            f"{costs.step * runs[0].config.train.steps:.2e}",
+            f"{costs.step * runs[0].config.train.steps + costs.reading * (name in ('max', 'mean')):.2e}",
+        ]
+        for name, runs in trained.items()
+    ]
+    columns = (
+        "learned from",
+        "steps",
+        "bits per byte, clean text",
+        "FLOPs of the student",
+        "and of the reading",
+    )
+    chosen = [
+        [ARMS[name][0], *(percent(rates, key) for key in ("clean", "beside_noise", "noise", "noise_of_kept"))]
+        for name, rates in kept.items()
+    ]
+    rates = (
+        "learned from",
+        "kept of clean documents",
+        "kept of clean tokens in noisy ones",
+        "kept of noise",
+        "noise in what is kept",
+    )
+    seeds = sparse.seeds_of(trained["plain"])
+    return f"""
+In three of ten documents of the students' text, three of ten characters are drawn anew. Students:
+{student.model.num_layers} layers of {student.model.num_experts} experts, hidden size
+{student.model.hidden_size}, vocabulary {student.model.vocab_size},
+{student.train.batch_size * student.train.seq_len:,} tokens a step; {seeds}, mean [lowest, highest]. The teacher: hidden
+size {teacher.config.model.hidden_size}, {teacher.config.model.num_experts} experts, vocabulary
+{teacher.config.model.vocab_size}, trained on other, clean text for {teacher.config.train.steps} steps; on the
+students' text it has {losses.bits_per_byte:.4f} bits per byte, noise and all. All is Python source.
+
+{table(columns, quality)}
+
+![Bits per byte on clean text](teacher-quality.png)
+
+Equal steps in all rows but the last, which has as many FLOPs as a guided student and the teacher's reading of the text
+({costs.reading:.2e}) together. The teacher's training, {costs.training:.2e} FLOPs, is counted nowhere.
+
+{table(rates, chosen)}
+
+![What is kept](teacher-kept.png)
+
+What a trained student would keep of the first {LOOKS} batches of its training. A token counts as noise if one of its
+characters was drawn. The teacher knows clean text alone: beside noise it does badly as well, so that clean tokens there
+are left out with it.
+"""
+
+
+def percent(rates: Sequence[dict[str, float]], key: str) -> str:
+    return spread([100 * each[key] for each in rates], 1, " %")
+
+
+def quality_figure(bits: dict[str, list[float]]) -> Figure:
+    figure, axes = plt.subplots(figsize=(8, 3))
+    for place, values in enumerate(bits.values()):
+        axes.plot([np.mean(values)], [place], "o", color=f"C{place}")
+        axes.plot(values, [place] * len(values), "|", color=f"C{place}", markersize=14)
+    axes.set_xlabel("bits per byte on clean text that nobody has seen; a mark a seed")
+    _name_rows(axes, list(bits))
+    figure.tight_layout()
+    return figure
+
+
+def kept_figure(kept: dict[str, list[dict[str, float]]]) -> Figure:
+    groups = {"clean": "clean documents", "beside_noise": "clean tokens of noisy documents", "noise": "noise"}
+    figure, axes = plt.subplots(figsize=(8, 3.6))
+    for offset, (key, label) in enumerate(groups.items()):
+        values = [100 * np.mean([each[key] for each in rates]) for rates in kept.values()]
+        axes.barh(np.arange(len(kept)) + 0.27 * (offset - 1), values, 0.25, label=label)
+    axes.set_xlabel("kept, %")
+    axes.legend(fontsize=8)
+    _name_rows(axes, list(kept))
+    figure.tight_layout()
+    return figure
+
+
+def _name_rows(axes: Axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), [ARMS[name][0] for name in names], fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x")

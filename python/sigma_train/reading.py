@@ -1,0 +1,51 @@
+"""What a teacher loses on each of its tokens of a text: nats, no smoothing."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from sigma_train.context_windows import Window, windows
+from sigma_train.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a teacher reads: at most `context` tokens at once, all but `overlap` of them new, so many in one call."""
+
+    context: int
+    overlap: int
+    batch_tokens: int
+
+
+@torch.no_grad()
+def losses(teacher: Teacher, texts: Sequence[list[int]], reading: Reading) -> list[np.ndarray]:
+    """[tokens] f32 of each text; NaN for a first token that nothing stands before."""
+    sequences = [np.array([*teacher.prefix, *ids], dtype=np.int64) for ids in texts]
+    found = [np.full(len(sequence), np.nan, np.float32) for sequence in sequences]
+    for batch in _batches(sequences, reading):
+        length = batch[0][1].end - batch[0][1].begin  # the longest
+        rows = np.zeros((len(batch), length + 1), np.int64)  # what is filled up comes after all that counts
+        for row, (text, w) in zip(rows, batch, strict=True):
+            row[: w.end - w.begin + 1] = sequences[text][w.begin : w.end + 1]
+        tokens = torch.from_numpy(rows)
+        logits = teacher.logits(tokens[:, :-1])
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+        for row, (text, w) in zip(nats.view(len(batch), length).numpy(), batch, strict=True):
+            found[text][w.first : w.end + 1] = row[w.first - w.begin - 1 : w.end - w.begin]
+    return [each[len(teacher.prefix) :] for each in found]
+
+
+def _batches(sequences: Sequence[np.ndarray], reading: Reading) -> Iterator[list[tuple[int, Window]]]:
+    """Windows of all texts, long ones together, so that few rows are filled up."""
+    all_ = [
+        (i, w) for i, s in enumerate(sequences) for w in windows(len(s), reading.context, reading.overlap)
+    ]
+    all_.sort(key=lambda each: each[1].begin - each[1].end)
+    while all_:
+        longest = all_[0][1].end - all_[0][1].begin
+        rows = max(1, reading.batch_tokens // longest)
+        yield all_[:rows]
+        all_ = all_[rows:]

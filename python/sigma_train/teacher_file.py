@@ -1,0 +1,127 @@
+"""The file of `sigma teacher cache`: what a teacher loses on each of its tokens of a training text.
+
+A safetensors file, mapped into memory: `loss` [M] f16 or f32, NaN without context; `begins`, `ends` [M] int64, bytes of
+the text, whose documents follow each other as in the split; and a record of what it is of, in its metadata.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sigma_train.alignment import align_spans
+from sigma_train.dataset import TokenDataset
+from sigma_train.errors import WrongInput
+from sigma_train.files import atomic_file
+from sigma_train.spans import spans_of_lengths
+from sigma_train.teacher_loss import Aggregate, aggregate_teacher_loss
+
+VERSION = 1
+RECORD = "sigma_teacher"
+BLOCK = 1 << 18  # student tokens that are aligned at once
+
+
+@dataclass(frozen=True)
+class TeacherLosses:
+    """record: `text` (corpus_digest, val_fraction, bytes), `teacher`, `reading`, `sha256` of the tensors."""
+
+    loss: Tensor
+    begins: Tensor
+    ends: Tensor
+    record: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Of losses and of what they are of; where the file lies does not matter."""
+        return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the teacher on the text, without the tokens that have no loss and their bytes."""
+        has_none = self.loss.isnan()
+        num_bytes = self.record["text"]["bytes"] - (self.ends - self.begins)[has_none].sum().item()
+        return self.loss[~has_none].double().sum().item() / math.log(2) / num_bytes
+
+    def targets(self, dataset: TokenDataset, how: Aggregate) -> Tensor:
+        """[tokens] f32: the teacher's loss for each token of the split, NaN where it has none.
+
+        Raises: WrongInput if the split has another number of bytes.
+        """
+        found, at = torch.empty(dataset.num_tokens), 0
+        for first in range(0, dataset.num_tokens, BLOCK):
+            lengths = dataset.token_bytes[dataset.tokens[first : first + BLOCK]]
+            student = torch.from_numpy(spans_of_lengths(lengths, at))
+            until = int(student[-1, 1])
+            lo, hi = torch.searchsorted(self.ends, at, right=True), torch.searchsorted(self.begins, until)
+            teacher = torch.stack([self.begins[lo:hi], self.ends[lo:hi]], dim=1)
+            ranges = align_spans(student, teacher)
+            found[first : first + BLOCK] = aggregate_teacher_loss(self.loss[lo:hi].float(), ranges, how)
+            at = until
+        if at != self.record["text"]["bytes"]:
+            raise WrongInput(
+                f"objective.teacher: its losses are of {self.record['text']['bytes']} bytes of text, the split has {at}"
+            )
+        return found
+
+
+def write_losses(path: Path, losses: TeacherLosses) -> None:
+    """Whole or not at all; `record` gets version and sha256."""
+    tensors = _tensors(losses)
+    record = {"version": VERSION, **losses.record, "sha256": _sha256(tensors.values())}
+    with atomic_file(path) as file:
+        file.write(save(tensors, metadata={RECORD: json.dumps(record)}))
+
+
+def read_losses(path: Path, who: str) -> TeacherLosses:
+    """Raises: WrongInput, `who` being the setting or option that named the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get(RECORD, "{}"))
+            if record.get("version") != VERSION:
+                raise WrongInput(f"{who}: {path} must be a file of `sigma teacher cache`, found another")
+            tensors = {name: file.get_tensor(name) for name in ("loss", "begins", "ends")}
+    except FileNotFoundError:
+        raise WrongInput(f"{who}: {path} is missing; `sigma teacher cache` makes it") from None
+    except SafetensorError as error:
+        raise WrongInput(
+            f"{who}: {path} is not a file of `sigma teacher cache`, or is damaged: {error}"
+        ) from None
+    if _sha256(tensors.values()) != record["sha256"]:
+        raise WrongInput(f"{who}: {path} is damaged: its sha256 differs")
+    return TeacherLosses(**tensors, record=record)
+
+
+def text_of(corpus_digest: str, val_fraction: float, num_bytes: int) -> dict[str, Any]:
+    """What tells the text of a training split: its documents follow from these, whatever the vocabulary."""
+    return {"corpus_digest": corpus_digest, "val_fraction": val_fraction, "bytes": num_bytes}
+
+
+def must_be_of(losses: TeacherLosses, wanted: dict[str, Any], path: Path) -> None:
+    """Raises: WrongInput if the losses are of another text."""
+    found = losses.record["text"]
+    if differs := [key for key in wanted if found[key] != wanted[key]]:
+        key = differs[0]
+        raise WrongInput(
+            f"objective.teacher: {path} holds losses of another text than the training split: {key} is {found[key]} "
+            f"there and {wanted[key]} here"
+        )
+
+
+def _tensors(losses: TeacherLosses) -> dict[str, Tensor]:
+    return {"loss": losses.loss, "begins": losses.begins, "ends": losses.ends}
+
+
+def _sha256(tensors: Iterable[Tensor]) -> str:
+    found = hashlib.sha256()
+    for x in tensors:
+        found.update(f"{x.dtype} {list(x.shape)}".encode())
+        found.update(x.contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()

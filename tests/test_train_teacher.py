@@ -1,0 +1,374 @@
+"""`sigma teacher cache`: each teacher token's loss with enough before it, where it stands, and of what it is."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from sigma_train.checkpoint import save_checkpoint
+from sigma_train.config import load_config
+from sigma_train.context_windows import windows
+from sigma_train.corpus import find_files, read_corpus, split
+from sigma_train.dataset import PreparedData, prepare
+from sigma_train.errors import WrongInput
+from sigma_train.export import export_to_transformers
+from sigma_train.model import LanguageModel
+from sigma_train.reading import Reading, losses
+from sigma_train.spans import spans_of_lengths
+from sigma_train.teacher import RunTeacher, TransformersTeacher, open_teacher
+from sigma_train.teacher_cache import cache_losses, reading_of
+from sigma_train.teacher_file import read_losses
+from sigma_train.tokenizer import train_tokenizer
+from support import assert_one_sentence, sigma
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+TEXT = "für alle Fälle 東京 e\u0301 🙂🙂\n\ndef f(x):\n    return x * 2\n"
+TINY = ["model.hidden_size=16", "model.head_dim=8", "model.num_experts=4", "model.intermediate_size=8"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of thirty documents, long and short, of all kinds of characters."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(30):
+        lines = f"x = {i}\n" * (i % 7)
+        (folder / f"{i}.txt").write_text(f"{i * i} {TEXT[i:]}{lines}  {i}\n" * (1 + i % 3))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of another vocabulary, untrained."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    config = load_config(
+        "smoke", None, [*TINY, "model.vocab_size=400", "model.max_seq_len=64", "train.seq_len=64"]
+    )
+    torch.manual_seed(0)
+    model = LanguageModel(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    save_checkpoint(folder / "checkpoints", 1, model.state_dict(), {}, {}, keep=1)
+    (folder / "config.toml").write_text(config.to_toml())
+    train_tokenizer([TEXT * 4, "return x\n" * 9], 400).save(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    export_to_transformers(run, folder)
+    return folder
+
+
+def data_of(corpus, tmp_path, *more: str) -> PreparedData:
+    return prepare(config_of(corpus, tmp_path, *more))
+
+
+def config_of(corpus, tmp_path, *more: str):
+    own = ["model.vocab_size=300", "model.max_seq_len=16", "train.seq_len=16", "data.val_fraction=0.2"]
+    paths = {"data": {"paths": [str(corpus)], "cache_dir": str(tmp_path / "cache")}}
+    return load_config("smoke", None, [*TINY, *own, *more], paths)
+
+
+def cached(teacher, config, out, *, context=None, overlap=None, dtype="f32"):
+    return cache_losses(teacher, config.data, out, context, overlap, 256, dtype, Console(quiet=True))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 60), st.integers(1, 12), st.data())
+def test_each_token_is_predicted_once_with_enough_before_it(tokens, context, data):
+    """Defends: a window's first tokens taken with nothing before them, one token twice, one left out."""
+    overlap = data.draw(st.integers(0, context - 1))
+    found = []
+    for w in windows(tokens, context, overlap):
+        assert 0 <= w.begin < w.end < tokens
+        assert w.end - w.begin <= context
+        for token in range(w.first, w.end + 1):
+            assert token - w.begin >= min(token, overlap + 1)
+            found.append(token)
+    assert found == list(range(1, tokens))
+
+
+def test_losses_are_those_of_one_forward(run):
+    """Defends: a loss that is off by a token; a text cut off; rows filled up that change what is beside them."""
+    teacher = RunTeacher(run)
+    texts = ["def f(x):\n", TEXT, "", "x"]
+    encoded = [ids for ids, _ in teacher.encode(texts)]
+    got = losses(teacher, encoded, Reading(64, 0, 128))
+    assert [len(nats) for nats in got] == [len(ids) for ids in encoded]
+    for ids, nats in zip(encoded, got, strict=True):
+        if not ids:
+            continue
+        whole = torch.tensor([*teacher.prefix, *ids])
+        with torch.no_grad():
+            want = F.cross_entropy(teacher.model(whole[None, :-1])[0], whole[1:], reduction="none")
+        torch.testing.assert_close(torch.from_numpy(nats), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_long_text_is_read_with_context(run):
+    teacher = RunTeacher(run)
+    ((ids, _),) = teacher.encode([TEXT * 3])
+    (got,) = losses(teacher, [ids], Reading(16, 8, 64))
+    sequence = torch.tensor([*teacher.prefix, *ids])
+    for w in windows(len(sequence), 16, 8):
+        with torch.no_grad():
+            logits = teacher.model(sequence[None, w.begin : w.end])[0]
+        for token in range(w.first, w.end + 1):
+            want = F.cross_entropy(logits[token - w.begin - 1], sequence[token]).item()
+            assert got[token - 1] == pytest.approx(want, rel=1e-4, abs=1e-5)
+
+
+def test_without_a_prefix_the_first_token_has_no_loss(run):
+    teacher = RunTeacher(run)
+    teacher.prefix = []
+    encoded = [ids for ids, _ in teacher.encode([TEXT, "a"])]
+    got = losses(teacher, encoded, Reading(64, 0, 128))
+    assert [np.isnan(nats).sum() for nats in got] == [1, 1]
+    assert np.isnan(got[0][0])
+
+
+def test_a_run_and_its_export_are_one_teacher(run, exported, corpus, tmp_path):
+    """Ours by the lengths of its tokens, theirs by offsets of characters: where tokens stand, and what they lose."""
+    config = config_of(corpus, tmp_path)
+    found = []
+    for folder, kind in ((run, RunTeacher), (exported, TransformersTeacher)):
+        teacher = open_teacher(folder)
+        assert isinstance(teacher, kind)
+        assert teacher.prefix[0] not in teacher.encode(["<|endoftext|>"])[0][0], "a text that closes itself"
+        cached(teacher, config, tmp_path / kind.__name__)
+        found.append(read_losses(tmp_path / kind.__name__, "test"))
+    ours, theirs = found
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-3, atol=1e-4)
+    # A character of several tokens is all of theirs, by its offsets.
+    assert (theirs.begins <= ours.begins).all()
+    assert (theirs.ends >= ours.ends).all()
+    assert (theirs.begins == ours.begins).float().mean() > 0.8
+
+
+def test_spans_of_the_split_hold_its_text(run, corpus, tmp_path):
+    """Defends: documents in another order, an end of text that has bytes, a split other than the trainer's."""
+    config = config_of(corpus, tmp_path)
+    data = prepare(config)
+    documents, _ = split(read_corpus(find_files(config.data.paths)).documents, config.data.val_fraction)
+    text = b"".join(document.read().encode() for document in documents)
+    lengths = data.train.token_bytes[data.train.tokens]
+    for token, (begin, end) in zip(data.train.tokens, spans_of_lengths(lengths), strict=True):
+        piece = data.tokenizer._tokenizer.id_to_token(int(token))
+        if token == data.tokenizer.eos_id:
+            assert begin == end
+        else:
+            assert text[begin:end] == decoded(piece)
+    assert spans_of_lengths(lengths)[-1, 1] == len(text) == data.train.num_bytes
+    teacher = RunTeacher(run)
+    cached(teacher, config, tmp_path / "losses")
+    found = read_losses(tmp_path / "losses", "test")
+    ids = [token for document in documents for token in teacher.encode([document.read()])[0][0]]
+    assert len(ids) == len(found.loss)
+    for token, begin, end in zip(ids, found.begins.tolist(), found.ends.tolist(), strict=True):
+        assert text[begin:end] == decoded(teacher._tokenizer._tokenizer.id_to_token(token))
+
+
+def decoded(piece: str) -> bytes:
+    """The bytes that a token of a byte-level vocabulary stands for."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return bytes(table[character] for character in piece)
+
+
+@pytest.mark.parametrize("how", ["max", "mean"])
+def test_targets_are_those_of_the_covering_tokens(run, corpus, tmp_path, how, monkeypatch):
+    """By the definition, token by token; in blocks, whose edges fall anywhere."""
+    monkeypatch.setattr("sigma_train.teacher_file.BLOCK", 37)
+    config = config_of(corpus, tmp_path)
+    data = prepare(config)
+    cached(RunTeacher(run), config, tmp_path / "losses")
+    found = read_losses(tmp_path / "losses", "test")
+    got = found.targets(data.train, how)
+    spans = spans_of_lengths(data.train.token_bytes[data.train.tokens])
+    begins, ends = found.begins.numpy(), found.ends.numpy()
+    for (a, b), value in zip(spans, got.tolist(), strict=True):
+        over = found.loss[torch.from_numpy((np.maximum(a, begins) < np.minimum(b, ends)) & (a < b))]
+        want = float("nan") if not len(over) else (over.max() if how == "max" else over.mean()).item()
+        assert value == pytest.approx(want, rel=1e-5, nan_ok=True)
+    assert torch.equal(got.isnan(), torch.from_numpy(data.train.tokens == data.tokenizer.eos_id))
+
+
+def test_losses_of_half_the_size(run, corpus, tmp_path):
+    config = config_of(corpus, tmp_path)
+    for dtype in ("f16", "f32"):
+        told = cached(RunTeacher(run), config, tmp_path / dtype, dtype=dtype)
+    half, full = (read_losses(tmp_path / dtype, "test") for dtype in ("f16", "f32"))
+    assert half.loss.dtype == torch.float16
+    torch.testing.assert_close(half.loss.float(), full.loss, rtol=1e-3, atol=1e-3)
+    nats, size = full.loss.double().sum().item(), full.record["text"]["bytes"]
+    assert f"{nats / np.log(2) / size:.4f} bits per byte" in told
+    assert half.digest != full.digest
+
+
+def foreign(folder, normalizer=None, trim: bool = True, special: str = "<s>"):
+    """A folder as others make them: SentencePiece-like, with what stands around a text."""
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150, special_tokens=["<unk>", special], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{special} $A {special}", special_tokens=[(special, tokenizer.token_to_id(special))]
+    )
+    tokenizer.enable_truncation(8)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special, unk_token="<unk>").save_pretrained(
+        folder
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen3Config(
+        **sizes,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=tokenizer.get_vocab_size(),
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(1)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_transformers_with_its_own_pieces(corpus, tmp_path):
+    """Defends: special tokens around a text, a text that is cut, spaces that belong to nothing."""
+    teacher = open_teacher(foreign(tmp_path / "hf", normalizers.NFKC()))
+    text = f"  für <s> e\u0301 {TEXT}"
+    ((ids, spans),) = teacher.encode([text])
+    assert len(ids) == len(spans) > 20
+    assert (spans[0, 0], spans[-1, 1]) == (0, len(text.encode()))
+    assert (spans[1:, 0] <= spans[:-1, 1]).all()
+    config = config_of(corpus, tmp_path)
+    cached(teacher, config, tmp_path / "losses")
+    found = read_losses(tmp_path / "losses", "test")
+    assert not found.loss.isnan().any()
+    assert found.record["reading"] == {"context": 32, "overlap": 8, "dtype": "f32"}
+    targets = found.targets(prepare(config).train, "max")
+    assert torch.equal(
+        targets.isnan(), torch.from_numpy(prepare(config).train.tokens == prepare(config).tokenizer.eos_id)
+    )
+
+
+def test_the_same_again_is_there_already(run, corpus, tmp_path):
+    """Defends: hours of a teacher for what is there; losses of another that are taken for these."""
+    config, out = config_of(corpus, tmp_path), tmp_path / "losses"
+    cached(RunTeacher(run), config, out)
+    before = out.stat().st_mtime_ns
+    assert cached(RunTeacher(run), config, out).endswith("is there already, of this text and teacher")
+    other = RunTeacher(run)
+    next(other.model.parameters()).data[0] += 1
+    shorter = config_of(corpus, tmp_path, "data.max_bytes=2000")
+    for teacher, of, more, told in (
+        (other, config, {}, "teacher digest is"),
+        (RunTeacher(run), shorter, {}, "text corpus_digest is"),
+        (RunTeacher(run), config, {"context": 32}, "reading context is 64 there and 32 here"),
+        (RunTeacher(run), config, {"dtype": "f16"}, "reading dtype is f32 there and f16 here"),
+    ):
+        with pytest.raises(WrongInput, match=f"--out: .* holds other losses: {told}"):
+            cached(teacher, of, out, **more)
+    assert out.stat().st_mtime_ns == before
+
+
+def test_a_file_that_is_none_is_refused(run, corpus, tmp_path):
+    out = tmp_path / "losses"
+    with pytest.raises(
+        WrongInput, match=r"objective\.teacher: .* is missing; `sigma teacher cache` makes it"
+    ):
+        read_losses(out, "objective.teacher")
+    out.write_bytes(b"nothing")
+    with pytest.raises(WrongInput, match="is not a file of `sigma teacher cache`, or is damaged"):
+        read_losses(out, "objective.teacher")
+    save_file({"loss": torch.zeros(3)}, out)
+    with pytest.raises(WrongInput, match="must be a file of `sigma teacher cache`, found another"):
+        read_losses(out, "objective.teacher")
+    cached(RunTeacher(run), config_of(corpus, tmp_path), tmp_path / "sound")
+    content = bytearray((tmp_path / "sound").read_bytes())
+    content[-5] ^= 1
+    out.write_bytes(content)
+    with pytest.raises(WrongInput, match="is damaged: its sha256 differs"):
+        read_losses(out, "objective.teacher")
+
+
+def test_a_write_that_fails_leaves_nothing(run, corpus, tmp_path, monkeypatch):
+    """Defends: a file that is half there."""
+    monkeypatch.setattr(
+        "os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    config = config_of(corpus, tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        cached(RunTeacher(run), config, tmp_path / "out" / "losses")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_command(run, corpus, tmp_path, cache):
+    args = [
+        "teacher",
+        "cache",
+        "--teacher",
+        str(run),
+        "--data",
+        str(corpus),
+        "--set",
+        "data.val_fraction=0.2",
+    ]
+    out = tmp_path / "more" / "losses"
+    result = sigma(*args, "--out", str(out), env=cache)
+    assert result.returncode == 0, result.stderr
+    assert "tokens a second" in result.stdout
+    record = json.loads(load_metadata(out)["sigma_teacher"])
+    assert record["reading"] == {"context": 64, "overlap": 16, "dtype": "f16"}
+    assert set(load_file(out)) == {"loss", "begins", "ends"}
+    wrong = [
+        "teacher",
+        "cache",
+        "--teacher",
+        str(corpus),
+        "--out",
+        str(tmp_path / "no"),
+        "--data",
+        str(corpus),
+    ]
+    told = (
+        f"--teacher: {corpus} must be a run, which has checkpoints/, or a folder of transformers, which has "
+    )
+    assert_one_sentence(sigma(*wrong, env=cache), 2, f"{told}config.json; found neither")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_reading_that_cannot_be_is_refused(run):
+    teacher = RunTeacher(run)
+    assert reading_of(teacher, None, None, 100) == Reading(64, 16, 100)
+    for context, overlap, told in (
+        (65, None, "--context must be at most 64, what the teacher can read, found 65"),
+        (8, 8, "--overlap must be less than the context of 8 tokens, found 8"),
+    ):
+        with pytest.raises(WrongInput, match=told):
+            reading_of(teacher, context, overlap, 100)
+
+
+def load_metadata(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_a_folder_that_transformers_cannot_load(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
+    with pytest.raises(WrongInput, match=r"--teacher: transformers cannot load .*") as refused:
+        open_teacher(tmp_path)
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,125 @@
+"""The loss that a teacher of another vocabulary guides: aggregates, gaps, what is kept, gradients."""
+
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sigma_train.selection import Selection, weighted_mean
+from sigma_train.teacher_loss import TeacherGuidedLoss, aggregate_teacher_loss, gap
+from sigma_train.uld import uld_loss
+
+STUDENT, TEACHER = torch.tensor([2.0, 3.0, 1.0]), torch.tensor([0.5, 2.0])
+RANGES = torch.tensor([[0, 0], [0, 1], [1, 1]])  # of "Professor", without the special tokens
+EXPECTED = {  # aggregate: the teacher's losses, the gaps, L with one token of three
+    "max": ([0.5, 2, 2], [1.5, 1, -1], 2.0),
+    "mean": ([0.5, 1.25, 2], [1.5, 1.75, -1], 3.0),
+    "sum": ([0.5, 2.5, 2], [1.5, 0.5, -1], 2.0),
+    "first": ([0.5, 0.5, 2], [1.5, 2.5, -1], 3.0),
+}
+
+
+@pytest.mark.parametrize("how", EXPECTED)
+def test_aggregates_gaps_and_the_kept_token(how):
+    targets, gaps, loss = EXPECTED[how]
+    got = aggregate_teacher_loss(TEACHER, RANGES, how)
+    assert got.tolist() == targets
+    assert gap(STUDENT, got)[0].tolist() == gaps
+    assert TeacherGuidedLoss(0.4, aggregate=how)(STUDENT, TEACHER, RANGES).item() == loss
+
+
+def test_an_unmapped_token_is_included_or_not():
+    student = torch.cat([STUDENT, torch.tensor([4.0])])
+    ranges = torch.cat([RANGES, torch.tensor([[-1, -1]])])
+    assert TeacherGuidedLoss(0.4)(student, TEACHER, ranges).item() == 3.0
+    assert TeacherGuidedLoss(0.4, unmapped="exclude")(student, TEACHER, ranges).item() == 2.0
+
+
+def test_all_tokens_are_plain_cross_entropy():
+    logits, targets = torch.randn(2, 9, 11), torch.randint(11, (2, 9))
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 9)
+    ranges = torch.arange(18)[:, None].repeat(1, 2)
+    ranges[7] = -1
+    got = TeacherGuidedLoss(1.0)(loss, torch.rand(18), ranges)
+    want = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+def test_gradients_are_of_kept_tokens_alone():
+    """Defends: a gradient through the gap, or into the teacher; and one of what is left out."""
+    student = torch.tensor([2.0, 3.0, 1.0, 4.0], requires_grad=True)
+    teacher = torch.tensor([0.5, 2.0], requires_grad=True)
+    ranges = torch.cat([RANGES, torch.tensor([[-1, -1]])])
+    TeacherGuidedLoss(0.4)(student, teacher, ranges).backward()
+    assert student.grad.tolist() == [0.5, 0, 0, 0.5]
+    assert teacher.grad is None
+    assert not gap(student, torch.zeros(4))[0].requires_grad
+
+
+def test_what_is_left_out_may_be_infinite():
+    """Defends: 0 * inf, which is no number, in the sum or in the gradient."""
+    loss = torch.tensor([[1.0, math.inf]], requires_grad=True)
+    mean = weighted_mean(loss, torch.tensor([[1.0, 0.0]]))
+    mean.backward()
+    assert (mean.item(), loss.grad.tolist()) == (1.0, [[1.0, 0.0]])
+    assert weighted_mean(loss, torch.zeros(1, 2)).item() == 0
+
+
+def test_a_loss_that_is_no_number_is_kept():
+    """Defends: a selection that hides a model that has diverged."""
+    score = torch.tensor([[1.0, math.nan, 3.0, 2.0]])
+    assert Selection(0.25).weights(score, torch.ones(1, 4, dtype=torch.bool)).tolist() == [[0, 1, 0, 0]]
+
+
+def test_the_share_is_of_the_batch_or_of_each_sequence():
+    score = torch.tensor([[9.0, 8, 7, 6], [1, 2, 3, 4]])
+    all_of = torch.ones(2, 4, dtype=torch.bool)
+    assert Selection(0.5).weights(score, all_of).tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
+    assert Selection(0.5, scope="sequence").weights(score, all_of).tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    none = torch.zeros(2, 4, dtype=torch.bool)
+    none[0, 2] = True
+    assert Selection(0.1, "exclude", "sequence").weights(score, none).tolist() == [[0, 0, 1, 0], [0] * 4]
+
+
+def test_the_share_is_of_the_tokens_that_have_a_score():
+    """Defends: a share of all, special tokens too; of equal scores any."""
+    score, has_score = torch.ones(1, 12), torch.arange(12)[None] >= 2
+    for rate, count in ((0.4, 4), (0.01, 1), (1.0, 10), (0.25, 2), (0.26, 3)):
+        kept = Selection(rate, "exclude").weights(score, has_score)[0]
+        assert kept.nonzero()[:, 0].tolist() == list(range(2, 2 + count)), rate
+    assert Selection(0.4).weights(score, has_score).sum() == 6
+    many = torch.ones(1, 5000)
+    assert Selection(0.5).weights(many, many.bool())[0].nonzero()[:, 0].tolist() == list(range(2500))
+
+
+def test_vectorised_equals_the_loop():
+    """On 1000 cases, with tokens that had no context; ranges of all lengths."""
+    drawn = random.Random(0)
+    by = {"max": max, "sum": sum, "mean": lambda x: sum(x) / len(x), "first": lambda x: x[0]}
+    for case in range(1000):
+        loss = [drawn.choice([drawn.random() * 9, math.nan, 3.0]) for _ in range(drawn.randint(1, 40))]
+        ranges = [sorted(drawn.choices(range(len(loss)), k=2)) for _ in range(6)] + [[-1, -1]]
+        how = (*by,)[case % 4]
+        got = aggregate_teacher_loss(torch.tensor(loss, dtype=torch.float64), torch.tensor(ranges), how)
+        for (a, b), value in zip(ranges, got.tolist(), strict=True):
+            part = loss[a : b + 1] if how != "first" else loss[a : a + 1]
+            want = math.nan if a < 0 or any(map(math.isnan, part)) else by[how](part)
+            assert value == pytest.approx(want, rel=1e-12, nan_ok=True)
+
+
+def test_an_unknown_aggregate_is_refused():
+    with pytest.raises(ValueError, match="how must be max, mean, sum or first, found 'median'"):
+        aggregate_teacher_loss(TEACHER, RANGES, "median")
+
+
+def test_no_ranges_and_no_teacher():
+    assert aggregate_teacher_loss(TEACHER, RANGES[:0]).tolist() == []
+    assert aggregate_teacher_loss(TEACHER[:0], torch.tensor([[-1, -1]])).isnan().all()
+
+
+def test_universal_logit_distillation():
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.6, 0.4])
+    assert uld_loss(p, q).item() == pytest.approx(0.4, abs=1e-7)
+    assert uld_loss(q, p).item() == pytest.approx(0.4, abs=1e-7)
+    assert uld_loss(torch.stack([p, p]), torch.stack([p[[2, 0, 1]], p])).tolist() == [0, 0]
