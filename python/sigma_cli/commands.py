@@ -8,7 +8,7 @@ import typer
 from sigma_experiments import cli as experiment_cli
 from sigma_noise import cli as noise_cli
 from sigma_train import cli as train_cli
-from sigma_train import ledger_cli, plan_cli
+from sigma_train import data_cli, ledger_cli, plan_cli
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(train_cli.train)
@@ -18,6 +18,7 @@ app.command()(train_cli.export)
 app.command()(experiment_cli.experiment)
 app.command()(plan_cli.plan)
 app.command()(ledger_cli.ledger)
+app.add_typer(data_cli.app, name="data")
 app.add_typer(noise_cli.app, name="noise")
 
 

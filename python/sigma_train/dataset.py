@@ -35,9 +35,10 @@ from sigma_train.corpus import (
     split,
 )
 from sigma_train.files import atomic_file, locked, must_be_writable, sha256_file, sweep, write_text
+from sigma_train.languages import Languages, language_files, language_of, split_each
 from sigma_train.tokenizer import DamagedFile, Tokenizer, train_tokenizer
 
-VERSION = 1  # of the files in the cache; part of every key
+VERSION = 2  # of the files in the cache; part of every key
 TOKENIZER_SAMPLE_BYTES = 1 << 26  # 64 MiB of training text settle a vocabulary of this size
 ENCODE_BATCH = 256  # documents, at most 16 MiB of text
 STALE_S = 86_400.0  # an unfinished file this old belongs to no one
@@ -58,6 +59,7 @@ class TokenDataset:
     tokens: np.ndarray  # [N] uint16 or uint32, on disk
     num_bytes: int
     token_bytes: np.ndarray  # [vocabulary] bytes of text that a token stands for
+    languages: Languages | None = None  # of the documents, with data.languages
 
     @property
     def num_tokens(self) -> int:
@@ -101,6 +103,39 @@ class TokenDataset:
         windows = self.num_windows(seq_len)
         for start in itertools.islice(range(0, windows, batch_size), limit):
             yield self._windows(np.arange(start, min(start + batch_size, windows)), seq_len)
+
+    def batches_of_language(
+        self, name: str, batch_size: int, seq_len: int, limit: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """`eval_batches` of the windows that are wholly in this language.  Raises: CorpusError if there is none."""
+        of_windows = self._languages.of_windows(np.arange(self.num_windows(seq_len)), seq_len)
+        windows = np.flatnonzero(of_windows == self.language_names.index(name))
+        if not len(windows):
+            raise CorpusError(
+                f"data: the {self.split} split has no window of train.seq_len = {seq_len} in {name} alone; add text"
+            )
+        for start in itertools.islice(range(0, len(windows), batch_size), limit):
+            yield self._windows(windows[start : start + batch_size], seq_len)
+
+    def batch_languages(
+        self, step: int, batch_size: int, seq_len: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> Tensor:
+        """The language of each target of `batch`, int64 [batch_size, seq_len]: indices into `languages.names`."""
+        first = (step * world_size + rank) * batch_size
+        windows = sample_windows(first, batch_size, self.num_windows(seq_len), seed)
+        return torch.from_numpy(self._languages.at(windows[:, None] * seq_len + np.arange(1, seq_len + 1)))
+
+    @property
+    def language_names(self) -> tuple[str, ...]:
+        return self._languages.names
+
+    @property
+    def _languages(self) -> Languages:
+        if self.languages is None:
+            raise CorpusError(
+                "data.languages must be true where the language of text is asked for, found false"
+            )
+        return self.languages
 
     def _windows(self, windows: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
         rows = self.tokens[windows[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64)  # [B, S + 1]
@@ -165,10 +200,12 @@ def prepare(config: Config) -> PreparedData:
     Raises: CorpusError if no file matches, nothing is text, or a split is shorter than one window; WrongInput if
     the cache can't be written.
     """
-    files = find_files(config.data.paths)
-    key = _key(
-        *map(_fingerprint, files), config.data.max_bytes, config.data.val_fraction, config.model.vocab_size
-    )
+    data = config.data
+    files = find_files(data.paths)
+    if data.languages:
+        files = language_files(files)
+    settings = data.max_bytes, data.val_fraction, config.model.vocab_size, data.languages
+    key = _key(*map(_fingerprint, files), *settings)
     folder = cache_dir(config.data)
     with contextlib.ExitStack() as stack:
         with must_be_writable("data.cache_dir, or SIGMA_CACHE", folder):
@@ -197,11 +234,12 @@ class Cache:
         splits = self._load(load_tokens, self.folder / record["tokens"])
         if tokenizer is None or splits is None or tokenizer.digest != record["stats"]["tokenizer_digest"]:
             return None
-        return _prepared(tokenizer, splits, record["stats"])
+        return _prepared(tokenizer, splits, record)
 
     def build(self, key: str, files: Sequence[Path], config: Config) -> PreparedData:
         corpus = read_corpus(files, config.data.max_bytes)
-        train, val = split(corpus.documents, config.data.val_fraction)
+        cut = split_each if config.data.languages else split
+        train, val = cut(corpus.documents, config.data.val_fraction)
         tokenizer_path, tokenizer = self._tokenizer(train, config.model.vocab_size)
         tokens_key = _key(digest_of(train), digest_of(val), tokenizer.digest)
         tokens_path = self.folder / f"tokens-{tokens_key}.bin"
@@ -212,9 +250,12 @@ class Cache:
             splits = load_tokens(tokens_path)
         stats = _stats(corpus, tokenizer, splits)
         record = {"tokenizer": tokenizer_path.name, "tokens": tokens_path.name, "stats": stats}
+        if config.data.languages:
+            named = {"train": train, "val": val}
+            record["languages"] = {name: [*map(language_of, documents)] for name, documents in named.items()}
         sealed = {"sha256": _seal(record), "record": record}
         write_text(self.folder / f"prepared-{key}.json", json.dumps(sealed, indent=1))
-        return _prepared(tokenizer, splits, stats)
+        return _prepared(tokenizer, splits, record)
 
     def _tokenizer(self, train: Sequence[Document], vocab_size: int) -> tuple[Path, Tokenizer]:
         path = self.folder / f"tokenizer-{_key(digest_of(train), vocab_size, bpe.VERSION)}.json"
@@ -244,7 +285,11 @@ class Cache:
 class Split:
     tokens: np.ndarray
     num_bytes: int
-    num_documents: int
+    ends: np.ndarray  # [documents] int64, of each the token after its last
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.ends)
 
 
 def save_tokens(path: Path, tokenizer: Tokenizer, splits: dict[str, Sequence[Document]]) -> None:
@@ -254,16 +299,16 @@ def save_tokens(path: Path, tokenizer: Tokenizer, splits: dict[str, Sequence[Doc
     sidecar: dict[str, Any] = {"version": VERSION, "dtype": dtype.name, "splits": {}}
     with atomic_file(path) as file:
         for name, documents in splits.items():
-            num_tokens = 0
+            lengths: list[int] = []
             for group in _groups(documents, ENCODE_BATCH):
                 encoded = tokenizer.encode_batch([document.read() for document in group])
                 ids = [np.array([*ids, tokenizer.eos_id], dtype=dtype) for ids in encoded]
                 content = np.concatenate(ids)
                 file.write(content.data)
                 sha256.update(content.data)
-                num_tokens += len(content)
+                lengths += map(len, ids)
             num_bytes = sum(document.size for document in documents)
-            sidecar["splits"][name] = {"tokens": num_tokens, "bytes": num_bytes, "documents": len(documents)}
+            sidecar["splits"][name] = {"bytes": num_bytes, "document_tokens": lengths}
     sidecar["sha256"] = sha256.hexdigest()
     write_text(_sidecar_path(path), json.dumps(sidecar, indent=1))
 
@@ -274,11 +319,12 @@ def load_tokens(path: Path) -> dict[str, Split]:
         sidecar = json.loads(_sidecar_path(path).read_bytes())
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[sidecar["dtype"]])
         sizes = {
-            name: Split(np.empty(0), s["bytes"], s["documents"]) for name, s in sidecar["splits"].items()
+            name: Split(np.empty(0), s["bytes"], np.cumsum(s["document_tokens"], dtype=np.int64))
+            for name, s in sidecar["splits"].items()
         }
-        counts = {name: s["tokens"] for name, s in sidecar["splits"].items()}
+        counts = {name: int(s.ends[-1]) for name, s in sizes.items()}
         sha256 = sidecar["sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise DamagedFile(
             f"its sidecar {_sidecar_path(path).name} is not the JSON that was written"
         ) from None
@@ -314,12 +360,18 @@ def _seal(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _prepared(tokenizer: Tokenizer, splits: dict[str, Split], stats: dict[str, Any]) -> PreparedData:
-    train, val = (
-        TokenDataset(name, splits[name].tokens, splits[name].num_bytes, tokenizer.token_bytes)
-        for name in ("train", "val")
-    )
-    return PreparedData(tokenizer, train, val, stats)
+def _prepared(tokenizer: Tokenizer, splits: dict[str, Split], record: dict[str, Any]) -> PreparedData:
+    by_split = record.get("languages", {})
+    names = tuple(sorted({language for of_documents in by_split.values() for language in of_documents}))
+
+    def dataset(name: str) -> TokenDataset:
+        part, languages = splits[name], None
+        if names:
+            index = np.array([names.index(language) for language in by_split[name]], dtype=np.int64)
+            languages = Languages(names, index, part.ends)
+        return TokenDataset(name, part.tokens, part.num_bytes, tokenizer.token_bytes, languages)
+
+    return PreparedData(tokenizer, dataset("train"), dataset("val"), record["stats"])
 
 
 def _stats(corpus: Corpus, tokenizer: Tokenizer, splits: dict[str, Split]) -> dict[str, Any]:

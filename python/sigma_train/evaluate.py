@@ -5,6 +5,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sigma_train.config import Config
 from sigma_train.dataset import TokenDataset
@@ -21,10 +22,35 @@ def evaluate(model: LanguageModel, data: TokenDataset, config: Config, ranks: Ra
     while group := list(itertools.islice(batches, ranks.size)):
         # Who has none left computes another's again, as the others wait for its part of the experts.
         inputs, targets = group[min(ranks.rank, len(group) - 1)]
-        with precision(config):
-            logits = model(inputs)
+        of_batch = batch_nats(model, inputs, targets, config)
         if ranks.rank < len(group):
-            nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+            nats += of_batch
             num_bytes += data.count_bytes(targets)
     nats, num_bytes = ranks.summed(nats, num_bytes)
     return nats / math.log(2) / num_bytes
+
+
+@torch.no_grad()
+def batch_nats(model: LanguageModel, inputs: Tensor, targets: Tensor, config: Config) -> float:
+    """The sum over tokens of -ln of what the model gave the one that came."""
+    with precision(config):
+        logits = model(inputs)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+
+
+def evaluate_by_language(
+    model: LanguageModel, data: TokenDataset, config: Config, limit: int | None = None
+) -> dict[str, float]:
+    """Bits per byte of each language, on at most `limit` batches of the windows that are wholly in it.
+
+    Compare one language under two models, not two languages: a letter is one byte in English, two in Greek, three in
+    Japanese.  Raises: CorpusError without data.languages, or naming a language that has no such window.
+    """
+    t, found = config.train, {}
+    for name in data.language_names:
+        nats, num_bytes = 0.0, 0
+        for inputs, targets in data.batches_of_language(name, t.batch_size, t.seq_len, limit):
+            nats += batch_nats(model, inputs, targets, config)
+            num_bytes += data.count_bytes(targets)
+        found[name] = nats / math.log(2) / num_bytes
+    return found
