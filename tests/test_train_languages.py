@@ -73,13 +73,15 @@ def test_batches_of_a_language_are_all_its_windows_and_no_other(tmp_path):
     assert len(list(data.train.batches_of_language("bb", 4, 32, limit=3))) == 3
 
 
-def test_the_languages_of_a_batch_are_those_of_its_targets(tmp_path):
-    data = prepare(config(tmp_path)).train
-    _, targets = data.batch(5, 3, 32, seed=1, rank=1, world_size=2)
-    ids = data.batch_languages(5, 3, 32, seed=1, rank=1, world_size=2)
-    assert ids.shape == targets.shape
-    whole = data.batch_languages(5, 6, 32, seed=1)
-    assert torch.equal(whole[3:], ids)
+def test_the_languages_of_a_batch_are_those_of_its_targets():
+    """Tokens that say their own position.  Defends: languages of inputs, of another step, of another rank's rows."""
+    languages = Languages(("x", "y"), np.arange(90) % 2, np.arange(10, 910, 10))
+    tokens = np.arange(900, dtype=np.uint16)
+    data = TokenDataset("train", tokens, 900, np.ones(900, dtype=np.int64), languages)
+    for step, rank in ((0, 0), (5, 1)):
+        _, targets = data.batch(step, 3, 16, seed=1, rank=rank, world_size=2)
+        ids = data.batch_languages(step, 3, 16, seed=1, rank=rank, world_size=2)
+        assert torch.equal(ids, targets // 10 % 2)
 
 
 def test_languages_of_known_documents():
@@ -87,6 +89,8 @@ def test_languages_of_known_documents():
     languages = Languages(("x", "y"), np.array([1, 1, 0]), np.array([3, 5, 9]))
     assert languages.at(np.arange(9)).tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0]
     assert languages.of_windows(np.arange(4), 2).tolist() == [1, 1, -1, 0]  # 0-2, 2-4, 4-6, 6-8
+    assert languages.of_windows(np.arange(2), 4).tolist() == [1, -1]  # 0-4, 4-8
+    assert languages.of_windows(np.array([0]), 5).tolist() == [-1]  # the last target alone is of another
 
 
 def test_evaluation_by_language_adds_up_to_the_whole(tmp_path):
