@@ -112,8 +112,8 @@ def planted(seed: int) -> torch.Tensor:
 def test_lambda_is_the_largest_that_selects_no_universal_neuron(seed):
     """Defends: a search that stops early, one past the edge, tau of another quantile than the classes'."""
     p = planted(seed)
-    lam = fit_lambda(p, top_rate=0.2, tau=0.25)
-    assert 0 < lam < 2 * math.log(4)
+    lam = fit_lambda(p, top_rate=0.2, tau=0.25, most=4)
+    assert 0 < lam < 4
 
     def universal(lam: float) -> int:
         kinds = classify_neurons(p, lam, top_rate=0.2, tau=0.25)
@@ -121,15 +121,16 @@ def test_lambda_is_the_largest_that_selects_no_universal_neuron(seed):
 
     assert universal(lam) == 0
     assert universal(lam + 2e-4) > 0
-    kinds = classify_neurons(p, top_rate=0.2, tau=0.25)
-    assert kinds.lam == lam
+    kinds = classify_neurons(p, lam, top_rate=0.2, tau=0.25)
     assert kinds.specific.nonzero().flatten().tolist() == list(range(20))
     assert kinds.general.nonzero().flatten().tolist() == [97, 98, 99]
 
 
 def test_without_universal_neurons_lambda_is_the_bound_and_with_them_alone_there_is_none():
     p = planted(0)
-    assert fit_lambda(p[:97], top_rate=0.2, tau=0.25) == pytest.approx(2 * math.log(4))
+    assert fit_lambda(p[:97], top_rate=0.2, tau=0.25, most=4) == 4
+    assert fit_lambda(p[:97], top_rate=0.2, tau=0.25) == pytest.approx(paper_lambda(0.2, 4))
+    assert classify_neurons(p[:97], top_rate=0.2, tau=0.25).lam == pytest.approx(paper_lambda(0.2, 4))
     with pytest.raises(
         WrongInput, match=r"no lambda keeps neurons of all 4 languages out of the lowest 50.0%"
     ):

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from sigma_experiments import cli as experiment_cli
+from sigma_neurons import cli as neurons_cli
 from sigma_noise import cli as noise_cli
 from sigma_train import cli as train_cli
 from sigma_train import data_cli, ledger_cli, plan_cli
@@ -19,6 +20,7 @@ app.command()(experiment_cli.experiment)
 app.command()(plan_cli.plan)
 app.command()(ledger_cli.ledger)
 app.add_typer(data_cli.app, name="data")
+app.add_typer(neurons_cli.app, name="neurons")
 app.add_typer(noise_cli.app, name="noise")
 
 

@@ -67,6 +67,7 @@ class Deactivation:
     """
 
     masks: tuple[str, ...]
+    sizes: tuple[int, ...]  # of the masks
     languages: tuple[str, ...]
     base: Tensor  # [K], of the whole model
     rise: Tensor
@@ -88,6 +89,8 @@ def deactivation_matrix(
     whole = _row(base, languages)
 
     def rise(mask: Tensor) -> Tensor:
+        if not mask.any():
+            return torch.zeros_like(whole)
         with deactivate(model, mask):
             return _row(losses(), languages) - whole
 
@@ -100,7 +103,8 @@ def deactivation_matrix(
         )
         means.append(stacked.mean(0))
         spreads.append(stacked.amax(0) - stacked.amin(0))
-    return Deactivation(tuple(masks), languages, whole, *map(torch.stack, (rows, means, spreads)))
+    sizes = tuple(int(mask.sum()) for mask in masks.values())
+    return Deactivation(tuple(masks), sizes, languages, whole, *map(torch.stack, (rows, means, spreads)))
 
 
 def _row(losses: Mapping[str, float], languages: Sequence[str]) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from sigma_train.errors import WrongInput
 from torch import Tensor
 
-from sigma_neurons.scores import language_neuron_score, lowest, quantile
+from sigma_neurons.scores import language_neuron_score, lowest, paper_lambda, quantile
 
 KINDS = ("specific", "related", "general")
+RELEASED_MOST = 0.2  # lambda of the authors' search, on the scale of their code
 GRID = 64  # lambdas that are tried before the search narrows
 Kind = Literal["specific", "related", "general"]
 
@@ -64,11 +65,14 @@ def classify_neurons(
     return NeuronTaxonomy(lowest(language_neuron_score(p, lam), top_rate, p), p > tau, lam, tau)
 
 
-def fit_lambda(p: Tensor, top_rate: float = 0.01, tau: float | None = None, eps: float = 1e-4) -> float:
+def fit_lambda(
+    p: Tensor, top_rate: float = 0.01, tau: float | None = None, most: float | None = None, eps: float = 1e-4
+) -> float:
     """The largest lambda, to `eps`, up to which no neuron that is selected has p above tau in all languages.
 
     More of the maximum brings in strong neurons, the general ones at last.  The count of these need not rise all the
-    way, so lambdas from 0 to 2 ln K are tried on a grid and the first that fails is narrowed down; 2 ln K if none does.
+    way, so lambdas from 0 to `most` are tried on a grid and the first that fails is narrowed down; `most` if none does.
+    Where it is not given it is the end of the range that the authors' code searches, 0.2 on its scale.
     Raises: WrongInput if it fails at 0 already: then entropy alone selects general neurons.
     """
     tau = quantile(p, 0.95) if tau is None else tau
@@ -82,7 +86,7 @@ def fit_lambda(p: Tensor, top_rate: float = 0.01, tau: float | None = None, eps:
             f"neurons: no lambda keeps neurons of all {p.shape[1]} languages out of the lowest {top_rate:.1%}; "
             "lower the share"
         )
-    most = 2 * math.log(p.shape[1])
+    most = paper_lambda(RELEASED_MOST, p.shape[1]) if most is None else most
     good, bad = 0.0, math.inf
     for step in range(1, GRID + 1):
         if fails(most * step / GRID):
