@@ -75,7 +75,7 @@ def ablate(
     within: Annotated[
         Within, typer.Option(help="what random masks match: how many neurons a layer loses, or an expert")
     ] = Within.layer,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1)] = 0,
 ) -> None:
     """Take each language's neurons out and show what that costs every language, beside random neurons."""
     from sigma_neurons import matrices, measured, view
