@@ -15,6 +15,7 @@ from sigma_kernels.ops.capacity import limit_rows
 from sigma_kernels.ops.experts import accumulate_grad, moe_experts
 from sigma_kernels.ops.grouped_gemm import grouped_gemm
 from sigma_kernels.ops.library import empty_cache
+from sigma_kernels.ops.mass import limit_mass
 from sigma_kernels.ops.permute import permute, unpermute
 from sigma_kernels.ops.quantized import moe_experts_fp8, moe_experts_int8, quantize_experts
 from sigma_kernels.ops.route import group_by_expert, route
@@ -33,6 +34,7 @@ __all__ = [
     "empty_cache",
     "group_by_expert",
     "grouped_gemm",
+    "limit_mass",
     "limit_rows",
     "moe_experts",
     "moe_experts_fp8",

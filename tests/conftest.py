@@ -1,7 +1,7 @@
 """Fixtures: every backend this machine has, and fresh memory that starts as NaN.
 
 `pytest --device cuda` runs the tests of a GPU's backends on a GPU, from the files that otherwise show them right in
-Triton's interpreter and in the emulator, and test_gpu.py.
+Triton's interpreter and in the emulator, and test_gpu.py and test_noise_gpu.py.
 """
 
 import os
@@ -29,7 +29,7 @@ if IS_INTERPRETED:  # a process that test_triton.py starts: see there
 IN_THE_INTERPRETER = ("test_triton_*.py",)
 # Begun first, so that no worker of `pytest -n` is left with one of them when the others are done.
 LONG = ("test_triton.py", "test_train_ranks.py", "test_bench_device.py", "test_bench.py", "test_cuda.py")
-ON_A_GPU = ("test_triton_[!i]*.py", "test_cuda.py", "test_gpu.py")
+ON_A_GPU = ("test_triton_[!i]*.py", "test_cuda.py", "test_gpu.py", "test_noise_gpu.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,7 +55,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     name = collection_path.name
     if is_on_gpu(config):
         return not any(fnmatch(name, pattern) for pattern in ON_A_GPU) or None
-    is_left_out = name == "test_gpu.py" or (
+    is_left_out = name in ("test_gpu.py", "test_noise_gpu.py") or (
         not IS_INTERPRETED and any(fnmatch(name, pattern) for pattern in IN_THE_INTERPRETER)
     )
     return is_left_out or None

@@ -49,6 +49,8 @@ def test_links_and_named_files_exist(page):
         assert not anchor or anchor in anchors(target), link
     for name in re.findall(rf"`((?:{FOLDERS})/[\w/.-]*)`", text):
         assert (ROOT / name).exists(), name
+    for name, test in re.findall(r"`(test_\w+\.py)::(\w+)`", text):
+        assert f"def {test}(" in (ROOT / "tests" / name).read_text(), (name, test)
 
 
 @pytest.mark.parametrize("name", [page.name for page in PAGES if page.parent == ROOT / "docs"])

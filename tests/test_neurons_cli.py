@@ -13,6 +13,7 @@ from sigma_neurons import measured
 from sigma_neurons.ablation import deactivate
 from sigma_neurons.identified import identify
 from sigma_neurons.page import write_page
+from sigma_train.by_language import batches_of_language
 from sigma_train.config import Config
 from sigma_train.errors import WrongInput
 from sigma_train.folder import claimed
@@ -149,7 +150,7 @@ def test_languages_of_unequal_text_are_counted_equally(run):
     for name, tokens in loaded.batches("val", 10**6):
         windows[name] += len(tokens)
     assert len({*windows.values()}) == 1
-    most = [len(list(loaded.data.val.batches_of_language(name, 1, 32))) for name in loaded.languages]
+    most = [len(list(batches_of_language(loaded.data.val, name, 1, 32))) for name in loaded.languages]
     assert set(windows.values()) == {min(most)}
 
 

@@ -8,10 +8,10 @@ import forked
 import numpy as np
 import pytest
 import torch
-from support import balance_rank
+from support import assert_close, balance_rank, tolerance
 
 import sigma_kernels as sk
-from sigma_kernels import nn
+from sigma_kernels import nn, reference
 
 
 def test_moe_equals_its_equation(backend):
@@ -114,6 +114,50 @@ def test_weights_at_each_k_of_one_router():
         assert routing.weights.flatten().tolist() == pytest.approx(want)
         assert routing.indices.flatten().tolist() == list(range(k))
         assert sk.route(logits, k).weights.flatten().tolist() == pytest.approx(by_hand[4][:k])
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_choices_of_fewer_are_the_first_of_more(score):
+    """Nesting, on which a model of several k rests: the order is each token's own, at every k."""
+    logits = torch.randn(50, 12)
+    most = sk.route(logits, 12, score=score).indices
+    for k in range(1, 12):
+        assert torch.equal(sk.route(logits, k, score=score).indices, most[:, :k])
+
+
+@pytest.mark.parametrize("k", range(1, 9))
+def test_a_flat_router_has_a_balance_loss_of_one_at_every_k(k):
+    """Defends: f that is divided by T and not by T k, with which the loss would be k."""
+    logits = torch.zeros(16, 8)
+    assert nn.load_balancing_loss(logits, sk.route(logits, k).counts).item() == pytest.approx(1.0)
+
+
+def test_one_normalised_expert_gives_the_router_no_gradient_in_f64():
+    """g / g leaves nothing but rounding; two experts do."""
+    moe = nn.MoE(16, 8, 12, top_k=4, normalize=True).double()
+    x = torch.randn(40, 16, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="router gets no gradient"):
+        moe(x, top_k=1).square().sum().backward()
+    assert moe.router.weight.grad.abs().max() <= 1e-15
+    moe(x, top_k=2).square().sum().backward()
+    assert moe.router.weight.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+def test_the_layer_is_the_reference_at_every_k(k):
+    """And experts that no token goes to have a gradient of zero."""
+    moe, x = nn.MoE(12, 8, 6, top_k=6, normalize=True), torch.randn(3, 12)
+    moe.router.normalize = k > 1  # which would warn
+    y = moe(x, top_k=k)
+    routing = moe.last_routing
+    want = reference.moe_experts(
+        x.double(), routing.indices, routing.weights.double(), *(p.double() for p in moe.experts.parameters())
+    )
+    assert_close(y, want, tolerance(torch.float32, depth=12))
+    y.square().sum().backward()
+    for weight in moe.experts.parameters():
+        per_expert = weight.grad.flatten(1).abs().amax(1)
+        assert torch.equal(per_expert == 0, routing.counts == 0)
 
 
 def test_load_balancing_loss_by_hand():

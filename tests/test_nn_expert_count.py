@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import chisquare
 
 from sigma_kernels.nn import ExpertCountSampler
+from sigma_kernels.nn.expert_count import within_budget
 
 LAYERWISE = ExpertCountSampler([1, 2, 3, 4, 5, 6], seed=7)
 SCRIPT = """
@@ -90,6 +91,36 @@ def test_probabilities_by_hand():
     assert ExpertCountSampler([3], distribution="capacity").sample(5, 5, 4) == (3, 3, 3, 3)
 
 
+def test_expected_k_by_hand():
+    """What a run pays on average: sum of k P(k)."""
+    means = {1.0: 3.0, 0.5: 10 / 3, 1e9: 2.5}
+    for temperature, want in means.items():
+        sampler = ExpertCountSampler(range(1, 5), distribution="capacity", temperature=temperature)
+        found = sum(k * p for k, p in zip(sampler.top_k, sampler.probabilities, strict=True))
+        assert found == pytest.approx(want)
+
+
+def test_a_budget_by_hand():
+    """The largest first, of equal ones the lowest layer's; to the next smaller that may be drawn."""
+    assert within_budget([4, 4, 1, 3], 10, (1, 2, 3, 4)) == (3, 3, 1, 3)
+    assert within_budget([4, 4, 1, 3], 12, (1, 2, 3, 4)) == (4, 4, 1, 3)
+    assert within_budget([4, 4, 1, 3], 4, (1, 2, 3, 4)) == (1, 1, 1, 1)
+    assert within_budget([8, 2, 8], 13, (2, 4, 8)) == (4, 2, 4)
+    with pytest.raises(ValueError, match="budget must be at least 8, 2 in each of 4 layers, found 7"):
+        within_budget([4, 4, 2, 3], 7, (2, 3, 4))
+
+
+def test_draws_keep_to_the_budget():
+    """Defends: draws that are thrown away and drawn again, which would make a law of its own of those within."""
+    free, bound = (ExpertCountSampler(range(1, 7), seed=3, budget=budget) for budget in (None, 20))
+    for step in range(200):
+        drawn, kept = free.sample(step, 0, 8), bound.sample(step, 0, 8)
+        assert kept == within_budget(drawn, 20, range(1, 7))
+        assert sum(kept) == min(20, sum(drawn))
+    with pytest.raises(ValueError, match="budget must be at least 21, 1 in each of 21 layers, found 20"):
+        bound.sample(0, 0, 21)
+
+
 @pytest.mark.parametrize(
     "call, kind, told",
     [
@@ -105,6 +136,9 @@ def test_probabilities_by_hand():
         (lambda: ExpertCountSampler([1], temperature=0), ValueError,
          "temperature must be a finite number above 0, found 0"),
         (lambda: ExpertCountSampler([1], seed=-1), ValueError, f"seed must lie in 0..{2**64 - 1}, found -1"),
+        (lambda: ExpertCountSampler([2, 4], budget=1), ValueError, "budget must be at least 2, found 1"),
+        (lambda: ExpertCountSampler([1], "global", budget=8), ValueError,
+         "budget needs the granularity 'layer', found 'global'"),
         (lambda: LAYERWISE.sample(-1, 0, 1), ValueError, f"step must lie in 0..{2**64 - 1}, found -1"),
         (lambda: LAYERWISE.sample(0, 0.5, 1), TypeError, "micro_batch must be an integer, found 0.5"),
         (lambda: LAYERWISE.sample(0, 0, 0), ValueError, f"layers must lie in 1..{2**64 - 1}, found 0"),

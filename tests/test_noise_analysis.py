@@ -139,6 +139,8 @@ def test_compare_ends_with_the_code_of_its_verdict(tmp_path, slow, runs, code, w
     told = json.loads((tmp_path / "c.json").read_text())
     assert told["verdict"] == word
     assert told["exit"] == code
+    assert told["shape"]["wasserstein_log"] == pytest.approx(abs(np.log(slow)), abs=0.01)
+    assert f"{told['shape']['similarity']:.3f} similar" in " ".join(result.output.split())
 
 
 def test_compare_of_a_noisy_base_is_unfit(tmp_path):
@@ -187,6 +189,8 @@ def test_a_record_of_a_training_is_told_by_its_steps(tmp_path):
     result = invoke("analyze", tmp_path / "noise")
     assert result.exit_code == 0, (result.output, result.exception)
     assert "rank 1 computed" in result.output
+    assert invoke("analyze", tmp_path / "noise", "--json", tmp_path / "t.json").exit_code == 0
+    assert json.loads((tmp_path / "t.json").read_text())["noise"]["worst"] == 1
     assert "whose report.html has this" in str(
         invoke("analyze", tmp_path / "noise", "--report", tmp_path).exception
     )

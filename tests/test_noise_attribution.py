@@ -234,16 +234,19 @@ def test_a_wait_longer_than_its_bin_goes_back_as_far_as_it_lasted():
     assert found.share("run-queue wait") > 0.97
 
 
-def test_throttled_time_that_counts_as_waiting_is_claimed_once():
-    """Defends: kernels in which run_delay contains throttling, so that other noise looks explained."""
+@pytest.mark.parametrize("seed", range(20))
+def test_throttled_time_that_counts_as_waiting_is_claimed_once(seed):
+    """Defends: kernels in which run_delay contains throttling, so that other noise looks explained; one of the two put
+    back to where the thread was off its CPU and the other not (up to 10 % of what was lost was claimed twice).
+    """
     throttles, dark = pauses(200, 20), pauses(200, 20)
     dark = Series(dark.start_ns + 80 * MS, dark.end_ns + 80 * MS, dark.value)
-    table = counters(clock(), throttled=throttles)
-    table["run_delay_ns"] = counter(clock(), throttles, late=True)
-    table["on_cpu_ns"] = Series(clock(), clock(), (clock() - T0) - (counter(clock(), throttles).value - 5e9))
+    at = clock(seed)
+    table = counters(at, throttled=throttles)
+    table["run_delay_ns"] = counter(at, throttles, late=True)
     found = attributed(lost_in(throttles, dark), table, {})
     assert found.share("cgroup throttle") == pytest.approx(0.5, abs=0.02)
-    assert found.unknown.share > 0.45
+    assert found.unknown.share == pytest.approx(0.5, abs=0.02)
 
 
 def test_faults_and_frequency():

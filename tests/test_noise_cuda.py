@@ -6,6 +6,7 @@ What a real one does with a graph and its timer no test here can see.
 import ctypes
 from types import SimpleNamespace
 
+import noise_spins
 import numpy as np
 import pytest
 import torch
@@ -95,6 +96,23 @@ def test_edges_of_replays_are_the_events():
     # Equal but where this CPU was too late to enqueue the next, which makes a quantum longer.
     assert np.mean(np.abs(took - want) <= 8) >= 0.5
     assert (took - want >= -8).all()
+
+
+def test_spins_between_replays_are_found():
+    """Defends what test_noise_gpu.py asserts on a GPU: a spin counted in the replay after it, or before the first."""
+    fake = FakeGpu(lambda i: 50_000)
+
+    def spin(begin, end):
+        begin.record()
+        fake.at_ns += 2_000_000
+        end.record()
+
+    quanta, spins = noise_spins.measured(fake.gpu(), fake.captured(lambda: None), spin, 0.3)
+    found, _ = noise_spins.found(quanta, spins)
+    assert len(spins) == len(quanta) // noise_spins.EVERY
+    assert spins.seconds.tolist() == pytest.approx([0.002] * len(spins), rel=1e-6)
+    assert found.recall >= 0.95
+    assert np.median(found.length_s) == pytest.approx(0.002, rel=0.05)
 
 
 def test_a_queue_that_ran_dry_is_counted():

@@ -84,7 +84,7 @@ def test_a_kernel_tick_of_250_hz():
 def test_null_alarms_of_the_h_test(kind):
     """Defends: significance by the white formula exp(-0.4 H), by which bursts alarm in every series.
 
-    30 series, nominal 1 %: none or one.
+    30 series, nominal 1 %: none or one; with fresh seeds three, which are passed once in 4,000.
     """
     rng = np.random.default_rng(["poisson", "bursts", "slow"].index(kind) + 34 + FRESH)
     alarms = white = 0
@@ -99,7 +99,7 @@ def test_null_alarms_of_the_h_test(kind):
         scan = pr._Scan(5.0, 1.0, 30.0)
         white += np.exp(-0.4 * scan.h(t).max()) * len(scan.frequencies) < 0.01
         alarms += bool(pr.find(t, 5.0, low_hz=1.0, high_hz=30.0, most=1, surrogates=19, seed=r))
-    assert alarms <= 1
+    assert alarms <= (1 if FRESH == 0 else 3)
     if kind == "bursts":
         assert white >= 25
 
@@ -214,7 +214,7 @@ def test_p_is_the_rank_among_surrogates(monkeypatch, h, largest, want):
 
 
 def test_p_beyond_all_surrogates_is_of_a_gumbel_law(monkeypatch):
-    """P(H > h) = 1 - exp(-exp(-(h - c) / s)), s and c by moments."""
+    """P(H > h) = 1 - exp(-exp(-(h - c) / s)), s and c by moments; the scatter of 400 adds a fourteenth here."""
     drawn = 30.0 - 4.0 * np.log(-np.log((np.arange(400) + 0.5) / 400))  # its quantiles
 
     class Scan:
@@ -227,7 +227,21 @@ def test_p_beyond_all_surrogates_is_of_a_gumbel_law(monkeypatch):
     monkeypatch.setattr(pr, "surrogate", lambda *_: next(values))
     h = drawn.max() + 4.0
     want = 1 - np.exp(-np.exp(-(h - 30.0) / 4.0))
-    assert pr._p_value(h, np.zeros(9), Scan(), 400, None) == pytest.approx(want, rel=0.06)
+    assert pr._p_value(h, np.zeros(9), Scan(), 400, None) == pytest.approx(want * 15 / 14, rel=0.05)
+
+
+@pytest.mark.parametrize("n", [9, 19, 39])
+def test_the_law_of_few_surrogates_keeps_its_level(n):
+    """Defends: a law fitted to 19 surrogates and taken for known, which passes 1 % in 1.9 % of its own samples.
+
+    20,000 samples: within four standard errors of a level of 1 %, from below, as ranks have steps.
+    """
+    drawn = np.random.default_rng(41 + FRESH).gumbel(size=(20_000, n + 1))
+    h, largest = drawn[:, 0], drawn[:, 1:].max(1)
+    centre, scale = pr._gumbel(drawn[:, 1:])
+    z = (h - centre) / scale
+    alarms = sum(pr._beyond(x, n) <= 0.01 for x in z[(h > largest) & (z > 3)])
+    assert 120 <= alarms <= 200 + 4 * np.sqrt(200)
 
 
 def test_known_sources():

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 from noise_samples import everything, spun
 from sigma_noise.analysis import analyze
-from sigma_noise.as_json import as_json
+from sigma_noise.as_json import as_json, of_training
+from sigma_noise.attribution import STOPPED
 from sigma_noise.formats.rank_detours import facts
+from sigma_noise.step_causes import late
+from sigma_noise.steps import step_noise
 from sigma_noise.trace import Series, Trace
+from test_noise_step_matched import WORST, Stopped, random_stops, recorded
 
 SCHEMA = json.loads((files("sigma_noise") / "analysis.schema.json").read_text())
 CHECK = jsonschema.Draft202012Validator(SCHEMA)
@@ -99,3 +103,23 @@ def test_nothing_may_be_of_another_type(full):
             assert not CHECK.is_valid(full), f"{place}.{name}"
             found[name] = value
     CHECK.validate(full)
+
+
+def test_a_training_is_of_its_schema():
+    """Defends: a name that the schema has and the file has not, or the other way round; an interval without an end."""
+    schema = json.loads((files("sigma_noise") / "training.schema.json").read_text())
+    check = jsonschema.Draft202012Validator(schema)
+    check.check_schema(schema)
+    stops = random_stops(1)
+    ran = Stopped(1, stops)
+    ran.stops = stops[stops + ran.length_ns < ran.ended.max()]
+    trace = recorded(ran)
+    noise, why = step_noise(trace, warm_up=0), late(trace, warm_up=0)
+    told = json.loads(json.dumps(of_training(noise, why), allow_nan=False))
+    check.validate(told)
+    assert told["noise"]["worst"] == told["late"]["rank"] == WORST
+    assert told["late"]["regained_s"][STOPPED]["by_steps"]["seconds"] > 0
+    check.validate(json.loads(json.dumps(of_training(noise, None), allow_nan=False)))
+    for name in told["late"]:
+        with pytest.raises(jsonschema.ValidationError):
+            check.validate(told | {"late": {k: v for k, v in told["late"].items() if k != name}})

@@ -1,6 +1,7 @@
 """Choices that no expert answers (dropped ones, or those of another rank): they add nothing and have no gradient."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -180,6 +181,60 @@ def test_limit_rows_refuses():
     for fields, capacity, kind, message in wrong:
         with pytest.raises(kind, match=f"^limit_rows: {message}"):
             sk.limit_rows(routing._replace(**fields), capacity)
+
+
+@pytest.mark.parametrize("mass, k", [(0.45, 1), (0.75, 2), (0.85, 3), (0.97, 4), (1.0, 4)])
+def test_limit_mass_by_hand(mass, k):
+    """Of .5, .3, .15, .05 as many as reach the mass, alone or divided by their sum."""
+    probabilities = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    routing = sk.route(probabilities.log(), 4)
+    got = sk.limit_mass(routing, mass)
+    assert got.indices.tolist() == [[*range(k), *[4] * (4 - k)]]
+    assert got.row_map.tolist() == list(range(k))
+    torch.testing.assert_close(got.weights, probabilities)
+    divided = sk.limit_mass(routing, mass, normalize=True).weights
+    torch.testing.assert_close(divided[0, :k], probabilities[0, :k] / probabilities[0, :k].sum())
+    assert not divided[0, k:].any()
+    exact = routing._replace(weights=torch.tensor([[0.5, 0.25, 0.125, 0.125]]))
+    assert sk.limit_mass(exact, 0.75).row_map.tolist() == [0, 1]  # reached is enough
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_limit_mass_is_the_experts_that_stay(normalize):
+    """Each token is what the reference makes of its own k, and so are the gradients of the weights."""
+    T, E, H = 30, 6, 8
+    logits = (2 * torch.randn(T, E)).requires_grad_()
+    x, down = torch.randn(T, H), torch.randn(E, H, H)
+    got = sk.limit_mass(sk.route(logits, 5), 0.7, normalize=normalize)
+    kept = (got.indices < E).sum(1)
+    assert 1 == kept.min() < kept.max()
+    y = sk.unpermute(sk.grouped_gemm(sk.permute(x, got), down, got.offsets), got)
+    p = logits.double().softmax(1)
+    want = torch.zeros(T, H, dtype=torch.float64)
+    for t in range(T):
+        best, expert = p[t].sort(descending=True)
+        k = int((best.cumsum(0) < 0.7).sum()) + 1
+        assert k == kept[t]
+        share = best[:k] / best[:k].sum() if normalize else best[:k]
+        want[t] = sum(w * (down[e].double() @ x[t].double()) for w, e in zip(share, expert[:k], strict=True))
+    assert_close(y, want.detach(), tolerance(torch.float32, depth=H))
+    (grad,) = torch.autograd.grad(y.square().sum(), logits)
+    (want_grad,) = torch.autograd.grad(want.square().sum(), logits)
+    assert_close(grad, want_grad, 100 * tolerance(torch.float32, depth=H))
+
+
+def test_limit_mass_keeps_what_was_left_out_and_refuses():
+    routing, _ = sk.limit_rows(sk.route(torch.randn(40, 3), 2), 5)
+    got = sk.limit_mass(routing, 1.0)
+    assert torch.equal(got.indices, routing.indices)
+    assert torch.equal(got.row_map, routing.row_map)
+    assert torch.equal(
+        sk.limit_mass(sk.route(torch.randn(0, 3), 2), 0.5).counts, torch.zeros(3, dtype=torch.int32)
+    )
+    for mass in (0, 1.5, math.nan, True, "1"):
+        told = f"limit_mass: mass must be a number above 0 and at most 1, found {mass!r}"
+        with pytest.raises(ValueError, match=re.escape(told)):
+            sk.limit_mass(routing, mass)
 
 
 def test_a_layer_of_limited_capacity():

@@ -56,7 +56,7 @@ def test_logits_and_tokens_survive(tmp_path, settings):
     "setting, message",
     [
         ("router.score=sigmoid", "export: Qwen3-MoE routes by softmax only; router.score is 'sigmoid'"),
-        ("model.top_k=[1,2]", "export: Qwen3 has one top_k for all layers; model.top_k is a list of several"),
+        ("model.top_k=[1,2]", "export: Qwen3 has one top_k for all layers, found [1, 2]"),
         ("router.balance=bias", "export: Qwen3-MoE has no selection bias; router.balance is 'bias'"),
     ],
 )

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from sigma_train import guide
+from sigma_train.by_language import batch_languages, batches_of_language, evaluate_by_language, languages_of
 from sigma_train.config import Config
 from sigma_train.corpus import CorpusError
 from sigma_train.dataset import PreparedData, TokenDataset, prepare
 from sigma_train.errors import Failure, WrongInput
-from sigma_train.evaluate import evaluate, evaluate_by_language
+from sigma_train.evaluate import evaluate
 from sigma_train.guide import CorpusWarning, prepare_guide, translated, untranslated
 from sigma_train.languages import Languages
 from sigma_train.model import LanguageModel
@@ -52,9 +53,9 @@ def test_every_language_is_in_both_splits_and_every_token_knows_its_own(tmp_path
     settings = config(tmp_path)
     for data in (prepare(settings), prepare(settings)):  # made, and from the cache
         for split in (data.train, data.val):
-            assert split.language_names == ("aa", "bb", "cc")
+            assert languages_of(split).names == ("aa", "bb", "cc")
             of_tokens = split.languages.at(np.arange(split.num_tokens))
-            for number, name in enumerate(split.language_names):
+            for number, name in enumerate(languages_of(split).names):
                 assert languages_by_letters(data, split.tokens[of_tokens == number]) == {name}
 
 
@@ -62,15 +63,15 @@ def test_batches_of_a_language_are_all_its_windows_and_no_other(tmp_path):
     """Defends: a window over the end of a document, the last target forgotten, the limit counted in windows."""
     data = prepare(config(tmp_path))
     starts = []
-    for name in data.train.language_names:
-        for inputs, targets in data.train.batches_of_language(name, 4, 32):
+    for name in languages_of(data.train).names:
+        for inputs, targets in batches_of_language(data.train, name, 4, 32):
             for row, target in zip(inputs.numpy(), targets.numpy(), strict=True):
                 assert languages_by_letters(data, np.append(row, target[-1])) == {name}
             starts.append(len(inputs))
     of_windows = data.train.languages.of_windows(np.arange(data.train.num_windows(32)), 32)
     assert sum(starts) == (of_windows >= 0).sum()
     assert 0 < (of_windows < 0).sum() <= len(data.train.languages.ends)
-    assert len(list(data.train.batches_of_language("bb", 4, 32, limit=3))) == 3
+    assert len(list(batches_of_language(data.train, "bb", 4, 32, limit=3))) == 3
 
 
 def test_the_languages_of_a_batch_are_those_of_its_targets():
@@ -80,7 +81,7 @@ def test_the_languages_of_a_batch_are_those_of_its_targets():
     data = TokenDataset("train", tokens, 900, np.ones(900, dtype=np.int64), languages)
     for step, rank in ((0, 0), (5, 1)):
         _, targets = data.batch(step, 3, 16, seed=1, rank=rank, world_size=2)
-        ids = data.batch_languages(step, 3, 16, seed=1, rank=rank, world_size=2)
+        ids = batch_languages(data, step, 3, 16, seed=1, rank=rank, world_size=2)
         assert torch.equal(ids, targets // 10 % 2)
 
 
@@ -101,18 +102,18 @@ def test_evaluation_by_language_adds_up_to_the_whole(tmp_path):
     found = evaluate_by_language(model, data, settings)
     assert list(found) == ["aa", "bb", "cc"]
     num_bytes = {
-        name: sum(data.count_bytes(t) for _, t in data.batches_of_language(name, 64, 32)) for name in found
+        name: sum(data.count_bytes(t) for _, t in batches_of_language(data, name, 64, 32)) for name in found
     }
 
     class Pure(TokenDataset):
         def eval_batches(self, batch_size, seq_len, limit=None):
             for name in found:
-                yield from self.batches_of_language(name, batch_size, seq_len)
+                yield from batches_of_language(self, name, batch_size, seq_len)
 
     whole = evaluate(model, Pure(*(getattr(data, f) for f in data.__dataclass_fields__)), settings)
     mean = sum(found[name] * num_bytes[name] for name in found) / sum(num_bytes.values())
     assert whole == pytest.approx(mean, rel=1e-6)
-    first = next(iter(data.batches_of_language("bb", 64, 32)))
+    first = next(iter(batches_of_language(data, "bb", 64, 32)))
     limited = evaluate_by_language(model, data, settings, limit=1)
     assert limited["bb"] != found["bb"]
     assert first[0].shape == (64, 32)
@@ -131,7 +132,7 @@ def test_wrong_use_is_named(tmp_path, change, message):
         change = {"paths": (str(tmp_path / "text" / change["paths"]),)}
     settings = settings.model_copy(update={"data": settings.data.model_copy(update=change)})
     with pytest.raises(CorpusError, match=message):
-        list(prepare(settings).val.batches_of_language("aa", 4, 32))
+        list(prepare(settings).batches_of_language(val, "aa", 4, 32))
 
 
 def test_a_language_of_one_document_is_named(tmp_path):

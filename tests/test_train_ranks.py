@@ -68,13 +68,18 @@ def assert_same_run(got: Path, want: Path) -> None:
 
 
 def assert_same_layers(got: Path, want: Path) -> None:
-    """Statistics are of all ranks, to rounding."""
+    """Statistics are of all ranks, to rounding; choices of the probe from the second look of a start on."""
     of_got, of_want = rows(got, "layers"), rows(want, "layers")
     assert of_got.keys() == of_want.keys() != set()
+    looks = 0
     for step, layers in of_want.items():
         assert of_got[step].keys() == layers.keys()
+        changes, of_whole = of_got[step].pop("routing_changes"), layers.pop("routing_changes")
+        assert changes in (of_whole, [None, None])
+        looks += changes != [None, None]
         for name, values in layers.items():
             assert of_got[step][name] == pytest.approx(values, rel=1e-3), (step, name)
+    assert looks >= len(of_want) / 2
 
 
 def test_four_ranks_then_one_are_the_same_run(cache, tmp_path, whole):

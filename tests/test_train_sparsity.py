@@ -134,7 +134,7 @@ def test_work_is_counted_by_the_schedule(make_trainer):
 
 def test_weights_of_one_expert_are_not_divided_by_their_sum(make_trainer):
     """Defends: a router that learns nothing of the task from the switch on."""
-    with pytest.warns(ConfigWarning, match="makes every routing weight 1"):
+    with pytest.warns(ConfigWarning, match="would make every routing weight 1"):
         trainer = make_trainer("run", "sparsity.phases=[[0, [4, 4]], [4, [1, 1]]]", "router.normalize=true")
     trainer.model.set_top_k([4, 4])
     assert all(moe.router.normalize for moe in trainer.model.moe_layers())

@@ -7,4 +7,6 @@ EXPERIMENTS = {
     "balance": "one expert of many: how uneven plain loss, bias, Top-1 loss and the schedule leave each layer",
     "trade-off": "each balance loss at several strengths: validation over the busiest expert",
     "token-bound": "what the commonest token alone forces on each layer, for several vocabularies",
+    "growth": "more layers or experts from a trained model against scratch, by extra and by total FLOPs",
+    "matryoshka": "one model for every k: drawn for each step, micro-batch or layer, beside specialists of one k",
 }

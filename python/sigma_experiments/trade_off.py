@@ -15,7 +15,7 @@ from sigma_experiments.lab import Lab, Trained
 from sigma_experiments.page import Page, spread, table
 
 STEPS = 150
-PLAIN, TOP1, BIAS = (1e-4, 1e-3, 1e-2, 1e-1), (1.0, 0.3, 0.1, 0.03), (1e-3, 1e-2)
+PLAIN, TOP1, BIAS = (1e-3, 1e-2, 1e-1), (1.0, 0.1, 0.03), (1e-3, 1e-2)
 KINDS = {
     "plain": "plain loss, coefficient",
     "top1": "Top-1 loss, temperature",

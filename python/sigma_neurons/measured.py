@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from sigma_train.checkpoint import load_weights, named_checkpoint, read_record
-from sigma_train.config import Config, load_config
+from sigma_train.by_language import batches_of_language, evaluate_by_language, languages_of
+from sigma_train.checkpoint import named_checkpoint, read_record
+from sigma_train.config import Config
 from sigma_train.dataset import PreparedData, prepare
 from sigma_train.errors import WrongInput
-from sigma_train.evaluate import evaluate_by_language
+from sigma_train.generate import load_model
 from sigma_train.model import LanguageModel, precision
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class Run:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        return self.data.train.language_names
+        return languages_of(self.data.train).names
 
     def batches(self, split: Split, limit: int) -> Iterator[tuple[str, Tensor]]:
         """(language, tokens): of each language the same number of windows, `limit` batches or what the least has.
@@ -43,7 +44,7 @@ class Run:
         t, data = self.config.train, getattr(self.data, split)
         found = {
             name: torch.cat(
-                [inputs for inputs, _ in data.batches_of_language(name, t.batch_size, t.seq_len, limit)]
+                [inputs for inputs, _ in batches_of_language(data, name, t.batch_size, t.seq_len, limit)]
             )
             for name in self.languages
         }
@@ -71,12 +72,10 @@ def load(place: Path) -> Run:
     """
     checkpoint = named_checkpoint(place)
     record = read_record(checkpoint)
-    config = load_config(None, checkpoint.parent.parent / "config.toml", [])
+    config, model, _ = load_model(checkpoint.parent.parent, checkpoint)
     if not config.data.languages:
         raise WrongInput(f"neurons wants a run with data.languages = true, {place} has false")
     data = prepare(config)
     if record["extra"].get("corpus_digest") != data.stats["corpus_digest"]:
         raise WrongInput(f"the text of data.paths is not what {place} was trained on; have it there again")
-    model = LanguageModel(config).eval()
-    load_weights(model, checkpoint)
-    return Run(checkpoint, record["step"], config, model, data)
+    return Run(checkpoint, record["step"], config, model.eval(), data)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,27 +41,34 @@ def analyze(
     from sigma_train.errors import WrongInput
     from sigma_train.files import must_be_writable, write_text
 
+    def write(to: Path, told: dict[str, Any]) -> None:
+        with must_be_writable("--json", to.parent):
+            write_text(to, json.dumps(told, indent=1, allow_nan=False) + "\n")
+
     from sigma_noise import screen, step_causes, steps, steps_view, trace
     from sigma_noise.analysis import Options, injections
     from sigma_noise.analysis import analyze as of_trace
-    from sigma_noise.as_json import as_json
+    from sigma_noise.as_json import as_json, of_training
     from sigma_noise.reading import read_any
 
     measured, log = read_any(path), None if truth is None else trace.read(truth)
     if steps.has_steps(
         measured
     ):  # of sigma train: ranks are told apart by steps, whose phases are no fixed work
-        if report is not None or json_file is not None:
+        if report is not None:
             raise WrongInput(
-                f"{path}: a record of sigma train, whose report.html has this; leave --report and --json out"
+                f"{path}: a record of sigma train, whose report.html has this; leave --report out"
             )
         try:
             injected = {} if log is None else injections(measured, log)
             why = step_causes.late(measured, injected=injected, seed=seed)
         except ValueError as error:
             raise WrongInput(f"{path}: {as_options(str(error))}") from None
-        for line in steps_view.lines(steps.step_noise(measured), why):
+        noise = steps.step_noise(measured)
+        for line in steps_view.lines(noise, why):
             print(line)
+        if json_file is not None:
+            write(json_file, of_training(noise, why))
         return
     try:
         options = Options(kernel, tau, whole_numbers("ranks", ranks), window, alpha, seed)
@@ -71,8 +78,7 @@ def analyze(
     for line in screen.lines(found):
         print(line)
     if json_file is not None:
-        with must_be_writable("--json", json_file.parent):
-            write_text(json_file, json.dumps(as_json(found), indent=1, allow_nan=False) + "\n")
+        write(json_file, as_json(found))
     if report is not None:
         from sigma_noise import page
 
@@ -156,9 +162,9 @@ def compare(
     with failures_are(Exit.INTERNAL):
         from sigma_noise.runs import judged, show
 
-        verdict = judged(base, new, kernel, metric, margin or [], calibrate, alpha, seed)
-        show(verdict, json_file)
-    raise typer.Exit(verdict.exit)
+        found = judged(base, new, kernel, metric, margin or [], calibrate, alpha, seed)
+        show(found, json_file)
+    raise typer.Exit(found.comparison.exit)
 
 
 def as_options(text: str) -> str:

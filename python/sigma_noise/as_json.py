@@ -1,4 +1,7 @@
-"""An analysis as JSON.  `analysis.schema.json` says what is in it; numbers that are not finite are null."""
+"""An analysis as JSON.  `analysis.schema.json` says what is in it, `training.schema.json` of that of a training.
+
+Numbers that are not finite are null.
+"""
 
 from typing import Any
 
@@ -6,6 +9,8 @@ from sigma_noise.analysis import Analysis, Gaps, OfRank
 from sigma_noise.attribution import Attribution
 from sigma_noise.detours import Noise
 from sigma_noise.plain import plain
+from sigma_noise.step_causes import Late
+from sigma_noise.steps import StepNoise
 from sigma_noise.windows import Exchanges
 
 SCHEMA_VERSION = 1
@@ -27,6 +32,30 @@ def as_json(found: Analysis) -> dict[str, Any]:
         "window_s": plain(found.window_s),
         "projections": [plain(p) for p in found.projections],
         "warnings": list(found.warnings),
+    }
+
+
+def of_training(noise: StepNoise, why: Late | None) -> dict[str, Any]:
+    """Of a record of `sigma train --noise`."""
+    ranks = {"worst": noise.worst, "cost_share": noise.cost_share}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "noise": plain(noise) | ranks,
+        "late": None if why is None else late(why),
+    }
+
+
+def late(why: Late) -> dict[str, Any]:
+    regained = {
+        cause: {"low": gain.low, "high": gain.high, **plain(gain)} for cause, gain in why.regained.items()
+    }
+    return {
+        "rank": why.rank,
+        "steps": why.steps,
+        "step_s": why.step_s,
+        "causes": causes(why.causes),
+        "regained_s": regained,
+        "sentence": why.sentence,
     }
 
 

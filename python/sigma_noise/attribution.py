@@ -259,10 +259,12 @@ def _counter_claims(
         said = np.maximum.accumulate(series.value)  # steal is known to step back when a guest migrates
         return np.diff(np.interp(edges - edges[0], series.start_ns - edges[0], said)) * scale
 
-    throttled, steal = rise("throttled_ns", 1e-9), rise("steal_ns", 1e-9)
+    steal = rise("steal_ns", 1e-9)
     irq = rise("irq_ns", 1e-9) + rise("softirq_ns", 1e-9)
     on_cpu = rise("on_cpu_ns", 1e-9)
-    waited = _pushed_back(rise("run_delay_ns", 1e-9), np.maximum(wall - on_cpu, 0.0))
+    # In the same way, so that of what an old kernel counts in both nothing is left of the second.
+    off_cpu = np.maximum(wall - on_cpu, 0.0)
+    throttled, waited = (_pushed_back(rise(name, 1e-9), off_cpu) for name in ("throttled_ns", "run_delay_ns"))
     faults = sum(
         (rise(name, costs[name]) for name in ("minor_faults", "major_faults") if name in costs),
         start=np.zeros(len(wall)),
@@ -286,7 +288,7 @@ def _counter_claims(
 
 
 def _pushed_back(waited: Bins, off_cpu: Bins) -> Bins:
-    """A wait is counted when it ends: what a bin has no room for was spent in the bins before."""
+    """A wait or a throttle is counted when it ends: what a bin has no room for was spent in the bins before."""
     waited = waited.copy()
     for b in range(len(waited) - 1, 0, -1):
         over = max(0.0, waited[b] - off_cpu[b])

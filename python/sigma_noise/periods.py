@@ -11,8 +11,8 @@ is asked of surrogates, not of the formula for white noise: stamps come in clust
 """
 
 from dataclasses import dataclass
-from functools import cached_property
-from math import ceil, exp, expm1, pi, sqrt
+from functools import cache, cached_property
+from math import ceil, pi, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -33,6 +33,7 @@ ROUNDS_OF_TRAIN = 30
 LEAST_WIDTH = 1e-3  # of a pulse, in periods, while it is looked for
 SURROGATES = 39
 LEAST_P = 1e-6  # a law fitted to so few tells no more
+FITS = 4000
 CLUSTER_GAP = 0.2  # of the mean gap: stamps that are closer move together
 BLOCK_PERIODS = 3  # of the longest sought, in which surrogates keep the number of stamps
 
@@ -283,7 +284,8 @@ def _train(t: Array, period_s: float) -> tuple[float, float, Array]:
 
 
 def _p_value(h: float, t: Array, scan: _Scan, surrogates: int, rng: np.random.Generator) -> float:
-    """P(largest H >= h) of surrogates: by rank, or beyond the largest of them by a Gumbel law fitted to all.
+    """P(largest H >= h) of surrogates: by rank, or beyond the largest of them by a Gumbel law fitted to all,
+    which is known no better than so few tell: 19 of them, taken for the law, pass 1 % in 1.9 % of its own samples.
 
     A few of them settle what is plainly chance (Besag & Clifford 1991).
     """
@@ -294,11 +296,28 @@ def _p_value(h: float, t: Array, scan: _Scan, surrogates: int, rng: np.random.Ge
         if beyond >= 3:
             return beyond / i
     by_rank = (1 + sum(x >= h for x in largest)) / (1 + surrogates)
-    scale = sqrt(6) / pi * float(np.std(largest, ddof=1))
-    centre = float(np.mean(largest)) - np.euler_gamma * scale
+    centre, scale = _gumbel(np.array(largest))
     if h <= max(largest) or scale == 0:
         return by_rank
-    return min(by_rank, max(LEAST_P, -expm1(-exp(-(h - centre) / scale))))
+    return min(by_rank, max(LEAST_P, _beyond((h - float(centre)) / float(scale), surrogates)))
+
+
+def _gumbel(x: Array) -> tuple[Array, Array]:
+    """Centre and scale of the law's samples x [..., n], by moments."""
+    scale = sqrt(6) / pi * np.std(x, axis=-1, ddof=1)
+    return np.mean(x, axis=-1) - np.euler_gamma * scale, scale
+
+
+def _beyond(z: float, n: int) -> float:
+    """P(another one lies z scales above the centre), both fitted to n: its mean over samples of n."""
+    centre, scale = _fits(n)
+    return float(np.mean(-np.expm1(-np.exp(-(centre + scale * z)))))
+
+
+@cache
+def _fits(n: int) -> tuple[Array, Array]:
+    """Of samples of n of the law with centre 0 and scale 1."""
+    return _gumbel(np.random.default_rng(0).gumbel(size=(FITS, n)))
 
 
 def surrogate(t: Array, window_s: float, block_s: float, rng: np.random.Generator) -> Array:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from sigma_train.errors import WrongInput
@@ -19,6 +20,7 @@ from sigma_noise.compare import MARGINS, Comparison, compare
 from sigma_noise.plain import plain
 from sigma_noise.project import project
 from sigma_noise.reading import read_quanta
+from sigma_noise.shape import Shape, shape
 from sigma_noise.trace import Trace
 from sigma_noise.windows import chosen, is_fixed_time, kernels
 
@@ -31,16 +33,28 @@ PLAN = (
     "backend",
 )  # of what a run says that it did, all runs must say the same
 Numbers = dict[str, list[float]]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs of one folder: for each metric a number a run, what they measured, and units that were slowed down."""
+    """Runs of one folder: for each metric a number a run, the times of each, what they measured, and units that were
+    slowed down.
+    """
 
     folder: Path
     numbers: Numbers
+    samples: list[Floats]
     plan: str
     throttled: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The verdicts, and how much all times differ in shape, which decides nothing."""
+
+    comparison: Comparison
+    shape: Shape
 
 
 def judged(
@@ -52,7 +66,7 @@ def judged(
     calibration: Path | None,
     alpha: float,
     seed: int,
-) -> Comparison:
+) -> Judged:
     """Raises: WrongInput for a folder without runs, a metric or margin that is none, or runs that differ in what
     they measured.
     """
@@ -77,7 +91,7 @@ def judged(
     common = [name for name in arms[0].numbers if name in arms[1].numbers]
     throttled = sorted({unit for arm in arms for unit in arm.throttled})
     try:
-        return compare(
+        found = compare(
             *(arm.numbers for arm in arms),
             margins=given,
             metrics=metrics or common,
@@ -86,6 +100,7 @@ def judged(
         )
     except ValueError as error:
         raise WrongInput(str(error)) from None
+    return Judged(found, shape(arms[0].samples, arms[1].samples, seed=seed))
 
 
 def as_margin(text: str) -> tuple[str, float]:
@@ -113,18 +128,21 @@ def runs_of(folder: Path) -> list[Path]:
 def arm_of(folder: Path, kernel: str | None) -> Arm:
     """Each run is read once.  A metric that some run cannot tell is left out."""
     numbers: list[dict[str, float]] = []
-    plans, throttled = [], []
+    plans, throttled, samples = [], [], []
     for path in runs_of(folder):
         measured = read_quanta(path)
         name = fixed_work(measured, kernel, path)
-        numbers.append(metrics_of(measured, name, path))
+        rows = times_of(measured, name, path)
+        numbers.append(metrics_of(rows))
+        samples.append(np.concatenate([seconds for _, seconds in rows]))
         about = {"kernel": name, "ranks": len(measured.ranks)} | {k: measured.run.get(k) for k in PLAN}
         plans.append(json.dumps(plain(about), sort_keys=True))
         throttled += throttled_in(measured)
     if len(different := sorted(set(plans))) > 1:
         raise WrongInput(f"{folder}: runs must measure the same, found {' and '.join(different[:2])}")
     names = [name for name in numbers[0] if all(name in one for one in numbers)]
-    return Arm(folder, {name: [one[name] for one in numbers] for name in names}, plans[0], tuple(throttled))
+    by_name = {name: [one[name] for one in numbers] for name in names}
+    return Arm(folder, by_name, samples, plans[0], tuple(throttled))
 
 
 def fixed_work(measured: Trace, kernel: str | None, path: Path) -> str:
@@ -145,16 +163,21 @@ def fixed_work(measured: Trace, kernel: str | None, path: Path) -> str:
     return name
 
 
-def metrics_of(measured: Trace, name: str, path: Path) -> dict[str, float]:
-    """Means over ranks of fixed work; S(2048) of windows of one quantum, by a tail, where it can be had."""
-    of_rank: list[dict[str, float]] = []
+def times_of(measured: Trace, name: str, path: Path) -> list[tuple[Floats, Floats]]:
+    """Begin and length of the quanta of each rank, seconds."""
     rows = []
     for rank in measured.ranks:
         series = measured.get(rank, "quantum", name)
-        seconds = np.maximum(series.seconds, 1e-9)
-        if not len(seconds):
+        if not len(series):
             raise WrongInput(f"{path}: rank {rank} has no quantum of {name}")
-        start_s = series.since(int(series.start_ns[0]))
+        rows.append((series.since(int(series.start_ns[0])), np.maximum(series.seconds, 1e-9)))
+    return rows
+
+
+def metrics_of(rows: list[tuple[Floats, Floats]]) -> dict[str, float]:
+    """Means over ranks of fixed work; S(2048) of windows of one quantum, by a tail, where it can be had."""
+    of_rank: list[dict[str, float]] = []
+    for start_s, seconds in rows:
         noise = detours.fixed_work(start_s, seconds, changes.segments(seconds))
         of_rank.append(
             {
@@ -164,9 +187,8 @@ def metrics_of(measured: Trace, name: str, path: Path) -> dict[str, float]:
                 "detours_per_s": noise.per_second,
             }
         )
-        rows.append(seconds)
     found = {key: float(np.mean([one[key] for one in of_rank])) for key in of_rank[0]}
-    slowdown = project(rows, (N,), model="gpd", resamples=2).slowdown[0]
+    slowdown = project([seconds for _, seconds in rows], (N,), model="gpd", resamples=2).slowdown[0]
     if np.isfinite(slowdown):
         found["slowdown_2048"] = float(slowdown)
     return found
@@ -184,7 +206,8 @@ def throttled_in(measured: Trace) -> list[str]:
     return found
 
 
-def show(found: Comparison, json_file: Path | None) -> None:
+def show(judged: Judged, json_file: Path | None) -> None:
+    found, differ = judged.comparison, judged.shape
     console = Console()
     table = Table("metric", "new / base", "95 %", "margin", "p", "runs", "verdict")
     for m in found.metrics:
@@ -193,10 +216,16 @@ def show(found: Comparison, json_file: Path | None) -> None:
             f"{m.runs[0]}, {m.runs[1]}", str(m.verdict),
         )  # fmt: skip
     console.print(table)
+    told = (
+        f"all times, which decide nothing: {differ.wasserstein_log:.2%} apart (Wasserstein-1 of their logarithms, "
+        f"p {differ.p:.3g}), {differ.similarity:.3f} similar"
+    )
+    console.print(told, highlight=False, soft_wrap=True)
     for reason in found.reasons:
         console.print(reason, highlight=False, soft_wrap=True, markup=False)
     console.print(f"verdict: {found.verdict}", highlight=False)
     if json_file is not None:
-        told = {"schema_version": 1, "verdict": str(found.verdict), "exit": int(found.exit), **plain(found)}
+        verdict = {"schema_version": 1, "verdict": str(found.verdict), "exit": int(found.exit)}
         with must_be_writable("--json", json_file.parent):
-            write_text(json_file, json.dumps(told, indent=1, allow_nan=False) + "\n")
+            whole = verdict | plain(found) | {"shape": plain(differ)}
+            write_text(json_file, json.dumps(whole, indent=1, allow_nan=False) + "\n")

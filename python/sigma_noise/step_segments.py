@@ -6,7 +6,8 @@ went on at e,
     own[k, r] = w[k, r] - e[k-1, r] + late[k, r],        late[k, r] = max(0, e[k, r] - median_r e[k, r])
 
 less what it waited for some ranks only: a rank that is stopped while it waits goes on later than others do (seen where
-ranks share a clock).  What follows the last collective of a step is a segment, too.
+ranks share a clock), and so do those that wait for its part of the data.  What follows the last collective of a step is
+a segment, too.
 """
 
 import numpy as np
@@ -48,6 +49,9 @@ class Segments:
         self.step = step[order]
         self._arrived = np.concatenate([arrived, np.full(n, NEVER)])[order]
         self._beyond = np.concatenate([beyond, np.zeros(n)])[order]
+        self._left = np.concatenate([median_rank(left), np.full(n, NEVER)])[
+            order
+        ]  # when the median rank went on
         own, self.spans, self._late = [], [], []
         for i, r in enumerate(attempt.ranks):
             steps, blocked = attempt.steps[r], attempt.blocked[r]
@@ -78,11 +82,28 @@ class Segments:
         alone = np.minimum(after, self._late[at])
         return before + alone, np.minimum(after - alone, self._beyond)
 
-    def saved(self, at: int, taken: Floats) -> Floats:
-        """[n]: by how much steps would be shorter without what was taken of a rank's segments [K]."""
-        others = np.delete(self.own, at, axis=1).max(1)
-        mine = self.own[:, at]
-        return self.by_step(np.maximum(mine, others) - np.maximum(mine - taken, others))
+    def held(self, at: int, of: tuple[Stamps, Stamps]) -> Floats:
+        """Seconds [K, R - 1] for which each other rank went on late while a union of time held the one at `at` in the
+        same collective: it waited for that one's data.
+        """
+        begins, ends = self.spans[at]
+        others = [r for r in range(len(self.spans)) if r != at]
+        held = []
+        for r in others:
+            until = np.minimum(ends, self.spans[r][1])
+            since = np.clip(self._left, begins, until)
+            held.append(np.minimum(self._late[r], spans.overlap_s(since, until, of)))
+        return np.stack(held, 1)
+
+    def saved(self, at: int, taken: Floats, held: Floats | float = 0.0) -> Floats:
+        """[n]: by how much steps would be shorter without what was taken of a rank's segments [K], and for how long
+        that held others [K, R - 1].
+        """
+        mine, others = self.own[:, at], np.delete(self.own, at, axis=1)
+        with_it, without = (
+            np.maximum(a, b.max(1)) for a, b in ((mine, others), (mine - taken, others - held))
+        )
+        return self.by_step(with_it - without)
 
 
 def median_rank(by_rank: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -95,6 +116,28 @@ def over_median(by_rank: Floats, at: int) -> Floats:
     """[n, R] to [n]: of the rank at `at`, what is beyond the median rank's."""
     over: Floats = np.maximum(0.0, by_rank[:, at] - median_rank(by_rank))
     return over
+
+
+def over_others(by_rank: Floats, at: int, among: NDArray[np.bool_], less: Floats | float = 0.0) -> Floats:
+    """[n, R] to [n], in the steps `among`: beyond the median rank, less `less`, and less what of that is chance.
+
+    Ranks take turns at being last, so that all of them are now and then beyond the median.  What the other ranks are,
+    in the mean over steps of their median, is chance, and taken off the rank's where its steps have least.
+    """
+    over = np.where(among, np.maximum(0.0, over_median(by_rank, at) - less), 0.0)
+    others = [over_median(by_rank, r)[among].mean() for r in range(by_rank.shape[1]) if r != at]
+    return _lowered(over, float(np.median(others)) * among.mean())
+
+
+def _lowered(seconds: Floats, mean: float) -> Floats:
+    """max(0, seconds - level) with the level at which their mean is less by `mean`."""
+    kept = max(0.0, float(seconds.mean()) - mean) * len(seconds)
+    ordered = np.sort(seconds)[::-1]
+    level = (
+        (np.cumsum(ordered) - kept) / np.arange(1, len(seconds) + 1)
+    ).max()  # of the k largest, for any k
+    found: Floats = np.maximum(0.0, seconds - level)
+    return found
 
 
 def _beyond_usual(transfer: Floats, step: NDArray[np.int64]) -> Floats:

@@ -51,14 +51,15 @@ def _causes(why: Late) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(share.cause)}<td>{share.seconds:.2f}<td>{share.share:.0%}"
         f"<td>{gain.seconds * 1e3:.2f}<td>{gain.low * 1e3:.2f} to {gain.high * 1e3:.2f}"
+        + (f"<td>{gain.by_steps.seconds * 1e3:.2f}" if gain.by_steps else "<td>")
         for share in why.causes.shares
         for gain in [why.regained[share.cause]]
     )
     unknown = why.causes.unknown
     return (
         f"<p>{html.escape(why.sentence)}.</p><table><tr><th>what rank {why.rank} lost, by cause<th>s<th>share"
-        f"<th>without it a step takes less, ms<th>90 %{rows}"
-        f"<tr><td>unknown<td>{unknown.seconds:.2f}<td>{unknown.share:.0%}<td><td></table>"
+        f"<th>without it a step takes less, ms<th>90 %<th>by steps without it{rows}"
+        f"<tr><td>unknown<td>{unknown.seconds:.2f}<td>{unknown.share:.0%}<td><td><td></table>"
     )
 
 

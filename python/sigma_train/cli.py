@@ -13,7 +13,7 @@ def train(
         str | None,
         typer.Option(
             help="named settings: tiny-96, tiny-dense, compare-96, compare-dense, smoke, smoke-dense, "
-            "sigma-moe-tiny, sigma-moe-200b"
+            "sigma-moe-tiny, sigma-moe-tiny-cpu, sigma-moe-200b"
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings")] = None,
@@ -158,14 +158,19 @@ def export(
     run: Annotated[Path, typer.Argument(help="folder of a run")],
     out: Annotated[Path, typer.Argument(help="folder to write")],
     to: Annotated[str, typer.Option(help="format; transformers")] = "transformers",
+    top_k: Annotated[
+        str | None, typer.Option(help="experts a token, as 2, or of each layer; model.top_k where not given")
+    ] = None,
 ) -> None:
     """Write the newest model of a run for Hugging Face transformers."""
+    from sigma_train.elastic_cli import numbers
     from sigma_train.errors import WrongInput
 
+    chosen = numbers("--top-k", top_k)
     if to != "transformers":
         raise WrongInput(f"--to must be transformers, found {to!r}")
 
     from sigma_train.export import export_to_transformers
 
-    export_to_transformers(run, out)
+    export_to_transformers(run, out, chosen[0] if len(chosen) == 1 else chosen or None)
     typer.echo(f"wrote {out}")

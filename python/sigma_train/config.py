@@ -153,6 +153,7 @@ class ModelConfig(_Section):
 class RouterConfig(_Section):
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = Field(False, strict=True)  # weights of the chosen divided by their sum
+    normalize_one: bool = Field(False, strict=True)  # of one alone as well, in a run that has such layers
     balance: Literal["loss", "global", "top1", "bias", "none"] = "loss"
     top1_temperature: Positive = 0.1  # of the balance "top1", whose sums are over all ranks
     balance_coef: NonNegative = 1e-2
@@ -170,6 +171,7 @@ class SparsityConfig(_Section):
     granularity: Literal["global", "micro-batch", "layer"] = "layer"
     distribution: Literal["uniform", "capacity"] = "uniform"
     temperature: Positive = 1.0  # of the distribution "capacity"
+    budget: OptionalCount = None  # of the drawn k of all layers together
 
 
 class DataConfig(_Section):
@@ -256,6 +258,8 @@ class Config(_Section):
             raise ConfigError("sparsity wants experts: model.num_experts is 1")
         if s.phases and s.sample:
             raise ConfigError("sparsity.phases and sparsity.sample cannot both be given")
+        if s.budget is not None and (not s.sample or s.granularity != "layer"):
+            raise ConfigError('sparsity.budget is of sparsity.sample with sparsity.granularity = "layer"')
         if s.phases and s.phases[-1][1] != self.model.layer_top_k:
             raise ConfigError(
                 f"sparsity.phases must end with model.top_k, {list(self.model.layer_top_k)}, "
@@ -273,10 +277,12 @@ class Config(_Section):
                 f"train.seq_len must not exceed model.max_seq_len = {self.model.max_seq_len}, "
                 f"found {self.train.seq_len}"
             )
-        if self.router.normalize and self.model.num_experts > 1 and 1 in self.model.layer_top_k:
+        is_asked = self.router.normalize and not self.router.normalize_one
+        if is_asked and self.model.num_experts > 1 and 1 in self.model.layer_top_k:
             warnings.warn(
-                "router.normalize = true with model.top_k = 1 makes every routing weight 1, "
-                "so the router gets no gradient from the task loss",
+                "router.normalize = true with model.top_k = 1 would make every routing weight 1, "
+                "so that the router gets no gradient from the task loss: weights there are not divided; "
+                "router.normalize_one = true divides them",
                 ConfigWarning,
                 stacklevel=2,
             )

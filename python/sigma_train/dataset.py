@@ -7,6 +7,7 @@ W windows once, a restart repeats what it would have seen, and no state is kept.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -40,6 +41,7 @@ from sigma_train.tokenizer import DamagedFile, Tokenizer, train_tokenizer
 
 VERSION = 2  # of the files in the cache; part of every key
 TOKENIZER_SAMPLE_BYTES = 1 << 26  # 64 MiB of training text settle a vocabulary of this size
+COUNT_BLOCK = 1 << 20  # tokens that are widened at once to be counted
 ENCODE_BATCH = 256  # documents, at most 16 MiB of text
 STALE_S = 86_400.0  # an unfinished file this old belongs to no one
 
@@ -70,6 +72,14 @@ class TokenDataset:
         """Of the whole split, ends of documents counted: bits per byte = nats / ln 2 / bytes_per_token."""
         return self.num_bytes / self.num_tokens
 
+    @functools.cached_property
+    def commonest(self) -> float:
+        """The share of all tokens that are the commonest one; one pass, less than the digest takes at the start."""
+        counts = np.zeros(len(self.token_bytes), np.int64)
+        for begin in range(0, self.num_tokens, COUNT_BLOCK):
+            counts += np.bincount(self.tokens[begin : begin + COUNT_BLOCK], minlength=len(counts))
+        return float(counts.max()) / self.num_tokens
+
     def count_bytes(self, targets: Tensor) -> int:
         """Bytes of text that exactly these tokens stand for, where a limited evaluation sees part of a split."""
         return int(self.token_bytes[targets.cpu().numpy()].sum())
@@ -94,7 +104,7 @@ class TokenDataset:
         """
         windows = self.num_windows(seq_len)
         first = (step * world_size + rank) * batch_size
-        return self._windows(sample_windows(first, batch_size, windows, seed), seq_len)
+        return self.windows(sample_windows(first, batch_size, windows, seed), seq_len)
 
     def eval_batches(
         self, batch_size: int, seq_len: int, limit: int | None = None
@@ -102,42 +112,10 @@ class TokenDataset:
         """The windows in their order, at most `limit` batches; the last batch of the split may be smaller."""
         windows = self.num_windows(seq_len)
         for start in itertools.islice(range(0, windows, batch_size), limit):
-            yield self._windows(np.arange(start, min(start + batch_size, windows)), seq_len)
+            yield self.windows(np.arange(start, min(start + batch_size, windows)), seq_len)
 
-    def batches_of_language(
-        self, name: str, batch_size: int, seq_len: int, limit: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """`eval_batches` of the windows that are wholly in this language.  Raises: CorpusError if there is none."""
-        of_windows = self._languages.of_windows(np.arange(self.num_windows(seq_len)), seq_len)
-        windows = np.flatnonzero(of_windows == self.language_names.index(name))
-        if not len(windows):
-            raise CorpusError(
-                f"data: the {self.split} split has no window of train.seq_len = {seq_len} in {name} alone; add text"
-            )
-        for start in itertools.islice(range(0, len(windows), batch_size), limit):
-            yield self._windows(windows[start : start + batch_size], seq_len)
-
-    def batch_languages(
-        self, step: int, batch_size: int, seq_len: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> Tensor:
-        """The language of each target of `batch`, int64 [batch_size, seq_len]: indices into `languages.names`."""
-        first = (step * world_size + rank) * batch_size
-        windows = sample_windows(first, batch_size, self.num_windows(seq_len), seed)
-        return torch.from_numpy(self._languages.at(windows[:, None] * seq_len + np.arange(1, seq_len + 1)))
-
-    @property
-    def language_names(self) -> tuple[str, ...]:
-        return self._languages.names
-
-    @property
-    def _languages(self) -> Languages:
-        if self.languages is None:
-            raise CorpusError(
-                "data.languages must be true where the language of text is asked for, found false"
-            )
-        return self.languages
-
-    def _windows(self, windows: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
+    def windows(self, windows: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of windows by their numbers."""
         rows = self.tokens[windows[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64)  # [B, S + 1]
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

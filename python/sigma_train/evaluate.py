@@ -26,6 +26,10 @@ def evaluate(model: LanguageModel, data: TokenDataset, config: Config, ranks: Ra
         if ranks.rank < len(group):
             nats += of_batch
             num_bytes += data.count_bytes(targets)
+    if ranks.size > 1:
+        from sigma_train.parallel import hold_shards  # a second of FSDP and DTensor
+
+        hold_shards(model)
     nats, num_bytes = ranks.summed(nats, num_bytes)
     return nats / math.log(2) / num_bytes
 
@@ -36,21 +40,3 @@ def batch_nats(model: LanguageModel, inputs: Tensor, targets: Tensor, config: Co
     with precision(config):
         logits = model(inputs)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-
-
-def evaluate_by_language(
-    model: LanguageModel, data: TokenDataset, config: Config, limit: int | None = None
-) -> dict[str, float]:
-    """Bits per byte of each language, on at most `limit` batches of the windows that are wholly in it.
-
-    Compare one language under two models, not two languages: a letter is one byte in English, two in Greek, three in
-    Japanese.  Raises: CorpusError without data.languages, or naming a language that has no such window.
-    """
-    t, found = config.train, {}
-    for name in data.language_names:
-        nats, num_bytes = 0.0, 0
-        for inputs, targets in data.batches_of_language(name, t.batch_size, t.seq_len, limit):
-            nats += batch_nats(model, inputs, targets, config)
-            num_bytes += data.count_bytes(targets)
-        found[name] = nats / math.log(2) / num_bytes
-    return found

@@ -24,11 +24,13 @@ class ExpertCounts:
                 self._schedule = SparsitySchedule(s.phases, t.steps)
             if s.sample:
                 self._sampler = ExpertCountSampler(
-                    s.sample, s.granularity, s.distribution, s.temperature, t.seed
+                    s.sample, s.granularity, s.distribution, s.temperature, t.seed, s.budget
                 )
+                self.of_batch(0, 0)  # a budget that is too small is an error now
         except ValueError as error:
             text = str(error).replace("SparsitySchedule: ", "sparsity.")
-            raise ConfigError(text.replace("ExpertCountSampler: top_k", "sparsity.sample")) from None
+            text = text.replace("ExpertCountSampler: top_k", "sparsity.sample")
+            raise ConfigError(text.replace("ExpertCountSampler: ", "sparsity.")) from None
 
     def of_step(self, step: int) -> tuple[int, ...]:
         """What the run is at: `model.top_k` where nothing is scheduled, and in validation where it is drawn."""
@@ -40,14 +42,26 @@ class ExpertCounts:
         return self._sampler.sample(step, micro, len(self._of_model))
 
     def mean(self, begin: int, end: int) -> tuple[float, ...]:
-        """Of each layer over steps begin..end - 1, of what is drawn by its law; of a long run by a step in so many."""
-        if self._sampler is not None:
+        """Of each layer over steps begin..end - 1, of what is drawn by its law; of a long run by a step in so many.
+
+        What a budget makes of the law is the mean over steps too.
+        """
+        if self._sampler is not None and self._sampler.budget is None:
             law = zip(self._sampler.top_k, self._sampler.probabilities, strict=True)
             return (sum(k * p for k, p in law),) * len(self._of_model)
-        if self._schedule is None or begin >= end:
+        if (self._schedule is None and self._sampler is None) or begin >= end:
             return self.of_step(begin)
-        steps = [self.of_step(step) for step in range(begin, end, 1 + (end - begin) // MOST_STEPS)]
+        steps = [self.of_batch(step, 0) for step in range(begin, end, 1 + (end - begin) // MOST_STEPS)]
         return tuple(sum(layer) / len(steps) for layer in zip(*steps, strict=True))
+
+    def seen(self, steps: int) -> tuple[frozenset[int], ...]:
+        """The k that each layer has had, or could have been drawn, in so many steps."""
+        if self._sampler is not None:
+            return (frozenset(self._sampler.top_k),) * len(self._of_model)
+        if self._schedule is None:
+            return tuple(frozenset([k]) for k in self._of_model)
+        had = {self._schedule.top_k(step) for step in range(steps)} or {self.of_step(0)}
+        return tuple(frozenset(layer) for layer in zip(*had, strict=True))
 
 
 def same_past(then: Mapping[str, Any], now: Mapping[str, Any], step: int) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ from sigma_train.model import LanguageModel
 from sigma_train.tokenizer import END_OF_TEXT
 
 
-def export_to_transformers(run: Path, out: Path) -> None:
+def export_to_transformers(run: Path, out: Path, top_k: int | Sequence[int] | None = None) -> None:
     """Write the newest model of `run` as Qwen3MoeForCausalLM, or Qwen3ForCausalLM where it is dense.
 
-    The constant output scale is folded into the down projections.  The folder appears whole or not at all.
+    A token goes to `top_k` experts, or to model.top_k.  The constant output scale is folded into the down projections.
+    The folder appears whole or not at all.
     Raises: ConfigError if `out` exists or the model is not expressible as Qwen3; CheckpointError if there is no run.
     """
     if out.exists():
         raise ConfigError(f"{out} exists; name a new folder")
     config, model, tokenizer = load_run(run)
-    settings = transformers_config(config, tokenizer.eos_id)
+    if top_k is not None:
+        _turn_to(model, config, top_k)
+    settings = transformers_config(config, model, tokenizer.eos_id)
     temporary = temporary_name(out)
     with must_be_writable("export", out.parent):
         temporary.mkdir(parents=True)
@@ -42,7 +46,17 @@ def export_to_transformers(run: Path, out: Path) -> None:
         raise
 
 
-def transformers_config(config: Config, eos_id: int) -> dict[str, Any]:
+def _turn_to(model: LanguageModel, config: Config, top_k: int | Sequence[int]) -> None:
+    """Raises: ConfigError if the model can't have it."""
+    if config.model.num_experts == 1:
+        raise ConfigError("export: --top-k is of a model with experts, model.num_experts is 1")
+    try:
+        model.set_top_k(top_k)
+    except ValueError as error:
+        raise ConfigError(str(error).replace("set_top_k: top_k", "export: --top-k")) from None
+
+
+def transformers_config(config: Config, model: LanguageModel, eos_id: int) -> dict[str, Any]:
     """Raises: ConfigError naming what Qwen3-MoE has no setting for."""
     c, r = config.model, config.router
     common = {
@@ -61,10 +75,13 @@ def transformers_config(config: Config, eos_id: int) -> dict[str, Any]:
         "attention_bias": False,
         "dtype": "float32",
     }
-    if len(set(c.layer_top_k)) > 1:
-        raise ConfigError("export: Qwen3 has one top_k for all layers; model.top_k is a list of several")
-    top_k = c.layer_top_k[0]
-    if c.num_experts == 1:
+    routers = [moe.router for moe in model.moe_layers()]
+    ks = [router.top_k for router in routers] or list(c.layer_top_k)
+    if len(set(ks)) > 1:
+        # transformers 5.23 has per_layer_config, which its Qwen3-MoE does not read.
+        raise ConfigError(f"export: Qwen3 has one top_k for all layers, found {ks}")
+    top_k = ks[0]
+    if not routers:
         width = c.intermediate_size * top_k
         return {
             **common,
@@ -84,7 +101,7 @@ def transformers_config(config: Config, eos_id: int) -> dict[str, Any]:
         "intermediate_size": c.intermediate_size,
         "num_experts": c.num_experts,
         "num_experts_per_tok": top_k,
-        "norm_topk_prob": r.normalize and top_k > 1,
+        "norm_topk_prob": routers[0].normalize,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }

@@ -20,6 +20,11 @@ def load_run(run: Path) -> tuple[Config, LanguageModel, Tokenizer]:
     latest = latest_checkpoint(run / "checkpoints") if (run / "checkpoints").is_dir() else None
     if latest is None:
         raise CheckpointError(f"{run} holds no sound checkpoint")
+    return load_model(run, latest)
+
+
+def load_model(run: Path, checkpoint: Path) -> tuple[Config, LanguageModel, Tokenizer]:
+    """The model of one checkpoint of a run.  Raises: as `load_run`."""
     config = load_config(None, run / "config.toml", [])
     tokenizer = read_tokenizer(run / "tokenizer.json")
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -28,7 +33,7 @@ def load_run(run: Path) -> tuple[Config, LanguageModel, Tokenizer]:
             f"{config.model.vocab_size}"
         )
     model = LanguageModel(config)
-    load_weights(model, latest)
+    load_weights(model, checkpoint)
     return config, model, tokenizer
 
 

@@ -2,7 +2,7 @@
 
 No activation is kept: a hook reads a block's output once for its norm and once for its extremes, and leaves numbers.
 The hooks are there in the steps that are looked at and in no other.  Ranks add up what they saw in two exchanges of one
-small tensor each: one of sums, one of maxima.
+small tensor each: one of sums, one of maxima.  What is made of it for routers is in `routing_statistics.py`.
 """
 
 import contextlib
@@ -13,20 +13,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sigma_kernels.collectives import observed
 from sigma_kernels.distributed.moe import local
 from sigma_kernels.nn import MoE
 from sigma_kernels.routing import RouterSums
+from sigma_train.config import Config
+from sigma_train.dataset import PreparedData
 from sigma_train.mesh import copies
 from sigma_train.model import LanguageModel
+from sigma_train.probe import Probe
 from sigma_train.ranks import Ranks
+from sigma_train.routing_statistics import Values, of_limits, of_loads, of_routers, sharpness, top1_sums
 
 OUTPUTS = ("attention", "mlp", "residual")
-ENTROPY_BLOCK = 1 << 18  # logits whose probabilities are held at once
-Values = dict[str, Tensor]
 
 
 class LayerStatistics:
@@ -36,8 +37,11 @@ class LayerStatistics:
     yet clipped, and `row` for each step that is learned from, so that experts without a token are known.
     """
 
-    def __init__(self, model: LanguageModel, every: int) -> None:
-        self.model, self.every = model, every
+    def __init__(self, model: LanguageModel, config: Config, data: PreparedData) -> None:
+        self.model, self.every = model, config.guard.stats_every
+        r = config.router
+        self._temperature = r.top1_temperature if r.balance == "top1" else None
+        self._text, self._probe = data.train, Probe(config, data.val)
         self._is_watching = False
         self._forget()
         self._counts: Tensor | None = None  # [layers, E], of all ranks since the last row
@@ -78,12 +82,16 @@ class LayerStatistics:
 
     def _see_router(self, layer: int, logits: Tensor, sums: RouterSums) -> None:
         _, largest = square_and_largest(logits)
-        entropy = entropy_sum(logits, sums.score)
-        square = sums.square.item()
-        self._add(layer, largest, "router", square=square, entropy=entropy, tokens=sums.tokens)
-        if "router_p" not in self._sums:
-            self._sums["router_p"] = self._zeros(logits.shape[1])
-        self._sums["router_p"][layer] += sums.probabilities.detach()
+        seen = sharpness(logits, sums.score)
+        square, tokens = sums.square.item(), sums.tokens
+        self._add(
+            layer, largest, "router", square=square, tokens=tokens, entropy=seen.entropy, top1=seen.top1
+        )
+        self._add_of_experts(layer, "router_p", sums.probabilities.detach())
+        if self._temperature is not None:
+            q, largest_q = top1_sums(logits, self._temperature)
+            self._add_of_experts(layer, "top1_q", q)
+            self._sums["top1_largest"][layer] += largest_q
 
     def see_gradients(self) -> None:
         """Norm and largest element of this rank's part of each layer's weight gradients, where the step is due."""
@@ -96,6 +104,11 @@ class LayerStatistics:
                     square, largest = square_and_largest(gradient)
                     square /= copies(parameter.grad)
                     self._add(layer, largest, f"{group_of(name, parameter)}_gradient", square=square)
+
+    def _add_of_experts(self, layer: int, name: str, values: Tensor) -> None:
+        if name not in self._sums:
+            self._sums[name] = self._zeros(len(values))
+        self._sums[name][layer] += values
 
     def _add(self, layer: int, largest: float, name: str, **sums: float) -> None:
         for what, value in sums.items():
@@ -111,7 +124,7 @@ class LayerStatistics:
         return torch.zeros(len(self.model.layers), *sizes, dtype=torch.float64)
 
     def row(self, step: int, counts: list[Tensor], ranks: Ranks) -> dict[str, Any]:
-        """{"layers": names to a value a layer} if the step is due, else {}; a collective.
+        """{"layers": names to a value a layer} if the step is due; a collective.
 
         Args: step, counted from 1, that was learned from; counts [E] of each layer, over all ranks.
         """
@@ -119,19 +132,32 @@ class LayerStatistics:
             return {}
         if step <= self._last_step:  # the run has gone back
             self._counts, self._steps = None, 0
+            self._probe.forget()
         self._last_step, self._steps = step, self._steps + 1
-        if counts:
-            now = torch.stack(counts)
+        now = torch.stack(counts) if counts else None
+        if now is not None:
             self._counts = now if self._counts is None else self._counts + now
+        # Once a run, in the row of its first step, which goes with the others where a run begins anew.
+        told = {"commonest_token": self._text.commonest} if step == 1 and counts else {}
         if not self.is_due(step):
-            return {}
+            return told
         sums = over_ranks(self._sums, dist.ReduceOp.SUM, ranks)
         largest = over_ranks(self._largest, dist.ReduceOp.MAX, ranks)
         values = outputs_and_gradients(sums, largest)
-        if self._counts is not None:
-            values |= of_routers(sums, largest["router"]) | of_loads(self._counts)
+        if now is not None and self._counts is not None:
+            tokens = self._steps * sums["router_tokens"][0].item()
+            values |= of_routers(sums, largest["router"], now)
+            values |= of_loads(self._counts) | of_limits(self._counts, tokens, self._text.commonest)
+            values |= self._of_biases()
+            values["routing_changes"] = self._probe.changes(self.model, ranks)
         steps, self._counts, self._steps = self._steps, None, 0
-        return {"layers": {"steps": steps} | {name: as_json(x) for name, x in values.items()}}
+        return told | {"layers": {"steps": steps} | {name: as_json(x) for name, x in values.items()}}
+
+    def _of_biases(self) -> Values:
+        """How far apart those of a layer's experts are, where they have any."""
+        biases = [moe.router.expert_bias for moe in self.model.moe_layers()]
+        spread = [bias.amax() - bias.amin() for bias in biases if bias is not None]
+        return {"bias_spread": torch.stack(spread)} if spread else {}
 
 
 def square_and_largest(x: Tensor) -> tuple[float, float]:
@@ -148,15 +174,6 @@ def square_and_largest(x: Tensor) -> tuple[float, float]:
         square = torch.linalg.vector_norm(x, dtype=torch.float64).square().item()
     low, high = (end.item() for end in torch.aminmax(x))
     return square, math.inf if math.isnan(low) or math.isnan(high) else max(-low, high)
-
-
-def entropy_sum(logits: Tensor, score: str) -> float:
-    """sum_t H(p_t), p_t = softmax(logits[t]), or of a sigmoid's scores divided by their sum; logits [T, E]."""
-    total, rows = 0.0, max(1, ENTROPY_BLOCK // logits.shape[1])
-    for block in logits.detach().split(rows):
-        log_p = (F.logsigmoid(block) if score == "sigmoid" else block).log_softmax(-1)
-        total -= torch.dot(log_p.exp().flatten(), log_p.flatten()).item()
-    return total
 
 
 def group_of(name: str, parameter: Tensor) -> str:
@@ -193,28 +210,6 @@ def outputs_and_gradients(sums: Values, largest: Values) -> Values:
             values[f"{name}_norm"] = sums[f"{name}_square"].sqrt()
             values[f"{name}_largest"] = largest[name]
     return values
-
-
-def of_routers(sums: Values, largest: Tensor) -> Values:
-    """Entropies are shares of log E, which they reach where all experts are as probable."""
-    tokens, p = sums["router_tokens"], sums["router_p"]
-    uniform = math.log(p.shape[1])
-    return {
-        "router_logit_largest": largest,
-        "router_logsumexp_rms": (sums["router_square"] / tokens).sqrt(),
-        "router_entropy_of_mean": torch.special.entr(p / tokens[:, None]).sum(1) / uniform,
-        "router_entropy": sums["router_entropy"] / tokens / uniform,
-    }
-
-
-def of_loads(counts: Tensor) -> Values:
-    """How far the busiest and the idlest expert are from an even share, and how many are dead; counts [layers, E]."""
-    share = counts.double() / counts.double().mean(1, keepdim=True)
-    return {
-        "load_most": share.amax(1) - 1,
-        "load_least": share.amin(1) - 1,
-        "experts_dead": (counts == 0).sum(1),
-    }
 
 
 def as_json(x: Tensor) -> list[float | int | None]:

@@ -33,11 +33,12 @@ from sigma_train.events import FILE, Was
 from sigma_train.expert_counts import ExpertCounts, same_past
 from sigma_train.files import write_text
 from sigma_train.generate import generate
+from sigma_train.growth_cost import KEY, SunkCostLedger, ledger_of
 from sigma_train.guard import Diverged, Guard
 from sigma_train.layer_statistics import LayerStatistics
 from sigma_train.ledger import Ledger
 from sigma_train.mesh import mesh_of, sizes
-from sigma_train.metrics import Metrics, busiest
+from sigma_train.metrics import Metrics
 from sigma_train.model import LanguageModel, flops_per_token
 from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
 from sigma_train.placing import Placing, in_words
@@ -81,6 +82,7 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.data: PreparedData = prepare(config)
         self.guard = Guard(config.guard)
+        self.sunk = SunkCostLedger()
         self.placing = Placing(config.train)
         experts = ExpertCounts(config)
         self.model = LanguageModel(config)
@@ -101,7 +103,7 @@ class Trainer:
         self.saver = late("saver").Saver(self.checkpoints, t.keep, ranks, t.async_save, t.rank_timeout_s)
         tokens = t.grad_accum * t.batch_size * t.seq_len * ranks.size
         self.ledger.begin(began, ranks.size, self.step, machine(config), tokens, flops)
-        self.layers = LayerStatistics(self.model, config.guard.stats_every)
+        self.layers = LayerStatistics(self.model, config, self.data)
         self.one_step = Step(config, self.model, self.data, self.mesh, ranks, self.layers, self.noise)
         self.one_step.turn_to(
             max(0, self.step - 1)
@@ -134,6 +136,7 @@ class Trainer:
         if "guard" in extra:  # of a program that had one
             self.guard.load(extra["guard"])
         self.placing.load(extra.get("load"))
+        self.sunk = SunkCostLedger.of_record(extra.get(KEY))
         self.console.print(f"resumed {path} at step {self.step}")
 
     def _named(self, place: str | None) -> Path | None:
@@ -147,7 +150,9 @@ class Trainer:
         must_fit(self.model, path)
         if self.config.train.init_optimizer and not holds_moments(path):
             raise ConfigError(f"train.init_optimizer: {path} holds no moments of an optimizer")
-        self.console.print(f"begins with the weights of {path}, of step {record['step']}")
+        self.sunk = ledger_of(path).begun_with()
+        told = f", with {self.sunk.sunk_flops:.3g} FLOPs sunk in them" if self.sunk.sunk_flops else ""
+        self.console.print(f"begins with the weights of {path}, of step {record['step']}{told}")
 
     def _settings(self) -> dict[str, Any]:
         """What shapes the weights; the sequences of a step are those of all ranks, however many share them."""
@@ -236,9 +241,8 @@ class Trainer:
                 if self.tokens_seen > last_tokens and "loss" in row:
                     speed = row["tokens_per_s"] = (self.tokens_seen - last_tokens) / (now - last_log)
                     share = row["share_of_dense"] = speed / dense if dense else None
-                    load = busiest(row["load"]) if "load" in row else None
                     row |= (figures := self.ledger.figures())
-                    self.line.update(self.step, row["loss"], speed, share, load, **figures)
+                    self.line.update(self.step, row["loss"], speed, share, row.get("load"), **figures)
                 last_log, last_tokens = now, self.tokens_seen
             self._record(**row)
             self.noise.end_step()
@@ -395,6 +399,7 @@ class Trainer:
             "tokens_seen": self.tokens_seen,
             "guard": self.guard.state(),
             "load": self.placing.state(),
+            KEY: self.sunk.record(),
         }
         self.saver.save(self.step, late("parallel").state_of(self.model, self.optimizer), extra)
         self._saved = self.step

@@ -1,7 +1,7 @@
 """What a run records while it goes: one JSON object a line in metrics.jsonl, and the same scalars for TensorBoard."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,15 @@ class Metrics:
         self._board.close()
 
 
-def busiest(load: list[list[int]]) -> float:
+def busiest(load: Sequence[Sequence[int]]) -> float:
     """The busiest expert's tokens over the mean, in the layer where that is largest; load [layers][E]."""
-    return max(max(layer) * len(layer) / sum(layer) for layer in load)
+    return 1 + max(most for most, _ in deviations(load))
+
+
+def deviations(load: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
+    """Of each layer the busiest and the idlest expert's tokens over the mean, less 1; load [layers][E]."""
+    means = [sum(layer) / len(layer) for layer in load]
+    return [(max(layer) / mean - 1, min(layer) / mean - 1) for layer, mean in zip(load, means, strict=True)]
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

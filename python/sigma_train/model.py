@@ -15,6 +15,12 @@ from sigma_kernels.nn import MoE
 from sigma_train.config import Config, ModelConfig
 
 
+def runs_at_one(config: Config) -> bool:
+    """Whether a layer of the run has one expert a token in any of its steps."""
+    s = config.sparsity
+    return 1 in (s.sample or {*config.model.layer_top_k, *(k for phase in s.phases for k in phase[1])})
+
+
 def precision(config: Config) -> torch.autocast:
     """Wrap calls of the model: where train.dtype is bf16 the operands of its matrix products are rounded to bf16.
 
@@ -112,7 +118,6 @@ class LanguageModel(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         c = config.model
-        self._normalizes = config.router.normalize
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(config, k) for k in c.layer_top_k)
         self.norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
@@ -124,6 +129,10 @@ class LanguageModel(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         self._initialize(c)
+        r = config.router
+        self._normalizes, self._normalizes_one = r.normalize, r.normalize_one or not runs_at_one(config)
+        if c.num_experts > 1:
+            self.set_top_k(c.layer_top_k)
 
     def _initialize(self, c: ModelConfig) -> None:
         for name, parameter in self.named_parameters():
@@ -131,10 +140,28 @@ class LanguageModel(nn.Module):
                 std = c.expert_init_std if ".experts." in name and c.expert_init_std else c.init_std
                 nn.init.normal_(parameter, std=std)
 
-    def set_top_k(self, top_k: Sequence[int]) -> None:
-        """Experts a token from now on, of each layer; the weights of one alone are never divided by their sum."""
-        for moe, k in zip(self.moe_layers(), top_k, strict=True):
-            moe.router.top_k, moe.router.normalize = k, self._normalizes and k > 1
+    def set_top_k(self, top_k: int | Sequence[int]) -> None:
+        """Experts a token from now on: of all layers, or of each.
+
+        Where router.normalize is set, the weights of the chosen add up to 1 at every k, so that the experts' share of
+        the residual stream does not depend on it.  A k of 1 is left out where the run itself computes at it, unless
+        router.normalize_one is set: a weight of 1 passes no gradient to the router.
+        Raises: ValueError if the model is dense, there is not one k for each layer, or one is not in 1..E.
+        """
+        layers = self.moe_layers()
+        ks = [top_k] * len(layers) if isinstance(top_k, int) else list(top_k)
+        if not layers:
+            raise ValueError("set_top_k: the model is dense, it chooses no experts")
+        if len(ks) != len(layers):
+            raise ValueError(
+                f"set_top_k: top_k must have one entry for each of {len(layers)} layers, found {ks}"
+            )
+        E = layers[0].router.weight.shape[0]
+        if not all(1 <= k <= E for k in ks):
+            raise ValueError(f"set_top_k: top_k must lie in 1..{E}, found {top_k}")
+        for moe, k in zip(layers, ks, strict=True):
+            moe.router.top_k = k
+            moe.router.normalize = self._normalizes and (k > 1 or self._normalizes_one)
 
     def moe_layers(self) -> list[MoE]:
         return [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]

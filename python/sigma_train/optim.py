@@ -59,8 +59,7 @@ def clip(model: LanguageModel, most: float) -> float:
     for p in model.parameters():
         if p.grad is not None:
             by_mesh[getattr(p.grad, "device_mesh", None)].append(p.grad)
-    norms = [torch.nn.utils.get_total_norm(grads, foreach=True) for grads in by_mesh.values()]
-    norms = [_whole(norm) for norm in norms]
+    norms = [_total_norm(grads) for grads in by_mesh.values()]
     norm = (norms[0] if len(norms) == 1 else torch.stack(norms).norm()).item()
     factor = most / (norm + 1e-6) if math.isfinite(norm) else 1.0
     for grads in by_mesh.values() if factor < 1 else []:
@@ -68,9 +67,10 @@ def clip(model: LanguageModel, most: float) -> float:
     return norm
 
 
-def _whole(norm: Tensor) -> Tensor:
-    """Over all ranks, where it is a part of one."""
-    if not hasattr(norm, "full_tensor"):
-        return norm
-    with observed("norm"):
-        return norm.full_tensor()
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    """Over all ranks, the bits of `torch.nn.utils.get_total_norm`, which computes and meets in one call."""
+    norms = torch.stack(torch._foreach_norm(grads))
+    if not hasattr(norms, "full_tensor"):
+        return torch.linalg.vector_norm(norms)
+    with observed("norm"):  # of a DTensor's parts the sum over ranks is here
+        return torch.linalg.vector_norm(norms).full_tensor()

@@ -1,10 +1,17 @@
-"""The line that a run shows: alive on a terminal, one line every log_every steps elsewhere."""
+"""The line that a run shows: alive on a terminal, one line every log_every steps elsewhere; both fit 80 columns."""
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from sigma_train.metrics import deviations
+
+GAP = "  "
 
 
 class RunLine:
@@ -12,14 +19,17 @@ class RunLine:
 
     def __init__(self, console: Console, step: int, steps: int) -> None:
         self._console, self._steps = console, steps
-        self._live = Progress(
+        self._progress = Progress(
             BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
-            console=console, disable=not console.is_terminal,
+            console=console,
         )  # fmt: skip
-        self._task = self._live.add_task("", total=steps, completed=step)
+        self._task = self._progress.add_task("", total=steps, completed=step)
+        self._more = Text()  # the row below the bar
+        self._live = Live(Group(self._progress, self._more), console=console)
 
     def __enter__(self) -> Self:
-        self._live.start()
+        if self._console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(
@@ -28,7 +38,7 @@ class RunLine:
         self._live.stop()
 
     def advance(self, step: int) -> None:
-        self._live.update(self._task, completed=step)
+        self._progress.update(self._task, completed=step)
 
     def update(
         self,
@@ -36,21 +46,40 @@ class RunLine:
         loss: float,
         tokens_per_s: float,
         share: float | None,
-        busiest: float | None,
+        load: Sequence[Sequence[int]] | None,
         utilisation: float | None = None,
         mfu_useful: float | None = None,
         **_: float,
     ) -> None:
-        """share: of the dense twin's tokens a second; busiest: expert load over the mean; the rest: of the ledger."""
-        parts = [f"loss {loss:.4f}", f"{tokens_per_s:,.0f} tokens/s"]
-        parts += [] if share is None else [f"{share:.0%} of dense"]
-        parts += [] if busiest is None else [f"load {busiest:.1f} x mean"]
-        parts += [] if utilisation is None else [f"util {utilisation:.0%}"]
-        parts += [] if mfu_useful is None else [f"mfu {mfu_useful:.0%}"]
-        line = "  ".join(parts)
-        self._live.update(self._task, completed=step, description=line)
+        """share: of the dense twin's tokens a second; load: counts [layers][E]; the rest: of the ledger."""
+        first = [f"loss {loss:.4f}", f"{tokens_per_s:,.0f} tokens/s"]
+        more = [] if share is None else [f"{share:.0%} of dense"]
+        more += [] if load is None else [lowest_and_worst(load)]
+        more += [] if utilisation is None else [f"util {utilisation:.0%}"]
+        more += [] if mfu_useful is None else [f"mfu {mfu_useful:.0%}"]
+        self._progress.update(self._task, completed=step, description=GAP.join(first))
+        self._more.plain = GAP.join(more)
         if not self._console.is_terminal:
-            self.say(f"step {step:5d}/{self._steps}  {line}")
+            parts = [f"step {step:5d}/{self._steps}", *first, *more]
+            self.say(in_lines(parts, self._console.width))
 
     def say(self, text: str, style: str = "") -> None:
-        self._live.console.print(text, style=style, highlight=False, soft_wrap=True)
+        self._console.print(text, style=style, highlight=False, soft_wrap=True)
+
+
+def lowest_and_worst(load: Sequence[Sequence[int]]) -> str:
+    """Busiest and idlest expert against an even share, in layer 0 and where the busiest is furthest from it."""
+    of = deviations(load)
+    worst = max(range(len(of)), key=lambda layer: of[layer][0])
+    return GAP.join(f"L{i} {100 * of[i][0]:+.0f}/{100 * of[i][1]:+.0f}%" for i in sorted({0, worst}))
+
+
+def in_lines(parts: Sequence[str], width: int) -> str:
+    """Side by side as far as they fit, the rest below what comes after the first."""
+    lines, indent = [parts[0]], " " * len(parts[0])
+    for part in parts[1:]:
+        if len(lines[-1] + GAP + part) <= width:
+            lines[-1] += GAP + part
+        else:
+            lines.append(indent + GAP + part)
+    return "\n".join(lines)

@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from sigma_train import ledger_view
+from sigma_train import ledger_view, routing_view
 from sigma_train.account import Account
 from sigma_train.events import FILE, read_events
 from sigma_train.files import atomic_file, write_text
@@ -38,6 +38,9 @@ def write_report(run: Path, sample: str, noise: "tuple[StepNoise, Late | None] |
     figures = {"Loss": loss_figure(rows), "Throughput": throughput_figure(rows)}
     if any("load" in row for row in rows):
         figures["Expert load"] = load_figure(rows)
+    if routing_view.looks(rows):
+        figures["Deviation from an even load"] = routing_view.deviations(rows)
+        figures["Routing"] = routing_view.maps(rows)
     time = Account(read_events(run / FILE)).totals() if (run / FILE).exists() else None
     if time is not None:  # not of a run that ended before there were ledgers
         figures["Time"] = ledger_view.figure(time)

@@ -28,6 +28,8 @@ class ExpertCountSampler:
         granularity: one draw for all layers and micro-batches of a step ("global"), one for all layers of a micro-batch
             ("micro-batch"), or one for each layer of each ("layer", which the paper finds best).
         temperature: of "capacity"; large ones come near to "uniform".
+        budget: of "layer", the most experts that a token has in all layers together; draws above it are lowered by
+            `within_budget`, so that no step takes longer or holds more rows than this.
     Raises: TypeError or ValueError that names the argument.
     """
 
@@ -36,6 +38,7 @@ class ExpertCountSampler:
     distribution: Distribution = "uniform"
     temperature: float = 1.0
     seed: int = 0
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         op = "ExpertCountSampler"
@@ -57,6 +60,10 @@ class ExpertCountSampler:
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"{op}: temperature must be a finite number above 0, found {self.temperature!r}")
         check_integer(op, "seed", self.seed, 0, 2**64 - 1)
+        if self.budget is not None:
+            check_integer(op, "budget", self.budget, self.top_k[0])
+            if self.granularity != "layer":
+                raise ValueError(f"{op}: budget needs the granularity 'layer', found {self.granularity!r}")
 
     @property
     def probabilities(self) -> tuple[float, ...]:
@@ -68,8 +75,8 @@ class ExpertCountSampler:
     def sample(self, step: int, micro_batch: int, layers: int) -> tuple[int, ...]:
         """k of each of so many layers, at this step and micro-batch, both counted from 0.
 
-        A layer's k does not depend on how many layers there are.
-        Raises: TypeError or ValueError that names the argument.
+        A layer's k does not depend on how many layers there are, unless there is a budget.
+        Raises: TypeError or ValueError that names the argument, also where all layers at the least k exceed the budget.
         """
         for name, value, least in (("step", step, 0), ("micro_batch", micro_batch, 0), ("layers", layers, 1)):
             check_integer("ExpertCountSampler.sample", name, value, least, 2**64 - 1)
@@ -81,4 +88,23 @@ class ExpertCountSampler:
         drawn = [
             self.top_k[bisect_right(below, (x >> 11) * 2.0**-53)] for x in philox.random_raw(draws).tolist()
         ]
-        return tuple(drawn * (layers // draws))
+        ks = tuple(drawn * (layers // draws))
+        return ks if self.budget is None else within_budget(ks, self.budget, self.top_k)
+
+
+def within_budget(top_k: Sequence[int], budget: int, choices: Sequence[int]) -> tuple[int, ...]:
+    """The k of each layer, lowered until their sum is at most `budget`.
+
+    The largest goes down first, of equal ones that of the lowest layer, to the next smaller of `choices`, which rise.
+    Raises: ValueError if all layers at the smallest choice are above the budget.
+    """
+    ks, least = list(top_k), len(top_k) * choices[0]
+    if least > budget:
+        raise ValueError(
+            f"ExpertCountSampler: budget must be at least {least}, {choices[0]} in each of {len(ks)} layers, "
+            f"found {budget}"
+        )
+    while sum(ks) > budget:
+        layer = ks.index(max(ks))
+        ks[layer] = max(k for k in choices if k < ks[layer])
+    return tuple(ks)

@@ -1,0 +1,173 @@
+"""What each tensor of a grown model is made of: pieces of the former's, so that none need be whole in memory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from sigma_train.errors import WrongInput
+from sigma_train.growth_layers import LayerGrowthPlan
+from sigma_train.growth_names import Kind, Name, parse, unknown_experts
+from sigma_train.growth_noise import noisy
+
+Shape = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Orthogonal growth: layers by a plan, and in each layer `experts` times as many experts (arXiv 2510.08008).
+
+    With k grown like E, every expert's copies are chosen together, each with its share of the former weight, so that
+    without noise a layer computes what it did: see docs/grow.md.
+
+    Attributes:
+        noise: on copies of experts and router rows alone, times the std of each.
+        seed: of the noise.
+        interleave: expert e becomes experts e*f .. e*f + f-1 instead of e, e + E, e + 2E, ...
+        balance_bias: of copies; never with noise, as its own scale means nothing.
+        score: of the router.  The probabilities of a softmax fall to 1/f, and so has a bias that is added to them.
+        zero_outputs: what copied layers add to the residual stream begins at zero.
+    Raises: WrongInput.
+    """
+
+    layers: LayerGrowthPlan
+    experts: int = 1
+    noise: float = 0.01
+    seed: int = 0
+    interleave: bool = False
+    balance_bias: Literal["copy", "zero"] = "copy"
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    zero_outputs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.experts < 1:
+            raise WrongInput(f"growth: experts must be at least 1, found {self.experts}")
+        if not 0 <= self.noise < float("inf"):
+            raise WrongInput(f"growth: noise must be a number of at least 0, found {self.noise}")
+        if self.balance_bias not in ("copy", "zero"):
+            raise WrongInput(f"growth: balance_bias must be 'copy' or 'zero', found {self.balance_bias!r}")
+
+    def numbers(self, expert: int, num_experts: int) -> list[int]:
+        """Of an expert and its copies, in the grown model."""
+        f = self.experts
+        return [expert * f + c if self.interleave else c * num_experts + expert for c in range(f)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`source`, or the row of one expert of it: as it is, scaled, with noise, or as many zeros."""
+
+    source: str
+    row: int | None = None
+    scale: float = 1.0
+    noise: float = 0.0
+    key: str = ""
+    is_gate_up: bool = False
+
+    def of(self, x: Tensor) -> Tensor:
+        """What becomes of what was read; memory of its own only where it changes."""
+        if self.noise:
+            return noisy(x, self.noise, self.key, self.is_gate_up)
+        if self.scale == 0:
+            return x.new_zeros(x.shape)
+        return x if self.scale == 1 else x * self.scale
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A tensor: its pieces one after the other along the first dimension."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+def grown_tensors(shapes: Mapping[str, Shape], growth: Growth) -> dict[str, Grown]:
+    """Of each tensor of the grown model what it is made of, in the order of the tensors that are read.
+
+    Raises: WrongInput for a tensor of experts that is not known by its name, or outputs to zero that are not found.
+    """
+    experts = expert_counts(shapes)
+    if growth.experts > 1 and (unknown := unknown_experts(shapes)):
+        raise WrongInput(f"growth: {unknown[0]} is no tensor of experts whose layout is known")
+    if growth.experts > 1 and all(parse(source).kind is Kind.OTHER for source in shapes):
+        raise WrongInput("growth: the model has no experts, so experts must be 1")
+    grown: dict[str, Grown] = {}
+    for source, shape in shapes.items():
+        name = parse(source)
+        layers = [None] if name.layer is None else growth.layers.targets(name.layer)
+        for number, layer in enumerate(layers):
+            is_zero = growth.zero_outputs and name.is_output and number > 0
+            has_rows = growth.experts > 1 and name.kind is not Kind.OTHER and len(shape) > 0
+            if not has_rows:  # a count of steps is one of all experts
+                piece = Piece(source, scale=0.0 if is_zero else 1.0)
+                grown[name.at(layer, name.expert)] = Grown(tuple(shape), (piece,))
+                continue
+            pieces = _of_experts(source, name, layer, experts[name.layer or 0], is_zero, growth)
+            if name.kind is Kind.ONE_EXPERT:
+                grown |= {name.at(layer, e): Grown(tuple(shape), (piece,)) for e, piece in pieces.items()}
+            else:
+                whole = (shape[0] * growth.experts, *shape[1:])
+                grown[name.at(layer)] = Grown(whole, tuple(pieces.values()))
+    if growth.zero_outputs:
+        _must_be_zeroed(grown, growth)
+    return grown
+
+
+def expert_counts(shapes: Mapping[str, Shape]) -> dict[int, int]:
+    """Of each layer that has experts how many.  Raises: WrongInput for tensors that do not agree."""
+    found: dict[int, dict[Kind, int]] = {}
+    for source, shape in shapes.items():
+        name = parse(source)
+        if name.layer is None or name.kind is Kind.OTHER or not len(shape):
+            continue
+        rows = name.expert + 1 if name.kind is Kind.ONE_EXPERT else shape[0]
+        of_layer = found.setdefault(name.layer, {})
+        of_layer[name.kind] = max(rows, of_layer.get(name.kind, 0))
+    for layer, counts in found.items():
+        if len(set(counts.values())) > 1:
+            told = ", ".join(f"{n} in {kind.value}" for kind, n in counts.items())
+            raise WrongInput(f"growth: tensors of layer {layer} disagree in the number of experts: {told}")
+    return {layer: max(counts.values()) for layer, counts in found.items()}
+
+
+def _of_experts(
+    source: str, name: Name, layer: int | None, E: int, is_zero: bool, growth: Growth
+) -> dict[int, Piece]:
+    """By the number of the grown expert, what it has of one tensor."""
+    f, is_bias, is_of_one = growth.experts, name.kind is Kind.BALANCE_BIAS, name.kind is Kind.ONE_EXPERT
+    whose = {
+        number: (of, copy > 0)
+        for of in ([name.expert] if is_of_one else range(E))
+        for copy, number in enumerate(growth.numbers(of, E))
+    }
+    made = {}
+    for e, (of, is_copy) in sorted(whose.items()):
+        scale = 1 / f if is_bias and growth.score == "softmax" else 1.0
+        if is_zero or (is_bias and is_copy and growth.balance_bias == "zero"):
+            scale = 0.0
+        draws = is_copy and scale == 1 and not is_bias and name.is_weight
+        made[e] = Piece(
+            source,
+            None if is_of_one else of,
+            scale,
+            growth.noise if draws else 0.0,
+            # Of the grown model's numbers: in a second growth by the same seed no copy gets the noise of the first.
+            f"{growth.seed} {layer} {e} of {E * f} {name.matrix}".removesuffix(" gate_up") if draws else "",
+            name.matrix == "gate_up",
+        )
+    return made
+
+
+def _must_be_zeroed(grown: Mapping[str, Grown], growth: Growth) -> None:
+    """Raises: WrongInput if a copied layer adds anything to the residual stream but by what is zero."""
+    found: dict[int, set[str]] = {}
+    for target, made in grown.items():
+        name = parse(target)
+        if name.layer is not None and all(piece.scale == 0 for piece in made.pieces):
+            found.setdefault(name.layer, set()).add(name.after.partition(".")[0])
+    for layer, is_copy in enumerate(growth.layers.copies):
+        if is_copy and len(found.get(layer, ())) < 2:  # its attention and its MLP
+            raise WrongInput(
+                f"growth: zero_outputs wants the outputs of attention and MLP, not found in layer {layer}"
+            )

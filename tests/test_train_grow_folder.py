@@ -1,0 +1,368 @@
+"""`sigma grow` on folders of transformers: every family that is known, any dtype, files of any size, bounded memory."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import growth_memory
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sigma_train import grow_folder as writing
+from sigma_train.errors import Stopped, WrongInput
+from sigma_train.export import export_to_transformers
+from sigma_train.grow_folder import Folder, active_parameters, grow_folder
+from sigma_train.grow_run import Base, grow_run
+from sigma_train.growth_families import FAMILIES, family_of
+from sigma_train.growth_layers import LayerGrowthPlan
+from sigma_train.growth_pieces import Growth
+from sigma_train.tensor_files import stored_tensors
+from support import assert_one_sentence, sigma
+from test_train_export import make_run
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+PLAN = LayerGrowthPlan
+COMMON = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 24, "max_position_embeddings": 64, "pad_token_id": 0, "num_experts_per_tok": 2,
+}  # fmt: skip
+EIGHT = {"moe_intermediate_size": 12, "n_routed_experts": 8, "first_k_dense_replace": 1}
+LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+GROUPS = {"n_group": 4, "topk_group": 2}
+SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
+    "qwen3_moe": ("qwen3_moe", {"moe_intermediate_size": 12, "num_experts": 6, "head_dim": 8, "norm_topk_prob": True,
+                                "decoder_sparse_step": 2}),
+    "qwen3_moe, dense layers named": ("qwen3_moe", {"moe_intermediate_size": 12, "num_experts": 6, "head_dim": 8,
+                                                    "mlp_only_layers": [1]}),
+    "qwen2_moe": ("qwen2_moe", {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 16, "num_experts": 6}),
+    "mixtral": ("mixtral", {"num_local_experts": 6}),
+    "olmoe": ("olmoe", {"num_experts": 6}),
+    "flex_olmo": ("flex_olmo", {"num_experts": 6}),
+    "deepseek_v2": ("deepseek_v2", LATENT | EIGHT | GROUPS | {"topk_method": "group_limited_greedy"}),
+    "deepseek_v3": ("deepseek_v3", LATENT | EIGHT | GROUPS),
+    "deepseek_v3, gates not normalised": ("deepseek_v3", LATENT | EIGHT | {"n_group": 1, "topk_group": 1,
+                                                                          "norm_topk_prob": False}),
+    "glm4_moe": ("glm4_moe", EIGHT | {"head_dim": 8}),
+    "dots1": ("dots1", EIGHT | {"head_dim": 8, "n_shared_experts": 1}),
+    "minimax_m2": ("minimax_m2", {"num_local_experts": 6, "head_dim": 8}),
+}  # fmt: skip
+TOKENS = torch.arange(40).view(2, 20) * 7 % 64
+
+
+def save(folder: Path, name: str, dtype: torch.dtype = torch.float32, **how: object) -> None:
+    """A model of random weights, large enough to tell one from another, its norms and biases too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family, settings = SETTINGS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **{**COMMON, **settings}), dtype=dtype
+    )
+    for own, x in [*model.named_parameters(), *model.named_buffers()]:
+        if "rotary" not in own:
+            x.data.copy_(torch.randn_like(x) * 0.3 + (x.dim() == 1))
+    model.save_pretrained(folder, **how)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """Of what `from_pretrained` reads, which must lack nothing and have nothing left over."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, experts_implementation="eager"
+    )
+    assert not any(info.values()), info
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def growth_of(folder: Path, plan: Callable[[int], LayerGrowthPlan] = PLAN.none, *how: object) -> Growth:
+    settings = Folder.read(folder).settings
+    return Growth(plan(settings["num_hidden_layers"]), *how, score=family_of(settings).score)
+
+
+def test_every_known_family_is_tried():
+    assert {family for family, _ in SETTINGS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_wider_model_computes_the_same(tmp_path, name):
+    """Defends: names, numbers of experts in config.json, gates, groups, biases: for each family that is claimed."""
+    save(tmp_path / "a", name)
+    want = logits(tmp_path / "a")
+    for factor in (2, 3):
+        out = tmp_path / str(factor)
+        grow_folder(
+            Folder.read(tmp_path / "a"), growth_of(tmp_path / "a", PLAN.none, factor, 0.0), 0, 1 << 30, out
+        )
+        assert (logits(out) - want).abs().max() < 1e-5 * want.abs().max()
+    noisy = growth_of(tmp_path / "a", PLAN.none, 2, 0.1)
+    grow_folder(Folder.read(tmp_path / "a"), noisy, 0, 1 << 30, tmp_path / "noisy")
+    assert (logits(tmp_path / "noisy") - want).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_deeper_model_whose_copies_add_nothing_computes_the_same(tmp_path, name):
+    """Defends: layers that are dense or sparse, or of another kind of attention, where their origin is not."""
+    save(tmp_path / "a", name)
+    want = logits(tmp_path / "a")
+    for kind, skip in (("interposition", 0), ("stack", 1)):
+        plan = getattr(PLAN, kind)(3, 2, skip)
+        growth = Growth(plan, zero_outputs=True, score=family_of(Folder.read(tmp_path / "a").settings).score)
+        grow_folder(Folder.read(tmp_path / "a"), growth, 0, 1 << 30, tmp_path / kind)
+        assert torch.equal(logits(tmp_path / kind), want)
+        assert json.loads((tmp_path / kind / "config.json").read_text())["num_hidden_layers"] == 6 - skip
+
+
+def test_without_zeros_a_deeper_model_is_its_plan(tmp_path):
+    """Defends: layers in another order than the plan's; against the same layers put together in transformers."""
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    save(tmp_path / "a", "olmoe")
+    plan = PLAN.stack(3, 2, 1)
+    grow_folder(Folder.read(tmp_path / "a"), Growth(plan), 0, 1 << 30, tmp_path / "b")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", experts_implementation="eager")
+    model.model.layers = nn.ModuleList(model.model.layers[i] for i in plan.sources)
+    model.config.num_hidden_layers = len(plan.sources)
+    with torch.no_grad():
+        want = model(TOKENS, use_cache=False).logits
+    assert torch.equal(logits(tmp_path / "b"), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_each_dtype_in_files_of_any_size(tmp_path, dtype):
+    """Defends: noise on originals, a dtype that changes, tensors lost between files, an index that names others."""
+    save(tmp_path / "a", "mixtral", dtype, max_shard_size="50KB")
+    assert (tmp_path / "a" / "model.safetensors.index.json").exists()
+    growth = growth_of(tmp_path / "a", PLAN.interposition, 2)
+    for name, size in (("one", 1 << 30), ("many", 20_000)):
+        grow_folder(Folder.read(tmp_path / "a"), growth, 0, size, tmp_path / name)
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 10
+    assert all(path.stat().st_size < 24_000 or len(load_file(path)) == 1 for path in files)
+    parts = {name: (path.name, x) for path in files for name, x in load_file(path).items()}
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for name, (file, _) in parts.items()}
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in whole.values())
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(x, parts[name][1]) and x.dtype == dtype for name, x in whole.items())
+    former = {n: x for path in (tmp_path / "a").glob("*.safetensors") for n, x in load_file(path).items()}
+    name = "model.layers.{}.block_sparse_moe.experts.{}.w2.weight"
+    assert torch.equal(whole[name.format(3, 5)], former[name.format(1, 5)])
+    copy, origin = whole[name.format(3, 11)].double(), former[name.format(1, 5)].double()
+    assert 0.008 < (copy - origin).std() / origin.std() < 0.0125
+    assert logits(tmp_path / "many").isfinite().all()
+
+
+def test_fused_experts_grow_as_single_ones_do(tmp_path):
+    """Defends: rows of a fused tensor taken for those of another expert, noise that depends on the layout."""
+    save(tmp_path / "single", "qwen3_moe")
+    save(tmp_path / "fused", "qwen3_moe", save_original_format=False)
+    assert any("experts.gate_up_proj" in name for name in Folder.read(tmp_path / "fused").tensors)
+    for name in ("single", "fused"):
+        growth = growth_of(tmp_path / name, PLAN.stack, 2)
+        grow_folder(Folder.read(tmp_path / name), growth, 0, 1 << 30, tmp_path / f"{name}-out")
+    assert torch.equal(logits(tmp_path / "fused-out"), logits(tmp_path / "single-out"))
+
+
+def test_growth_and_export_commute(tmp_path):
+    """Defends: two ways of growth that differ between our checkpoints and transformers'."""
+    make_run(tmp_path / "run", "model.top_k=2", "router.normalize=true")
+    growth = Growth(PLAN.interposition(2), 2)
+    grow_run(Base.named(tmp_path / "run"), growth, "reset", tmp_path / "grown")
+    export_to_transformers(tmp_path / "grown", tmp_path / "one")
+    export_to_transformers(tmp_path / "run", tmp_path / "exported")
+    grow_folder(Folder.read(tmp_path / "exported"), growth, 0, 1 << 30, tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(x, two[name]) for name, x in one.items())
+    settings = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two")]
+    assert settings[0] == settings[1]
+    assert (tmp_path / "two" / "tokenizer.json").read_bytes() == (
+        tmp_path / "one" / "tokenizer.json"
+    ).read_bytes()
+
+
+def test_layers_beyond_the_model_stay_beyond(tmp_path):
+    """Defends: DeepSeek's layer of the token after next, which no config counts, taken for one of the model."""
+    save(tmp_path / "a", "deepseek_v3")
+    weights = load_file(tmp_path / "a" / "model.safetensors")
+    weights |= {n.replace(".2.", ".3."): x + 1 for n, x in weights.items() if n.startswith("model.layers.2.")}
+    save_file(weights, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    grow_folder(
+        Folder.read(tmp_path / "a"),
+        growth_of(tmp_path / "a", PLAN.interposition, 2),
+        0,
+        1 << 30,
+        tmp_path / "b",
+    )
+    grown = load_file(tmp_path / "b" / "model.safetensors")
+    name = "model.layers.{}.mlp.experts.7.up_proj.weight"
+    assert torch.equal(grown[name.format(6)], weights[name.format(3)])
+    assert name.format(7) not in grown
+
+
+def test_the_command_keeps_a_ledger(cache, tmp_path):
+    """Defends: FLOPs of all experts for those of the active ones, a second growth that forgets the first."""
+    save(tmp_path / "a", "mixtral")
+    active = active_parameters(Folder.read(tmp_path / "a"))
+    weights = load_file(tmp_path / "a" / "model.safetensors")
+    of_experts = sum(x.numel() for name, x in weights.items() if ".experts." in name)
+    assert active == sum(x.numel() for x in weights.values()) - of_experts * 4 / 6
+    (tmp_path / "a" / "LICENSE").write_text("as before")
+    (tmp_path / "a" / "pytorch_model.bin").write_text("the same weights again")
+    args = ["--depth", "interposition", "--experts", "2", "--sunk-tokens", "1000", "--norms"]
+    result = sigma("grow", "a", "--out", "b", *args, env=cache, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"{6 * active * 1000:.3g} FLOPs are sunk in its weights; from_pretrained reads it" in result.stdout
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {
+        *("config.json", "generation_config.json", "growth.json", "LICENSE", "model.safetensors")
+    }
+    grown = active_parameters(Folder.read(tmp_path / "b"))
+    args = ["--experts", "2", "--sunk-tokens", "500", "--shard-gb", "0.0001"]
+    assert sigma("grow", "b", "--out", "c", *args, env=cache, cwd=tmp_path).returncode == 0
+    ledger = json.loads((tmp_path / "c" / "growth.json").read_text())
+    assert ledger["flops"] == 6 * active * 1000 + 6 * grown * 500
+    assert [entry["sunk_flops"] for entry in ledger["history"]] == [6 * active * 1000, ledger["flops"]]
+    settings = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert (settings["num_local_experts"], settings["num_experts_per_tok"]) == (24, 8)
+    assert logits(tmp_path / "c").isfinite().all()
+
+
+def broken(folder: Path, what: str) -> None:
+    """A sound folder with one thing wrong."""
+    save(folder, "olmoe")
+    settings, weights = folder / "config.json", folder / "model.safetensors"
+    told = json.loads(settings.read_text())
+    match what:
+        case "family":
+            settings.write_text(json.dumps(told | {"model_type": "llama"}))
+        case "quantised":
+            settings.write_text(json.dumps(told | {"quantization_config": {"bits": 4}}))
+        case "count":
+            settings.write_text(json.dumps(told | {"num_experts": 5}))
+        case "layers":
+            settings.write_text(json.dumps(told | {"num_hidden_layers": "3"}))
+        case "list":
+            settings.write_text(json.dumps(told | {"layer_types": ["full_attention"]}))
+        case "json":
+            settings.write_text("{")
+        case "no weights":
+            weights.rename(folder / "model.bin")
+        case "cut":
+            os.truncate(weights, weights.stat().st_size - 4)
+        case "header":
+            weights.write_bytes(b"\xff" * 8)
+        case "dtype":
+            state = load_file(weights)
+            name = "model.layers.0.mlp.experts.0.up_proj.weight"
+            save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, weights)
+        case "index":
+            index = {"weight_map": {"model.gone": "model.safetensors"}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "unknown":
+            save_file(load_file(weights) | {"model.layers.0.mlp.experts.bias": torch.ones(6)}, weights)
+
+
+BROKEN = {
+    "family": "config.json: model_type must be one of qwen2_moe, qwen3_moe, mixtral, olmoe, flex_olmo, deepseek_v2, "
+    "deepseek_v3, glm4_moe, dots1, minimax_m2, whose gates are known here, found 'llama'",
+    "quantised": "config.json: quantization_config: weights must be floating-point numbers, not quantised",
+    "count": "config.json has 5 experts, the tensors of layer 0 are of 6",
+    "layers": "config.json: num_hidden_layers must be an integer of at least 0, found '3'",
+    "list": "config.json: layer_types must have one entry for each of 3 layers, found ['full_attention']",
+    "json": "a/config.json is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+    "no weights": "a/model.safetensors is missing; weights must be safetensors",
+    "cut": "a/model.safetensors is no sound safetensors file: {} lies beyond its end",
+    "header": "a/model.safetensors is no sound safetensors file: its header lies beyond its end",
+    "dtype": "model.layers.0.mlp.experts.0.up_proj.weight is F8_E4M3; what changes must be one of F64, F32, BF16, F16",
+    "index": "a/model.safetensors.index.json names model.gone, which is in none of its files",
+    "unknown": "growth: model.layers.0.mlp.experts.bias is no tensor of experts whose layout is known",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_folder_that_cannot_grow_is_named(cache, tmp_path, what):
+    broken(tmp_path / "a", what)
+    args = ("--depth", "stack", "--experts", "2")
+    result = sigma("grow", "a", "--out", "b", *args, env=cache, cwd=tmp_path)
+    last = result.stderr.partition("file: ")[2].partition(" ")[0]
+    assert_one_sentence(result, 2, BROKEN[what].format(last))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_plan_that_config_json_cannot_say_is_named(tmp_path):
+    """Defends: dense layers in the middle of a DeepSeek stack, groups whose best experts are an expert and its copy."""
+    save(tmp_path / "a", "deepseek_v3")
+    folder = Folder.read(tmp_path / "a")
+    with pytest.raises(WrongInput, match="skip_first must be at least 1"):
+        grow_folder(folder, Growth(PLAN.stack(3)), 0, 1, tmp_path / "b")
+    with pytest.raises(WrongInput, match="n_group = 4 groups"):
+        grow_folder(folder, Growth(PLAN.none(3), 2, interleave=True), 0, 1, tmp_path / "b")
+    with pytest.raises(WrongInput, match="the plan is of 4 layers, config"):
+        grow_folder(folder, Growth(PLAN.none(4), 2), 0, 1, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(28, "No space left on device"), Stopped(15)], ids=["full", "signal"]
+)
+def test_a_write_that_is_cut_short_leaves_nothing(tmp_path, monkeypatch, fault):
+    """Defends: half a folder under the name that was asked for, or beside it."""
+    save(tmp_path / "a", "olmoe")
+
+    def header_of(tensors):
+        if "lm_head.weight" in tensors or "model.norm.weight" in tensors:
+            raise fault
+        return original(tensors)
+
+    original = writing.header_of
+    monkeypatch.setattr(writing, "header_of", header_of)
+    with pytest.raises(type(fault)):
+        grow_folder(
+            Folder.read(tmp_path / "a"), growth_of(tmp_path / "a", PLAN.stack, 2), 0, 10_000, tmp_path / "b"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_memory_is_that_of_a_few_matrices(tmp_path):
+    """Defends: a file or a fused tensor that is read, mapped or kept whole: 64 MB grow to 256 MB."""
+    for name, layers, I in (("small", 1, 16), ("large", 2, 1024)):
+        E, H = 8, 640
+        state = {"lm_head.weight": torch.zeros(64, H)}
+        for i in range(layers):
+            prefix = f"model.layers.{i}.mlp."
+            state[f"{prefix}gate.weight"] = torch.randn(E, H)
+            state[f"{prefix}experts.gate_up_proj"] = torch.randn(E, 2 * I, H, dtype=torch.bfloat16)
+            state[f"{prefix}experts.down_proj"] = torch.randn(E, H, I, dtype=torch.bfloat16)
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+        settings = {
+            "model_type": "olmoe",
+            "num_hidden_layers": layers,
+            "num_experts": E,
+            "num_experts_per_tok": 1,
+        }
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "out").mkdir()
+    program = [
+        sys.executable,
+        growth_memory.__file__,
+        "folder",
+        *(str(tmp_path / x) for x in ("small", "large", "out")),
+    ]
+    result = subprocess.run(program, capture_output=True, text=True, check=True)
+    grown = tmp_path / "out" / "large" / "model.safetensors"
+    one_expert = 2 * 1024 * 640 * 4  # of gate and up, f32
+    assert grown.stat().st_size > 240e6
+    assert json.loads(result.stdout)["peak_bytes"] < 6 * one_expert < grown.stat().st_size / 7
+    tensors = stored_tensors(grown)
+    assert tensors["model.layers.3.mlp.experts.down_proj"].shape == (16, 640, 1024)
