@@ -132,7 +132,7 @@ def test_wrong_use_is_named(tmp_path, change, message):
         change = {"paths": (str(tmp_path / "text" / change["paths"]),)}
     settings = settings.model_copy(update={"data": settings.data.model_copy(update=change)})
     with pytest.raises(CorpusError, match=message):
-        list(prepare(settings).batches_of_language(val, "aa", 4, 32))
+        list(batches_of_language(prepare(settings).val, "aa", 4, 32))
 
 
 def test_a_language_of_one_document_is_named(tmp_path):
