@@ -114,11 +114,20 @@ def test_a_checkpoint_that_was_not_counted_is_refused(run, tmp_path):
         sigma("ablate", run, "--out", tmp_path)
     sigma("identify", run, "--out", tmp_path, "--batches", 1)
     told = json.loads((tmp_path / "neurons.json").read_text())
-    (tmp_path / "neurons.json").write_text(json.dumps(told | {"checkpoint": "other"}))
+    (tmp_path / "neurons.json").write_text(json.dumps(told | {"counts_sha256": "0"}))
+    with pytest.raises(
+        WrongInput, match=r"counts.safetensors is not what .* was made of; run identify again"
+    ):
+        sigma("ablate", run, "--out", tmp_path)
+    (tmp_path / "neurons.json").write_text(
+        json.dumps(told | {"checkpoint": "other", "checkpoint_sha256": "0"})
+    )
     with pytest.raises(WrongInput, match="is of other; run identify on"):
         sigma("ablate", run, "--out", tmp_path)
-    (tmp_path / "ablation.json").write_text(json.dumps({"schema_version": 1, "checkpoint": "third"}))
-    with pytest.raises(WrongInput, match=r"is of third, neurons.json of other; run ablate again"):
+    (tmp_path / "ablation.json").write_text(json.dumps({"schema_version": 1, "neurons_sha256": "1"}))
+    with pytest.raises(
+        WrongInput, match=r"is of other neurons than neurons.json has; run .sigma neurons ablate"
+    ):
         write_page(tmp_path)
     (tmp_path / "neurons.json").write_text(json.dumps({"schema_version": 2}))
     with pytest.raises(WrongInput, match="must be of schema_version 1"):
@@ -162,3 +171,5 @@ def test_conditional_probabilities_want_tokens_of_each_language(run):
     with pytest.raises(WrongInput, match="no expert has 100 tokens of each language"):
         identify(stats, 0.1, "conditional")
     assert torch.equal(identify(stats, 0.1).p, stats.joint())
+    with pytest.raises(WrongInput, match=r"a share of 0.001 of 128 neurons selects none"):
+        identify(stats, 0.001)

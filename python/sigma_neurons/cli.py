@@ -13,6 +13,8 @@ Place = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="folder of the results; neurons in the run's where not given")]
 
+COUNTS = "counts.safetensors"
+
 
 class Probability(StrEnum):
     joint = "joint"
@@ -50,7 +52,7 @@ def identify(
     ] = None,
 ) -> None:
     """Count activations by language and find the neurons that are specific to one, related to some, general."""
-    from sigma_train.files import must_be_writable
+    from sigma_train.files import must_be_writable, sha256_file
 
     from sigma_neurons import measured, view
     from sigma_neurons.identified import identify as found_in
@@ -58,11 +60,12 @@ def identify(
     run = measured.load(place)
     folder = _folder(out, run.checkpoint)
     found = found_in(run.count(split.value, batches), top_rate, probability.value, lam, tau)
-    about = {"checkpoint": str(run.checkpoint), "step": run.step, "split": split.value}
+    about = run.about() | {"split": split.value}
     with must_be_writable("--out", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        found.stats.write(folder / "counts.safetensors")
-        _write(folder / "neurons.json", about | found.figures())
+        found.stats.write(folder / COUNTS)
+        sealed = {"counts_sha256": sha256_file(folder / COUNTS)}
+        _write(folder / "neurons.json", about | sealed | found.figures())
     view.show(found, folder)
 
 
@@ -78,18 +81,16 @@ def ablate(
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1)] = 0,
 ) -> None:
     """Take each language's neurons out and show what that costs every language, beside random neurons."""
+    from sigma_train.files import sha256_file
+
     from sigma_neurons import matrices, measured, view
 
     run = measured.load(place)
     folder = _folder(out, run.checkpoint)
-    found = _identified(folder, run.checkpoint)
+    found = _identified(folder, run.about())
     done = matrices.ablate(run, found, batches, controls, seed, within.value)
-    about = {
-        "checkpoint": str(run.checkpoint),
-        "batches": batches,
-        "controls": controls,
-        "within": within.value,
-    }
+    of = {"neurons_sha256": sha256_file(folder / "neurons.json")}
+    about = run.about() | of | {"batches": batches, "controls": controls, "within": within.value}
     _write(folder / "ablation.json", about | {"sets": matrices.figures(done)})
     view.show_matrices(done, folder)
 
@@ -109,20 +110,25 @@ def _folder(out: Path | None, checkpoint: Path) -> Path:
     return checkpoint.parent.parent / "neurons" if out is None else out
 
 
-def _identified(folder: Path, checkpoint: Path) -> Any:
+def _identified(folder: Path, about: dict[str, Any]) -> Any:
     """What identify wrote, chosen again from its counts.  Raises: WrongInput if it is of another checkpoint."""
     from sigma_train.errors import WrongInput
+    from sigma_train.files import sha256_file
 
     from sigma_neurons.identified import identify as found_in
     from sigma_neurons.page import read
     from sigma_neurons.stats import ActivationStats
 
     told = read(folder / "neurons.json", "identify")
-    if told["checkpoint"] != str(checkpoint):
+    if told["checkpoint_sha256"] != about["checkpoint_sha256"]:
         raise WrongInput(
-            f"{folder / 'neurons.json'} is of {told['checkpoint']}; run identify on {checkpoint} first"
+            f"{folder / 'neurons.json'} is of {told['checkpoint']}; run identify on {about['checkpoint']} first"
         )
-    stats = ActivationStats.read(folder / "counts.safetensors")
+    stats = ActivationStats.read(folder / COUNTS)
+    if sha256_file(folder / COUNTS) != told["counts_sha256"]:
+        raise WrongInput(
+            f"{folder / COUNTS} is not what {folder / 'neurons.json'} was made of; run identify again"
+        )
     return found_in(stats, told["top_rate"], told["probability"], told["lambda"], told["tau"])
 
 

@@ -97,7 +97,7 @@ def identify(
     lam: float | None = None,
     tau: float | None = None,
 ) -> Identified:
-    """Raises: WrongInput if no lambda fits, or nothing can be told for want of tokens."""
+    """Raises: WrongInput if no lambda fits, none is selected, or nothing can be told for want of tokens."""
     p = stats.joint() if probability == "joint" else stats.conditional(LEAST_ROUTED)
     if not p.any():
         raise WrongInput(
@@ -105,4 +105,6 @@ def identify(
             if probability == "conditional"
             else "neurons: no neuron was ever active"
         )
+    if not round(len(p) * top_rate):
+        raise WrongInput(f"neurons: a share of {top_rate} of {len(p)} neurons selects none; raise it")
     return Identified(stats, probability, top_rate, p, classify_neurons(p, lam, top_rate, tau))

@@ -4,14 +4,15 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from sigma_train.by_language import batches_of_language, evaluate_by_language, languages_of
-from sigma_train.checkpoint import named_checkpoint, read_record
+from sigma_train.checkpoint import RECORD, named_checkpoint, read_record
 from sigma_train.config import Config
 from sigma_train.dataset import PreparedData, prepare
 from sigma_train.errors import WrongInput
+from sigma_train.files import sha256_file
 from sigma_train.generate import load_model
 from sigma_train.model import LanguageModel, precision
 from torch import Tensor
@@ -31,6 +32,11 @@ class Run:
     config: Config
     model: LanguageModel
     data: PreparedData
+
+    def about(self) -> dict[str, Any]:
+        """Whose the results are: the digest stays where the run is moved or named in another way."""
+        sha256 = sha256_file(self.checkpoint / RECORD)
+        return {"checkpoint": str(self.checkpoint), "checkpoint_sha256": sha256, "step": self.step}
 
     @property
     def languages(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sigma_train.errors import WrongInput
-from sigma_train.files import atomic_file, must_be_writable, write_text
+from sigma_train.files import atomic_file, must_be_writable, sha256_file, write_text
 from sigma_train.report import STYLE, png
 
 from sigma_neurons import pictures
@@ -30,15 +30,14 @@ def read(path: Path, command: str) -> dict[str, Any]:
 
 
 def write_page(folder: Path) -> Path:
-    """Of neurons.json and, where it is there and of the same checkpoint, ablation.json.  Raises: WrongInput."""
+    """Of neurons.json and, where it is there, ablation.json of these neurons.  Raises: WrongInput."""
     neurons = read(folder / "neurons.json", "identify")
     ablation = None
     if (folder / "ablation.json").exists():
         ablation = read(folder / "ablation.json", "ablate")
-        if ablation["checkpoint"] != neurons["checkpoint"]:
+        if ablation["neurons_sha256"] != sha256_file(folder / "neurons.json"):
             raise WrongInput(
-                f"{folder / 'ablation.json'} is of {ablation['checkpoint']}, neurons.json of {neurons['checkpoint']}; "
-                "run ablate again"
+                f"{folder / 'ablation.json'} is of other neurons than neurons.json has; run `sigma neurons ablate` again"
             )
     parts = [f"<!doctype html><meta charset=utf-8><title>Language neurons</title><style>{STYLE}</style>"]
     parts += ["<h1>Language neurons</h1>", *_of_neurons(neurons, folder)]
