@@ -126,7 +126,7 @@ def test_a_checkpoint_that_was_not_counted_is_refused(run, tmp_path):
         sigma("ablate", run, "--out", tmp_path)
     (tmp_path / "ablation.json").write_text(json.dumps({"schema_version": 1, "neurons_sha256": "1"}))
     with pytest.raises(
-        WrongInput, match=r"is of other neurons than neurons.json has; run .sigma neurons ablate"
+        WrongInput, match=r"is of other neurons than neurons.json; run .sigma neurons ablate"
     ):
         write_page(tmp_path)
     (tmp_path / "neurons.json").write_text(json.dumps({"schema_version": 2}))

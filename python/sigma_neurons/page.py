@@ -37,7 +37,7 @@ def write_page(folder: Path) -> Path:
         ablation = read(folder / "ablation.json", "ablate")
         if ablation["neurons_sha256"] != sha256_file(folder / "neurons.json"):
             raise WrongInput(
-                f"{folder / 'ablation.json'} is of other neurons than neurons.json has; run `sigma neurons ablate` again"
+                f"{folder / 'ablation.json'} is of other neurons than neurons.json; run `sigma neurons ablate` again"
             )
     parts = [f"<!doctype html><meta charset=utf-8><title>Language neurons</title><style>{STYLE}</style>"]
     parts += ["<h1>Language neurons</h1>", *_of_neurons(neurons, folder)]
