@@ -1,18 +1,23 @@
 """`sigma experiment`: arms over seeds, kept and gone on with; and each experiment's short form."""
 
+import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import forked
 import pytest
 from rich.console import Console
 from sigma_experiments import EXPERIMENTS, lab, page
 from sigma_experiments.cli import module_of
-from sigma_experiments.lab import SHORT, Lab, Run
+from sigma_experiments.lab import LOCK, SHORT, Lab, Run
 from sigma_train.config import ConfigError
-from sigma_train.errors import Failure
+from sigma_train.errors import Failure, WrongInput
+from sigma_train.files import locked
 from support import assert_one_sentence, sigma
 
 SMALL = {**SHORT, "model.num_layers": 2, "model.num_experts": 4, "train.steps": 4, "train.eval_every": 2}
@@ -42,8 +47,53 @@ def test_runs_are_trained_once(make_lab, monkeypatch):
     assert [trained[run].validation[-1][0] for run in runs] == [4, 4]
     assert trained[runs[0]].validation != trained[runs[1]].validation
     times = [(trained[run].folder / "metrics.jsonl").stat().st_mtime_ns for run in runs]
-    again = make_lab().train(runs)
+    later = make_lab()
+    again = later.train(runs)
     assert [(again[run].folder / "metrics.jsonl").stat().st_mtime_ns for run in runs] == times
+    assert later.kept == {"a-seed0", "a-seed1"}
+    other = Run("a", 0, {**SMALL, "train.eval_batches": 1})
+    with pytest.raises(ConfigError, match=r"a-seed0 was trained with train\.eval_batches = 2, wanted is 1"):
+        make_lab().train([other, runs[1]])
+    shutil.rmtree(trained[runs[0]].folder / "checkpoints")  # killed after its last validation
+    make_lab().train(runs)
+    assert list((trained[runs[0]].folder / "checkpoints").glob("step-*4"))
+
+
+@pytest.mark.parametrize(
+    "code, told", [(0, "was stopped before its last step"), (-9, "was killed by SIGKILL; see")]
+)
+def test_a_training_that_somebody_ended_is_not_a_finished_one(tmp_path, monkeypatch, code, told):
+    """Defends: a page of unfinished trainings; a line of progress as the reason of a death."""
+
+    class Ended:
+        def wait(self, timeout: float | None = None) -> int:
+            return code
+
+    monkeypatch.setattr(lab, "started", lambda args, log: Ended())
+    with pytest.raises(Failure, match=f"^experiment: a-seed0 {told}"):
+        Lab(tmp_path, 1, True, 1, Console(quiet=True)).train([Run("a", 0, SMALL)])
+
+
+def test_two_experiments_do_not_share_a_folder(tmp_path):
+    """Defends: one that writes the settings and logs of another's trainings."""
+    with (
+        locked(tmp_path / LOCK),
+        pytest.raises(WrongInput, match=f"^--out: another experiment trains in {tmp_path}"),
+    ):
+        Lab(tmp_path, 1, True, 1, Console(quiet=True)).train([Run("a", 0, SMALL)])
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_signal_is_not_raised_again_while_trainings_save():
+    """Defends: an experiment that ends before its trainings, whose folders the next call then finds held."""
+    former = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 100)
+        lab._Trainings().stop()
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
 
 
 def test_settings_of_all_are_looked_at_first(make_lab, tmp_path):
@@ -66,7 +116,7 @@ def test_a_training_that_fails_is_named(tmp_path, monkeypatch, cache):
 def test_each_experiment_in_short(name, make_lab, tmp_path, cache):
     """Defends: an experiment that no longer runs, a page whose pictures are not there, numbers JSON cannot hold."""
     found = module_of(name).run(make_lab())
-    written = page.write(found, tmp_path / "page", name, "test", 1.0)
+    written = page.write(found, tmp_path / "page", name, "test", 1.0, 1.0)
     text = written.read_text()
     assert found.figures
     for key in found.figures:
@@ -81,6 +131,58 @@ def test_an_unknown_experiment(cache, tmp_path):
     result = sigma("experiment", "balanse", "--out", str(tmp_path / "out"), env=cache)
     assert_one_sentence(result, 2, "unknown experiment 'balanse'; did you mean 'balance'?")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_page_that_cannot_be_written_is_told_first(cache, tmp_path):
+    """Defends: an hour of training for a page that has no place."""
+    (tmp_path / "file").write_text("")
+    args = (
+        "experiment",
+        "balance",
+        "--short",
+        "--out",
+        str(tmp_path / "out"),
+        "--page",
+        str(tmp_path / "file"),
+    )
+    told = f"--page: cannot write in {tmp_path / 'file'}: File exists; name another folder"
+    assert_one_sentence(sigma(*args, env=cache), 2, told)
+    assert not list(tmp_path.glob("out/*/*"))
+
+
+def test_a_page_says_what_its_minutes_are_without(tmp_path):
+    """Defends: "in 0.1 minutes" of an experiment that was gone on with."""
+    written = page.write(
+        page.Page("A", "text", {}, {}), tmp_path, "a", "sigma experiment a", 6.0, 12.0, kept=3
+    )
+    assert "trainings of 0.2 core-minutes in them, without 3 of calls before: " in written.read_text()
+
+
+def test_trainings_end_with_a_killed_experiment(cache, tmp_path):
+    """Defends: trainings that hold cores and folders when nobody waits for them."""
+    run = Run("a", 0, {**SMALL, "train.steps": 1_000_000})
+    settings, log, metrics = (tmp_path / name for name in ("a.toml", "a.log", f"{run.name}/metrics.jsonl"))
+    settings.write_text(run.config(tmp_path).to_toml())
+    code = (
+        "import sys, time; from pathlib import Path; from sigma_experiments import lab\n"
+        "print(lab.started(['train', '--config', sys.argv[1]], Path(sys.argv[2])).pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    args, deadline = [sys.executable, "-P", "-c", code, str(settings), str(log)], time.monotonic() + 200
+    with subprocess.Popen(args, env={**os.environ, **cache}, stdout=subprocess.PIPE, text=True) as process:
+        training = int(process.stdout.readline())
+        try:
+            while not (metrics.exists() and metrics.read_text()):
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+            process.kill()
+            while "saved, continue with --resume" not in log.read_text():
+                assert time.monotonic() < deadline, "it trains on"
+                time.sleep(0.1)
+        finally:
+            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(training, signal.SIGKILL)
 
 
 def test_the_command_from_its_start(tmp_path, cache):

@@ -155,6 +155,8 @@ def test_which_k_a_run_has_seen():
     assert seen(10, phases) == ({4, 3, 2, 1}, {2, 1})
     assert seen(0, phases) == ({4}, {2})
     assert seen(3, "sparsity.sample=[1, 4]") == ({1, 4}, {1, 4})
+    assert seen(3, "sparsity.sample=[1, 2, 4]", "sparsity.budget=3") == ({1, 2}, {1, 2})
+    assert seen(3, "sparsity.sample=[1, 2, 4]", "sparsity.budget=5") == ({1, 2, 4}, {1, 2, 4})
     assert seen(3, "model.top_k=[2, 3]") == ({2}, {3})
     elastic = el.Elastic(None, 0, None, None, None, (frozenset({1, 4}), frozenset({1, 2})))
     assert [elastic.standing(p) for p in [(4, 2), (2, 2), (1, 1), (4, 4), (5, 1)]] == [
@@ -227,10 +229,13 @@ def test_search_by_hand():
     assert found.lowered[-1] == found.plan == (2, 3, 1)
     plans = [p for p in torch.cartesian_prod(*[torch.arange(1, 5)] * 3).tolist() if sum(p) == 6]
     assert loss(found.plan) == min(map(loss, plans))
-    assert (
-        found.tried == len({tuple(p) for p in found.lowered + found.raised}) + len(found.lowered) * 2 - 1
-        or found.tried
-    )
+    neighbours = {
+        (*p[:i], p[i] + by, *p[i + 1 :])
+        for path, by in ((found.lowered, -1), (found.raised, 1))
+        for p in path[:-1]
+        for i in range(3)
+    }
+    assert found.tried == len({p for p in neighbours if all(1 <= k <= 4 for k in p)})
 
 
 def test_the_better_end_is_taken_and_no_plan_is_asked_for_twice():

@@ -88,6 +88,11 @@ def test_a_run_that_goes_on_reads_its_own_checkpoint(base, make_trainer, tmp_pat
         (("train.init_from={out}/nothing",), CheckpointError, "must be a run or a checkpoint, found neither"),
         (("train.init_from={out}", "model.num_experts=7"), CheckpointError, "has shape"),
         (("train.init_from={out}", "data.max_bytes=100000"), ConfigError, "another text"),
+        (
+            ("train.init_from={out}", "data.val_fraction=0.3"),
+            ConfigError,
+            "held out data.val_fraction = .* 0.3$",
+        ),
         (("train.init_optimizer=true",), ConfigError, "train.init_optimizer wants train.init_from"),
     ],
 )

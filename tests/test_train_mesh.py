@@ -65,9 +65,10 @@ def test_a_copy_that_came_apart_is_named(cache, tmp_path, settings, fault, told)
     assert results[0].stderr == f"error: step 3: {told}\n"
 
 
-def test_a_copy_that_came_apart_is_named_after_a_validation(cache, tmp_path):
-    """Defends: a check of what a forward without a backward has gathered, the same on all ranks."""
-    settings = ["train.shard_ranks=1", "guard.check_every=1000", "train.eval_every=3", "train.save_every=3"]
+@pytest.mark.parametrize("what", ["eval_every", "sample_every"])
+def test_a_copy_that_came_apart_is_named_after_a_forward_alone(cache, tmp_path, what):
+    """Defends: weights that stay gathered after it, where a check does not see what the ranks hold."""
+    settings = ["train.shard_ranks=1", "guard.check_every=1000", "train.save_every=3", f"train.{what}=3"]
     results = run(4, tmp_path / "run", cache, *settings, fault=faults.another_embedding_of_rank_2)
     assert codes(results) == [1] * 4
     told = "rank 2 holds another embed_tokens.weight, part 0 of 1 than the other ranks"

@@ -8,6 +8,8 @@ layers begin with several experts, once switched to one late and once left as it
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+from sigma_train.errors import Failure
 
 from sigma_experiments import sparse
 from sigma_experiments.lab import Lab, Trained
@@ -47,14 +49,15 @@ def run(lab: Lab) -> Page:
 
 
 def must_be_one_run(schedule: list[Trained], stay: list[Trained]) -> None:
-    """Or staying and switching are not of one checkpoint."""
+    """Raises: Failure if staying and switching are not of one checkpoint."""
     for one, other in zip(schedule, stay, strict=True):
         until = switch_step(one)
         losses = [
             [row["loss"] for row in each.rows if "loss" in row and row["step"] <= until]
             for each in (one, other)
         ]
-        assert losses[0] == losses[1], f"{one.run.name} and {other.run.name} differ before step {until}"
+        if losses[0] != losses[1]:
+            raise Failure(f"experiment: {one.run.name} and {other.run.name} differ before step {until}")
 
 
 def switch_step(trained: Trained) -> int:
@@ -156,7 +159,11 @@ def layers_figure(trained: dict[str, list[Trained]], bound: float) -> Figure:
         axes.grid(alpha=0.3)
     grid[0].axhline(100 * bound, color="black", linestyle="--", linewidth=0.8)
     grid[0].set_yscale("log")
-    grid[0].legend(fontsize=8)
+    grid[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    grid[0].yaxis.set_major_formatter(ScalarFormatter())
+    grid[0].yaxis.set_minor_locator(NullLocator())
+    grid[2].set_ylim(0.9, 1.005)
+    grid[2].legend(fontsize=8)
     figure.tight_layout()
     return figure
 

@@ -32,6 +32,7 @@ def experiment(
     """Train the arms of an experiment and write what came of it; goes on where it was stopped."""
     import difflib
     import os
+    import resource
     import time
 
     from rich.console import Console
@@ -47,13 +48,17 @@ def experiment(
     from sigma_experiments.lab import Lab
 
     folder = out / (f"{name}-short" if short else name)
-    with must_be_writable("--out", folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    place = page or folder
+    for option, wanted in (("--out", folder), ("--page", place)):
+        with must_be_writable(option, wanted):
+            wanted.mkdir(parents=True, exist_ok=True)
     console, began = Console(), time.monotonic()
     lab = Lab(folder, seeds, short, jobs or len(os.sched_getaffinity(0)), console)
     found = module_of(name).run(lab)
     command = f"sigma experiment {name} --seeds {seeds}{' --short' if short else ''}"
-    place = page or folder
     with must_be_writable("--page", place):
-        written = pages.write(found, place, name, command, time.monotonic() - began)
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        processor_s = spent.ru_utime + spent.ru_stime
+        seconds = time.monotonic() - began
+        written = pages.write(found, place, name, command, seconds, processor_s, len(lab.kept))
     console.print(f"wrote {written}", soft_wrap=True)

@@ -1,7 +1,7 @@
 """The trainings of an experiment: each a `sigma train` of one thread in a folder of its own, as many at once as cores.
 
-A run that is finished is kept, one that was stopped goes on: the same call continues where it ended.  On one machine
-the same seed gives the same numbers, however many runs go on at once.
+A run that is finished is kept, one that was stopped goes on: the same call continues where it ended, and one of other
+settings is refused.  On one machine the same seed gives the same numbers, however many runs go on at once.
 """
 
 import os
@@ -12,18 +12,21 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from sigma_train.config import Config, ConfigWarning, load_config
-from sigma_train.errors import Failure
-from sigma_train.files import write_text
+from sigma_cli import heeded
+from sigma_train.checkpoint import place_of
+from sigma_train.config import Config, ConfigError, ConfigWarning, load_config
+from sigma_train.errors import Failure, WrongInput
+from sigma_train.files import locked, must_be_writable, write_text
 from sigma_train.metrics import read_metrics
 
+LOCK = "experiment.lock"
 STOP_S = 60.0  # a training saves when it is told to end
 SHAPE = {  # of all experiments, unless they say otherwise: a minute on one core
     "model.hidden_size": 64,
@@ -81,9 +84,13 @@ class Run:
         for name, value in {**SHAPE, **self.settings, **own}.items():
             section, _, key = name.partition(".")
             layers.setdefault(section, {})[key] = value
-        with warnings.catch_warnings():  # the training has it in its log
-            warnings.simplefilter("ignore", ConfigWarning)
-            return load_config(None, None, [], layers)
+        return _read(None, layers)
+
+
+def _read(file: Path | None, layers: Mapping[str, dict[str, Any]]) -> Config:
+    with warnings.catch_warnings():  # the training has it in its log
+        warnings.simplefilter("ignore", ConfigWarning)
+        return load_config(None, file, [], layers)
 
 
 @dataclass(frozen=True)
@@ -121,19 +128,39 @@ class Lab:
     is_short: bool
     jobs: int
     console: Console
+    kept: set[str] = field(default_factory=set)  # names of runs that a call before had finished
 
     def train(self, runs: Sequence[Run]) -> dict[Run, Trained]:
-        """Settings of all are looked at before one begins.  Raises: ConfigError; Failure as one fails."""
+        """Settings of all are looked at before one begins.
+
+        Raises: ConfigError, also where the folder of one has other settings; WrongInput if another process trains
+        here; Failure as one fails.
+        """
         found = {run: Trained(run, run.config(self.folder)) for run in runs}
-        waiting = [trained for trained in found.values() if not _is_finished(trained)]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _Trainings() as trainings, self._progress(len(found)) as advance:
-            for _ in range(len(found) - len(waiting)):
+        for trained in found.values():
+            _must_be_of_these_settings(trained)
+        with self._held(), _Trainings() as trainings, self._progress(len(found)) as advance:
+            waiting = [trained for trained in found.values() if not _is_finished(trained)]
+            for kept in [trained for trained in found.values() if trained not in waiting]:
+                self.kept.add(kept.run.name)
                 advance("kept")
             with ThreadPoolExecutor(self.jobs) as pool, trainings.stopped_at_a_fault():
                 for done in as_completed(pool.submit(trainings.train, trained) for trained in waiting):
                     advance(done.result().run.name)
         return found
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Two in one folder would write each other's settings and logs."""
+        with must_be_writable("--out", self.folder), ExitStack() as stack:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(locked(self.folder / LOCK, wait=False))
+            except BlockingIOError:
+                raise WrongInput(f"--out: another experiment trains in {self.folder}; wait for it") from None
+            held = stack.pop_all()
+        with held:
+            yield
 
     @contextmanager
     def _progress(self, total: int) -> Iterator[Any]:
@@ -143,10 +170,24 @@ class Lab:
             yield lambda name: bar.update(task, advance=1, description=f"{name} is done")
 
 
+def _must_be_of_these_settings(trained: Trained) -> None:
+    """Also those that shape no weight: `sigma train` would go on, and say nothing of what was measured otherwise."""
+    if not (file := trained.folder / "config.toml").exists():
+        return
+    then, now = _read(file, {}).model_dump(), trained.config.model_dump()
+    for section, settings in now.items():
+        for key, value in settings.items():
+            if (former := then[section][key]) != value:
+                raise ConfigError(
+                    f"experiment: {trained.folder} was trained with {section}.{key} = {former!r}, "
+                    f"wanted is {value!r}; remove it or name another --out"
+                )
+
+
 def _is_finished(trained: Trained) -> bool:
-    """With these very settings, to its last step."""
-    settings, steps = trained.folder / "config.toml", trained.config.train.steps
-    if not settings.exists() or settings.read_text() != trained.config.to_toml():
+    """To its last step, and saved: one that died between its last validation and its checkpoint is not."""
+    steps = trained.config.train.steps
+    if not place_of(trained.folder / "checkpoints", steps).exists():
         return False
     return bool(trained.validation) and trained.validation[-1][0] == steps
 
@@ -175,6 +216,7 @@ class _Trainings:
 
     def stop(self) -> None:
         """A training saves and ends at SIGTERM; one that does not is killed."""
+        heeded()  # or a signal to this process would be raised again while they save
         with self._lock:
             self._is_over = True
             running = list(self._running)
@@ -198,17 +240,27 @@ class _Trainings:
         code = process.wait()
         with self._lock:
             self._running.discard(process)
-            if code == 0 or self._is_over:
+            if self._is_over:
                 return trained
-        last = log.read_text().strip().splitlines()[-1:] or [f"exit code {code}"]
-        raise Failure(f"experiment: {trained.run.name} failed: {last[0].removeprefix('error: ')}; see {log}")
+        if code == 0 and _is_finished(trained):
+            return trained
+        raise Failure(f"experiment: {trained.run.name} {_end(code, log)}; see {log}")
+
+
+def _end(code: int, log: Path) -> str:
+    if code == 0:
+        return "was stopped before its last step, the same command goes on"
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    last = log.read_text().strip().splitlines()[-1:] or [f"exit code {code}"]
+    return f"failed: {last[0].removeprefix('error: ')}"
 
 
 def started(args: Sequence[str], log: Path) -> Process:
-    """`sigma` on one thread, what it says in a file."""
+    """`sigma` on one thread, what it says in a file; it saves and ends if this process dies."""
     with open(log, "w") as told:
         return subprocess.Popen(
-            [sys.executable, "-m", "sigma_cli", *args],
+            [sys.executable, "-P", "-m", "sigma_experiments", *args],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=told,
             stderr=subprocess.STDOUT,

@@ -28,17 +28,24 @@ class Page:
     data: Mapping[str, Any]
 
 
-def write(page: Page, folder: Path, name: str, command: str, seconds: float) -> Path:
-    """NAME.md, NAME.json and the pictures, each whole; returns the page's path."""
+def write(
+    page: Page, folder: Path, name: str, command: str, seconds: float, processor_s: float, kept: int = 0
+) -> Path:
+    """NAME.md, NAME.json and the pictures, each whole; returns the page's path.
+
+    Args: seconds by the clock, and of the trainings by their processors, which what else runs here does not lengthen.
+        kept: trainings of calls before, which are in neither.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for key, figure in page.figures.items():
         with atomic_file(folder / f"{name}-{key}.png") as file:
             file.write(png(figure))
     write_text(folder / f"{name}.json", json.dumps(page.data, indent=1) + "\n")
+    without = f", without {kept} of calls before" if kept else ""
     made = (
-        f"Made by `{command}` on {datetime.date.today()} in {seconds / 60:.1f} minutes: {processor_name()}, "
-        f"ISA {_C.isa()}, torch {torch.__version__}, sigma-kernels {sk.__version__}. "
-        f"All figures: [{name}.json]({name}.json)."
+        f"Made by `{command}` on {datetime.date.today()} in {seconds / 60:.1f} minutes, trainings of "
+        f"{processor_s / 60:.1f} core-minutes in them{without}: {processor_name()}, ISA {_C.isa()}, "
+        f"torch {torch.__version__}, sigma-kernels {sk.__version__}. All figures: [{name}.json]({name}.json)."
     )
     write_text(folder / f"{name}.md", f"# {page.title}\n\n{made}\n\n{page.text.strip()}\n")
     return folder / f"{name}.md"

@@ -53,7 +53,7 @@ def product_flops_per_s(dtype: torch.dtype, seconds: float = 0.3) -> float:
         torch.mm(a, b, out=out)  # the first touches memory
         took = min(_seconds(a, b, out) for _ in range(3))
     rounds = int(seconds / took)
-    return 2 * n**3 / min(took, *(_seconds(a, b, out) for _ in range(rounds)))
+    return 2 * n**3 / min([took, *(_seconds(a, b, out) for _ in range(rounds))])
 
 
 def _seconds(a: Tensor, b: Tensor, out: Tensor) -> float:

@@ -57,7 +57,9 @@ class ExpertCounts:
     def seen(self, steps: int) -> tuple[frozenset[int], ...]:
         """The k that each layer has had, or could have been drawn, in so many steps."""
         if self._sampler is not None:
-            return (frozenset(self._sampler.top_k),) * len(self._of_model)
+            budget, ks, others = self._sampler.budget, self._sampler.top_k, len(self._of_model) - 1
+            within = [k for k in ks if budget is None or k + others * ks[0] <= budget]
+            return (frozenset(within),) * len(self._of_model)
         if self._schedule is None:
             return tuple(frozenset([k]) for k in self._of_model)
         had = {self._schedule.top_k(step) for step in range(steps)} or {self.of_step(0)}

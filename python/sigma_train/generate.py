@@ -64,4 +64,8 @@ def generate(
         ids[-1] = ranks.first(ids[-1])  # all end after the same token
         if ids[-1] == tokenizer.eos_id:
             break
+    if ranks.size > 1:
+        from sigma_train.parallel import hold_shards  # a second of FSDP and DTensor
+
+        hold_shards(model)
     return tokenizer.decode(ids)

@@ -147,6 +147,11 @@ class Trainer:
         record = read_record(path)
         if record["extra"].get("corpus_digest") != self.data.stats["corpus_digest"]:
             raise ConfigError(f"train.init_from: {path} was trained on another text, with another vocabulary")
+        held_out, wanted = record["extra"]["settings"]["data.val_fraction"], self.config.data.val_fraction
+        if held_out != wanted:  # another vocabulary too, which is of the rest
+            raise ConfigError(
+                f"train.init_from: {path} held out data.val_fraction = {held_out:g} of the text, wanted is {wanted:g}"
+            )
         must_fit(self.model, path)
         if self.config.train.init_optimizer and not holds_moments(path):
             raise ConfigError(f"train.init_optimizer: {path} holds no moments of an optimizer")

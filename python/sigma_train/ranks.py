@@ -1,9 +1,7 @@
 """The ranks of a run: those that torchrun started, or this process alone."""
 
 import contextlib
-import ctypes
 import os
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from sigma_kernels.collectives import observed
 from sigma_train.errors import LostRank, WrongInput
+from sigma_train.parent import end_with_parent
 
 RESTART_COUNT = "SIGMA_RESTART_COUNT"
 T = TypeVar("T")
@@ -80,7 +79,7 @@ def joined(timeout_s: float) -> Iterator[Ranks]:
         yield Ranks()
         return
     if RESTART_COUNT in os.environ:
-        _end_with_parent()
+        end_with_parent()
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     except ValueError as error:  # a variable that is missing or no number
@@ -95,10 +94,3 @@ def joined(timeout_s: float) -> Iterator[Ranks]:
         raise LostRank(f"another rank is lost: {' '.join(str(error).split())}") from None
     finally:
         dist.destroy_process_group()
-
-
-def _end_with_parent() -> None:
-    """Have Linux send SIGTERM when the agent dies, so that no rank trains on alone; it saves and ends."""
-    libc, pr_set_pdeathsig = ctypes.CDLL(None), 1
-    if hasattr(libc, "prctl"):
-        libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
