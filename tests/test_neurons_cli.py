@@ -125,9 +125,7 @@ def test_a_checkpoint_that_was_not_counted_is_refused(run, tmp_path):
     with pytest.raises(WrongInput, match="is of other; run identify on"):
         sigma("ablate", run, "--out", tmp_path)
     (tmp_path / "ablation.json").write_text(json.dumps({"schema_version": 1, "neurons_sha256": "1"}))
-    with pytest.raises(
-        WrongInput, match=r"is of other neurons than neurons.json; run .sigma neurons ablate"
-    ):
+    with pytest.raises(WrongInput, match=r"is of other neurons than neurons.json; run .sigma neurons ablate"):
         write_page(tmp_path)
     (tmp_path / "neurons.json").write_text(json.dumps({"schema_version": 2}))
     with pytest.raises(WrongInput, match="must be of schema_version 1"):
