@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 from sigma_experiments import cli as experiment_cli
+from sigma_neurons import cli as neurons_cli
 from sigma_noise import cli as noise_cli
 from sigma_train import cli as train_cli
-from sigma_train import elastic_cli, grow_cli, ledger_cli, plan_cli, teacher_cli
+from sigma_train import data_cli, elastic_cli, grow_cli, ledger_cli, plan_cli, teacher_cli
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(train_cli.train)
@@ -19,6 +20,8 @@ app.command()(grow_cli.grow)
 app.command()(experiment_cli.experiment)
 app.command()(plan_cli.plan)
 app.command()(ledger_cli.ledger)
+app.add_typer(data_cli.app, name="data")
+app.add_typer(neurons_cli.app, name="neurons")
 app.add_typer(elastic_cli.app, name="elastic")
 app.add_typer(noise_cli.app, name="noise")
 app.add_typer(teacher_cli.app, name="teacher")

@@ -10,4 +10,5 @@ EXPERIMENTS = {
     "token-bound": "what the commonest token alone forces on each layer, for several vocabularies",
     "growth": "more layers or experts from a trained model against scratch, by extra and by total FLOPs",
     "matryoshka": "one model for every k: drawn for each step, micro-batch or layer, beside specialists of one k",
+    "planted-languages": "neurons of four invented languages, what each loses without its own, and planted ones",
 }

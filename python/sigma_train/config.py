@@ -178,6 +178,7 @@ class SparsityConfig(_Section):
 
 class DataConfig(_Section):
     paths: Paths = ()  # empty: the Python standard library's source on this machine
+    languages: bool = Field(False, strict=True)  # each file is LANG.txt: see languages.py
     val_fraction: OpenShare = 0.02
     cache_dir: OptionalFolder = None  # none: $SIGMA_CACHE, else ~/.cache/sigma-kernels
     max_bytes: OptionalBytes = None

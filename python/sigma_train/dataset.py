@@ -36,9 +36,10 @@ from sigma_train.corpus import (
     split,
 )
 from sigma_train.files import atomic_file, locked, must_be_writable, sha256_file, sweep, write_text
+from sigma_train.languages import Languages, language_files, language_of, split_each
 from sigma_train.tokenizer import DamagedFile, Tokenizer, train_tokenizer
 
-VERSION = 1  # of the files in the cache; part of every key
+VERSION = 2  # of the files in the cache; part of every key
 TOKENIZER_SAMPLE_BYTES = 1 << 26  # 64 MiB of training text settle a vocabulary of this size
 COUNT_BLOCK = 1 << 20  # tokens that are widened at once to be counted
 ENCODE_BATCH = 256  # documents, at most 16 MiB of text
@@ -60,6 +61,7 @@ class TokenDataset:
     tokens: np.ndarray  # [N] uint16 or uint32, on disk
     num_bytes: int
     token_bytes: np.ndarray  # [vocabulary] bytes of text that a token stands for
+    languages: Languages | None = None  # of the documents, with data.languages
 
     @property
     def num_tokens(self) -> int:
@@ -187,10 +189,12 @@ def prepare(config: Config) -> PreparedData:
     Raises: CorpusError if no file matches, nothing is text, or a split is shorter than one window; WrongInput if
     the cache can't be written.
     """
-    files = find_files(config.data.paths)
-    key = _key(
-        *map(_fingerprint, files), config.data.max_bytes, config.data.val_fraction, config.model.vocab_size
-    )
+    data = config.data
+    files = find_files(data.paths)
+    if data.languages:
+        files = language_files(files)
+    settings = data.max_bytes, data.val_fraction, config.model.vocab_size, data.languages
+    key = _key(*map(_fingerprint, files), *settings)
     folder = cache_dir(config.data)
     with contextlib.ExitStack() as stack:
         with must_be_writable("data.cache_dir, or SIGMA_CACHE", folder):
@@ -219,11 +223,12 @@ class Cache:
         splits = self._load(load_tokens, self.folder / record["tokens"])
         if tokenizer is None or splits is None or tokenizer.digest != record["stats"]["tokenizer_digest"]:
             return None
-        return _prepared(tokenizer, splits, record["stats"])
+        return _prepared(tokenizer, splits, record)
 
     def build(self, key: str, files: Sequence[Path], config: Config) -> PreparedData:
         corpus = read_corpus(files, config.data.max_bytes)
-        train, val = split(corpus.documents, config.data.val_fraction)
+        cut = split_each if config.data.languages else split
+        train, val = cut(corpus.documents, config.data.val_fraction)
         tokenizer_path, tokenizer = self._tokenizer(train, config.model.vocab_size)
         tokens_key = _key(digest_of(train), digest_of(val), tokenizer.digest)
         tokens_path = self.folder / f"tokens-{tokens_key}.bin"
@@ -234,9 +239,12 @@ class Cache:
             splits = load_tokens(tokens_path)
         stats = _stats(corpus, tokenizer, splits)
         record = {"tokenizer": tokenizer_path.name, "tokens": tokens_path.name, "stats": stats}
+        if config.data.languages:
+            named = {"train": train, "val": val}
+            record["languages"] = {name: [*map(language_of, documents)] for name, documents in named.items()}
         sealed = {"sha256": _seal(record), "record": record}
         write_text(self.folder / f"prepared-{key}.json", json.dumps(sealed, indent=1))
-        return _prepared(tokenizer, splits, stats)
+        return _prepared(tokenizer, splits, record)
 
     def _tokenizer(self, train: Sequence[Document], vocab_size: int) -> tuple[Path, Tokenizer]:
         path = self.folder / f"tokenizer-{_key(digest_of(train), vocab_size, bpe.VERSION)}.json"
@@ -266,7 +274,11 @@ class Cache:
 class Split:
     tokens: np.ndarray
     num_bytes: int
-    num_documents: int
+    ends: np.ndarray  # [documents] int64, of each the token after its last
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.ends)
 
 
 def save_tokens(path: Path, tokenizer: Tokenizer, splits: dict[str, Sequence[Document]]) -> None:
@@ -276,16 +288,16 @@ def save_tokens(path: Path, tokenizer: Tokenizer, splits: dict[str, Sequence[Doc
     sidecar: dict[str, Any] = {"version": VERSION, "dtype": dtype.name, "splits": {}}
     with atomic_file(path) as file:
         for name, documents in splits.items():
-            num_tokens = 0
+            lengths: list[int] = []
             for group in _groups(documents, ENCODE_BATCH):
                 encoded = tokenizer.encode_batch([document.read() for document in group])
                 ids = [np.array([*ids, tokenizer.eos_id], dtype=dtype) for ids in encoded]
                 content = np.concatenate(ids)
                 file.write(content.data)
                 sha256.update(content.data)
-                num_tokens += len(content)
+                lengths += map(len, ids)
             num_bytes = sum(document.size for document in documents)
-            sidecar["splits"][name] = {"tokens": num_tokens, "bytes": num_bytes, "documents": len(documents)}
+            sidecar["splits"][name] = {"bytes": num_bytes, "document_tokens": lengths}
     sidecar["sha256"] = sha256.hexdigest()
     write_text(_sidecar_path(path), json.dumps(sidecar, indent=1))
 
@@ -296,11 +308,12 @@ def load_tokens(path: Path) -> dict[str, Split]:
         sidecar = json.loads(_sidecar_path(path).read_bytes())
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[sidecar["dtype"]])
         sizes = {
-            name: Split(np.empty(0), s["bytes"], s["documents"]) for name, s in sidecar["splits"].items()
+            name: Split(np.empty(0), s["bytes"], np.cumsum(s["document_tokens"], dtype=np.int64))
+            for name, s in sidecar["splits"].items()
         }
-        counts = {name: s["tokens"] for name, s in sidecar["splits"].items()}
+        counts = {name: int(s.ends[-1]) for name, s in sizes.items()}
         sha256 = sidecar["sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise DamagedFile(
             f"its sidecar {_sidecar_path(path).name} is not the JSON that was written"
         ) from None
@@ -336,12 +349,18 @@ def _seal(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _prepared(tokenizer: Tokenizer, splits: dict[str, Split], stats: dict[str, Any]) -> PreparedData:
-    train, val = (
-        TokenDataset(name, splits[name].tokens, splits[name].num_bytes, tokenizer.token_bytes)
-        for name in ("train", "val")
-    )
-    return PreparedData(tokenizer, train, val, stats)
+def _prepared(tokenizer: Tokenizer, splits: dict[str, Split], record: dict[str, Any]) -> PreparedData:
+    by_split = record.get("languages", {})
+    names = tuple(sorted({language for of_documents in by_split.values() for language in of_documents}))
+
+    def dataset(name: str) -> TokenDataset:
+        part, languages = splits[name], None
+        if names:
+            index = np.array([names.index(language) for language in by_split[name]], dtype=np.int64)
+            languages = Languages(names, index, part.ends)
+        return TokenDataset(name, part.tokens, part.num_bytes, tokenizer.token_bytes, languages)
+
+    return PreparedData(tokenizer, dataset("train"), dataset("val"), record["stats"])
 
 
 def _stats(corpus: Corpus, tokenizer: Tokenizer, splits: dict[str, Split]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def experts_forward(
     x = as_weights(hidden_states, self.down_proj)
     _check(self, x)
     weights = top_k_weights.to(x.dtype)
-    if _is_plain_swiglu(self):
+    if is_plain_swiglu(self):
         out = moe_experts(x, top_k_index, weights, self.gate_up_proj, self.down_proj)
     else:
         out = _in_steps(self, x, group_by_expert(top_k_index, self.down_proj.shape[0], weights))
@@ -108,12 +108,12 @@ def _check(module: ExpertsModule, x: Tensor) -> None:
         raise NotImplementedError(
             f"{who}: interleaved gate and up rows need an _apply_gate of the class's own"
         )
-    for op in ("moe_experts",) if _is_plain_swiglu(module) else ("permute", "grouped_gemm", "unpermute"):
+    for op in ("moe_experts",) if is_plain_swiglu(module) else ("permute", "grouped_gemm", "unpermute"):
         if reason := refusal(op, x):
             raise RuntimeError(f"{who}: {reason}")
 
 
-def _is_plain_swiglu(module: ExpertsModule) -> bool:
+def is_plain_swiglu(module: ExpertsModule) -> bool:
     return (
         all(_flag(module, name) == FLAGS[name] for name in FLAGS)
         and _has_default_gate(module)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sigma_kernels.ops.experts import experts_of_routing, moe_experts
+from sigma_kernels.ops.experts import experts_and_gate_up, experts_of_routing, moe_experts
 from sigma_kernels.ops.library import check_size
 from sigma_kernels.routing import Routing
 
@@ -44,6 +44,10 @@ class Experts(nn.Module):
     def forward_routed(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """The same from a Routing, whose order of rows need not be found again."""
         return experts_of_routing(hidden_states, routing, self.gate_up_proj, self.down_proj)
+
+    def forward_observed(self, hidden_states: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """`forward_routed`, and what the kernel applied SwiGLU to: [R, 2I], gates and then ups, in expert order."""
+        return experts_and_gate_up(hidden_states, routing, self.gate_up_proj, self.down_proj)
 
     def extra_repr(self) -> str:
         E, H, I = self.down_proj.shape

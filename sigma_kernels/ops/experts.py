@@ -83,6 +83,19 @@ def experts_of_routing(
     hidden_states: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
     """moe_experts for a Routing, whose order of rows need not be found again."""
+    return _of_routing(hidden_states, routing, gate_up_proj, down_proj, saves=False)[0]
+
+
+def experts_and_gate_up(
+    hidden_states: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, and what SwiGLU was applied to: [R, 2I], gates, then ups, rows in expert order; it has no gradient."""
+    return _of_routing(hidden_states, routing, gate_up_proj, down_proj, saves=True)
+
+
+def _of_routing(
+    hidden_states: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor, saves: bool
+) -> tuple[Tensor, Tensor]:
     op, dtype = "moe_experts", hidden_states.dtype
     hidden_states, weights = as_weights(hidden_states, down_proj), as_weights(routing.weights, down_proj)
     check_float(
@@ -103,10 +116,10 @@ def experts_of_routing(
     check_shape(op, "gate_up_proj", gate_up_proj, (E, 2 * I, H))
     inputs = hidden_states, weights, routing.offsets, routing.row_map, gate_up_proj, down_proj
     if is_recorded(hidden_states, weights, gate_up_proj, down_proj):
-        out, _ = _Experts.apply(*inputs)
+        out, gate_up = _Experts.apply(*inputs)
     else:
-        out, _ = torch.ops.sigma.moe_experts(*inputs, saves=False)
-    return out if out.dtype == dtype else out.to(dtype)
+        out, gate_up = torch.ops.sigma.moe_experts(*inputs, saves=saves)
+    return out if out.dtype == dtype else out.to(dtype), gate_up
 
 
 class _Experts(torch.autograd.Function):

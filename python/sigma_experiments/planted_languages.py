@@ -1,0 +1,211 @@
+"""Language neurons (arXiv 2505.21505) where it is known what is to be found: four languages made of one text.
+
+A model learns the mixture.  Its neurons are chosen by the finer score and by LAPE and taken out, language by language,
+beside as many random ones; then neurons are planted in it, and both scores search them.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sigma_neurons.ablation import Deactivation, deactivation_matrix
+from sigma_neurons.identified import Identified, identify
+from sigma_neurons.matrices import own_others_random
+from sigma_neurons.measured import load
+from sigma_neurons.planting import found_and_right, plant
+from sigma_neurons.scores import lape
+from sigma_neurons.taxonomy import KINDS
+
+from sigma_experiments.invented import LANGUAGES, write_texts
+from sigma_experiments.lab import SHORT, Lab, Run, Trained
+from sigma_experiments.page import Page, spread, table
+
+LAYERS, EXPERTS = 6, 8
+TOP_RATE = 0.05  # of 4,608 neurons: 1 % would be 46
+PLANTED = 2  # neurons a language and layer
+CHARACTERS, SHORT_CHARACTERS = 4_000_000, 500_000
+BASE = {
+    "model.vocab_size": 1024,
+    "model.num_layers": LAYERS,
+    "model.num_experts": EXPERTS,
+    "model.top_k": 2,
+    "model.intermediate_size": 96,
+    "router.balance_coef": 1e-2,
+    "data.languages": True,
+    "data.val_fraction": 0.1,
+    "optim.lr": 3e-3,
+    "optim.warmup_steps": 30,
+    "train.steps": 800,
+    "train.batch_size": 16,
+    "train.eval_every": 400,
+    "train.save_every": 400,
+}
+SETS = ("specific", "specific and related", "LAPE")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of one training."""
+
+    found: Identified
+    matrices: Mapping[str, Deactivation]  # of SETS
+    planted: Mapping[str, tuple[float, float]]  # of the score and of LAPE: recall, precision
+    chance: float  # recall and precision of as many random neurons and languages
+
+
+def run(lab: Lab) -> Page:
+    text_folder = lab.folder / "text"
+    write_texts(text_folder, SHORT_CHARACTERS if lab.is_short else CHARACTERS)
+    short = {**SHORT, "data.max_bytes": None, "model.num_layers": 2} if lab.is_short else {}
+    settings = {**BASE, **short, "data.paths": [str(text_folder)]}
+    trained = lab.train([Run("mixture", seed, settings) for seed in range(lab.seeds)])
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(lab.jobs) as pool:
+        seen = [*pool.map(lambda each: look(each, lab.is_short), trained.values())]
+    bits = [each.validation[-1][1] for each in trained.values()]
+    figures = {"layers": layers_figure(seen), "matrix": matrix_figure(seen)}
+    return Page("Language neurons of four invented languages", text(seen, bits), figures, data(seen, bits))
+
+
+def look(trained: Trained, is_short: bool) -> Seen:
+    batches, judged = (2, 1) if is_short else (24, 4)
+    one = load(trained.folder)
+    found = identify(one.count("train", batches), TOP_RATE)
+    by_lape = lape(found.p, TOP_RATE)
+    masks = {
+        "specific": [found.mask(k, "specific") for k in range(len(LANGUAGES))],
+        "specific and related": [found.mask(k, "specific", "related") for k in range(len(LANGUAGES))],
+        "LAPE": [by_lape[:, k] for k in range(len(LANGUAGES))],
+    }
+    matrices = {
+        name: deactivation_matrix(
+            one.model, dict(zip(LANGUAGES, each, strict=True)), lambda: one.losses(judged), controls=2
+        )
+        for name, each in masks.items()
+    }
+    probed = [(LANGUAGES.index(name), tokens) for name, tokens in one.batches("train", min(batches, 4))]
+    truth = plant(one.model, probed, len(LANGUAGES), PLANTED, trained.run.seed)
+    again = identify(one.count("train", batches), TOP_RATE)
+    chosen = torch.stack([again.mask(k, "specific", "related") for k in range(len(LANGUAGES))], dim=1)
+    planted = {
+        "score": found_and_right(chosen, truth),
+        "LAPE": found_and_right(lape(again.p, TOP_RATE), truth),
+    }
+    return Seen(found, matrices, planted, int(truth.sum()) / truth.numel())
+
+
+def text(seen: Sequence[Seen], bits: Sequence[float]) -> str:
+    tokens = int(seen[0].found.stats.tokens.min())
+    rows = []
+    for name in SETS:
+        own, others, at_random = zip(*(own_others_random(one.matrices[name]) for one in seen), strict=True)
+        sizes = [sum(one.matrices[name].sizes) / len(LANGUAGES) for one in seen]
+        rows.append([name, spread(sizes, 1), spread(own, 4), spread(others, 4), spread(at_random, 4)])
+    planted = [
+        [
+            name,
+            spread([one.planted[key][0] for one in seen], 2),
+            spread([one.planted[key][1] for one in seen], 2),
+        ]
+        for name, key in (("H - lambda max p", "score"), ("LAPE", "LAPE"))
+    ]
+    kinds = [
+        [name, *(spread([float(one.found.mask(k, kind).sum()) for one in seen], 0) for kind in KINDS)]
+        for k, name in enumerate(LANGUAGES)
+    ]
+    layers, neurons = len(seen[0].found.profile()), len(seen[0].found.p)
+    return f"""
+Four languages of one text: the pivot (60 % of the characters); its letters turned by thirteen, so in the pivot's own
+letters (20 %); an alphabet of its own (10 %); another one with the words of each line reversed (10 %). A model of
+{layers} layers of {EXPERTS} experts, two a token, learns the mixture: {spread(bits)} bits per byte. Neurons are counted
+on {tokens:,} tokens of each language; {TOP_RATE:.0%} of {neurons:,} are selected, by the joint probability.
+
+{table(["language", *KINDS], kinds)}
+
+![Kinds by layer](planted-languages-layers.png)
+
+## Without a language's neurons
+
+Rise in bits per byte on validation text, of the language whose neurons are taken out, of the other three, and of the
+language itself without as many random neurons of the same layers (two masks).
+
+{table(["taken out", "neurons a language", "own", "others", "own, random"], rows)}
+
+![Rise of each language without the specific and related neurons of each](planted-languages-matrix.png)
+
+## Planted neurons
+
+{PLANTED} neurons of each language in each layer get the gate of a linear probe for it; the search does not know them.
+Found is one that is selected and given to its own language. Neurons and languages drawn at random have a precision of
+{seen[0].chance:.4f}; neurons that training itself made specific count against precision here.
+
+{table(["search", "recall", "precision"], planted)}
+"""
+
+
+def layers_figure(seen: Sequence[Seen]) -> Figure:
+    profiles = np.stack([one.found.profile().numpy() for one in seen])  # [seeds, L, 3]
+    figure, grid = plt.subplots(1, 3, figsize=(11, 3.2))
+    for axes, (i, kind), color in zip(
+        grid, enumerate(KINDS), ("tab:red", "tab:orange", "tab:blue"), strict=True
+    ):
+        values = profiles[:, :, i]
+        mean = values.mean(0)
+        error = np.abs(np.stack([values.min(0), values.max(0)]) - mean)
+        axes.bar(np.arange(len(mean)), mean, yerr=error, color=color, capsize=2)
+        axes.set(title=kind, xlabel="layer", ylim=(0, max(values.max(), 1) * 1.1))
+        axes.grid(alpha=0.3, axis="y")
+    grid[0].set_ylabel("neurons, mean of seeds")
+    figure.tight_layout()
+    return figure
+
+
+def matrix_figure(seen: Sequence[Seen]) -> Figure:
+    name = "specific and related"
+    rise, at_random = (
+        np.mean([getattr(one.matrices[name], field).numpy() for one in seen], axis=0)
+        for field in ("rise", "random")
+    )
+    limit = max(np.abs(rise).max(), np.abs(at_random).max(), 1e-6)
+    figure, grid = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axes, values, title in (
+        (grid[0], rise, f"without {name}"),
+        (grid[1], at_random, "as many random neurons"),
+    ):
+        image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        axes.set_xticks(range(len(LANGUAGES)), LANGUAGES)
+        axes.set_yticks(range(len(LANGUAGES)), LANGUAGES)
+        axes.set(title=title, xlabel="loss of")
+        for (i, j), value in np.ndenumerate(values):
+            color = "white" if abs(value) > 0.6 * limit else "black"
+            axes.text(
+                j, i, f"{round(float(value), 3) + 0.0:.3f}", ha="center", va="center", fontsize=8, color=color
+            )
+    grid[0].set_ylabel("neurons of")
+    figure.colorbar(image, ax=grid, label="rise, bits per byte")
+    return figure
+
+
+def data(seen: Sequence[Seen], bits: Sequence[float]) -> dict[str, Any]:
+    return {
+        "languages": list(LANGUAGES),
+        "bits_per_byte": list(bits),
+        "seeds": [
+            {
+                "lambda": one.found.kinds.lam,
+                "tau": one.found.kinds.tau,
+                "layers": one.found.profile().tolist(),
+                "rise": {name: one.matrices[name].rise.tolist() for name in SETS},
+                "random": {name: one.matrices[name].random.tolist() for name in SETS},
+                "base": one.matrices[SETS[0]].base.tolist(),
+                "planted": {name: list(values) for name, values in one.planted.items()},
+                "chance": one.chance,
+            }
+            for one in seen
+        ],
+    }

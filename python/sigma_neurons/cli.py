@@ -1,0 +1,141 @@
+"""`sigma neurons identify`, `ablate` and `report`: the language neurons of a run."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Which neurons of a model belong to which language.")
+
+Place = Annotated[
+    Path, typer.Argument(help="folder of a run with data.languages, or of one checkpoint of it")
+]
+Out = Annotated[Path | None, typer.Option(help="folder of the results; neurons in the run's where not given")]
+
+COUNTS = "counts.safetensors"
+
+
+class Probability(StrEnum):
+    joint = "joint"
+    conditional = "conditional"
+
+
+class Split(StrEnum):
+    train = "train"
+    val = "val"
+
+
+class Within(StrEnum):
+    layer = "layer"
+    expert = "expert"
+
+
+@app.command()
+def identify(
+    place: Place,
+    out: Out = None,
+    split: Annotated[Split, typer.Option(help="text that activations are counted on")] = Split.train,
+    batches: Annotated[int, typer.Option(min=1, help="of each language, as large as the run's")] = 16,
+    top_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="share of neurons that are taken for language-bound")
+    ] = 0.01,
+    probability: Annotated[
+        Probability, typer.Option(help="of being routed to and active, or of being active where routed to")
+    ] = Probability.joint,
+    lam: Annotated[
+        float | None, typer.Option("--lambda", min=0, help="weight of the maximum; searched where not given")
+    ] = None,
+    tau: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="bar of an active language; the top 5 % where not given"),
+    ] = None,
+) -> None:
+    """Count activations by language and find the neurons that are specific to one, related to some, general."""
+    from sigma_train.files import must_be_writable, sha256_file
+
+    from sigma_neurons import measured, view
+    from sigma_neurons.identified import identify as found_in
+
+    run = measured.load(place)
+    folder = _folder(out, run.checkpoint)
+    found = found_in(run.count(split.value, batches), top_rate, probability.value, lam, tau)
+    about = run.about() | {"split": split.value}
+    with must_be_writable("--out", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        found.stats.write(folder / COUNTS)
+        sealed = {"counts_sha256": sha256_file(folder / COUNTS)}
+        _write(folder / "neurons.json", about | sealed | found.figures())
+    view.show(found, folder)
+
+
+@app.command()
+def ablate(
+    place: Place,
+    out: Out = None,
+    batches: Annotated[int, typer.Option(min=1, help="of each language's validation text")] = 4,
+    controls: Annotated[int, typer.Option(min=1, max=100, help="random masks beside each mask")] = 2,
+    within: Annotated[
+        Within, typer.Option(help="what random masks match: how many neurons a layer loses, or an expert")
+    ] = Within.layer,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1)] = 0,
+) -> None:
+    """Take each language's neurons out and show what that costs every language, beside random neurons."""
+    from sigma_train.files import sha256_file
+
+    from sigma_neurons import matrices, measured, view
+
+    run = measured.load(place)
+    folder = _folder(out, run.checkpoint)
+    found = _identified(folder, run.about())
+    done = matrices.ablate(run, found, batches, controls, seed, within.value)
+    of = {"neurons_sha256": sha256_file(folder / "neurons.json")}
+    about = run.about() | of | {"batches": batches, "controls": controls, "within": within.value}
+    _write(folder / "ablation.json", about | {"sets": matrices.figures(done)})
+    view.show_matrices(done, folder)
+
+
+@app.command()
+def report(place: Place, out: Out = None) -> None:
+    """Draw what identify and ablate found, as pictures and a page."""
+    from sigma_train.checkpoint import named_checkpoint
+
+    from sigma_neurons.page import write_page
+
+    folder = _folder(out, named_checkpoint(place))
+    typer.echo(f"wrote {write_page(folder)}")
+
+
+def _folder(out: Path | None, checkpoint: Path) -> Path:
+    return checkpoint.parent.parent / "neurons" if out is None else out
+
+
+def _identified(folder: Path, about: dict[str, Any]) -> Any:
+    """What identify wrote, chosen again from its counts.  Raises: WrongInput if it is of another checkpoint."""
+    from sigma_train.errors import WrongInput
+    from sigma_train.files import sha256_file
+
+    from sigma_neurons.identified import identify as found_in
+    from sigma_neurons.page import read
+    from sigma_neurons.stats import ActivationStats
+
+    told = read(folder / "neurons.json", "identify")
+    if told["checkpoint_sha256"] != about["checkpoint_sha256"]:
+        raise WrongInput(
+            f"{folder / 'neurons.json'} is of {told['checkpoint']}; run identify on {about['checkpoint']} first"
+        )
+    stats = ActivationStats.read(folder / COUNTS)
+    if sha256_file(folder / COUNTS) != told["counts_sha256"]:
+        raise WrongInput(
+            f"{folder / COUNTS} is not what {folder / 'neurons.json'} was made of; run identify again"
+        )
+    return found_in(stats, told["top_rate"], told["probability"], told["lambda"], told["tau"])
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    import json
+
+    from sigma_train.files import must_be_writable, write_text
+
+    with must_be_writable("--out", path.parent):
+        write_text(path, json.dumps({"schema_version": 1} | content, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,110 @@
+"""Neurons of a run by language: chosen from its counts, and told as JSON has it."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from sigma_train.errors import WrongInput
+from torch import Tensor
+
+from sigma_neurons.scores import language_neuron_score
+from sigma_neurons.stats import ActivationStats
+from sigma_neurons.taxonomy import KINDS, Kind, NeuronTaxonomy, classify_neurons, stage_profile
+
+Probability = Literal["joint", "conditional"]
+LEAST_ROUTED = 100  # tokens of each language at an expert, for a conditional probability
+
+
+@dataclass(frozen=True)
+class Identified:
+    """stats with the kinds of its neurons by p [N, K]."""
+
+    stats: ActivationStats
+    probability: Probability
+    top_rate: float
+    p: Tensor
+    kinds: NeuronTaxonomy
+
+    @property
+    def layers(self) -> Tensor:
+        return self.stats.layer_of_neurons()
+
+    def profile(self) -> Tensor:
+        """[L, 3]: specific, related, general by layer."""
+        return stage_profile(self.kinds, self.layers)
+
+    def by_layer(self) -> Tensor:
+        """[L, K]: of each layer the specific and related neurons of each language."""
+        rows = [
+            torch.bincount(
+                self.layers[self.mask(k, "specific", "related")], minlength=int(self.layers.max()) + 1
+            )
+            for k in range(len(self.stats.languages))
+        ]
+        return torch.stack(rows, dim=1)
+
+    def mask(self, language: int, *kinds: Kind) -> Tensor:
+        return self.kinds.of_language(language, *kinds)
+
+    def names(self, mask: Tensor) -> list[list[int]]:
+        """[site, expert of the site, unit] of each neuron of a mask."""
+        site = self.stats.site_of_neurons()
+        begins = torch.tensor([0, *(s.size for s in self.stats.sites)]).cumsum(0)
+        units = torch.tensor([s.units for s in self.stats.sites])
+        found = mask.nonzero().flatten()
+        inside, own = found - begins[site[found]], units[site[found]]
+        return torch.stack([site[found], inside // own, inside % own], dim=1).tolist()
+
+    def figures(self) -> dict[str, Any]:
+        """Everything, as JSON has it."""
+        languages, stats = self.stats.languages, self.stats
+        experts = stats.routing()
+        return {
+            "languages": list(languages),
+            "tokens": stats.tokens.tolist(),
+            "probability": self.probability,
+            "top_rate": self.top_rate,
+            "lambda": self.kinds.lam,
+            "tau": self.kinds.tau,
+            "neurons": len(self.p),
+            "totals": {kind: int(self.kinds.of_kind(kind).sum()) for kind in KINDS},
+            "of_language": {
+                name: {kind: int(self.mask(k, kind).sum()) for kind in KINDS}
+                for k, name in enumerate(languages)
+            },
+            "layers": {
+                "kinds": self.profile().tolist(),
+                "languages": self.by_layer().tolist(),
+            },
+            "sites": [
+                {"name": s.name, "layer": s.layer, "experts": s.experts, "units": s.units}
+                for s in stats.sites
+            ],
+            "experts": {
+                "share": experts.tolist(),  # of each language's tokens, expert by expert
+                "score": language_neuron_score(experts, self.kinds.lam).tolist(),
+            },
+            "named": {
+                name: self.names(self.mask(k, "specific", "related")) for k, name in enumerate(languages)
+            },
+        }
+
+
+def identify(
+    stats: ActivationStats,
+    top_rate: float,
+    probability: Probability = "joint",
+    lam: float | None = None,
+    tau: float | None = None,
+) -> Identified:
+    """Raises: WrongInput if no lambda fits, none is selected, or nothing can be told for want of tokens."""
+    p = stats.joint() if probability == "joint" else stats.conditional(LEAST_ROUTED)
+    if not p.any():
+        raise WrongInput(
+            f"neurons: no expert has {LEAST_ROUTED} tokens of each language; count more batches"
+            if probability == "conditional"
+            else "neurons: no neuron was ever active"
+        )
+    if not round(len(p) * top_rate):
+        raise WrongInput(f"neurons: a share of {top_rate} of {len(p)} neurons selects none; raise it")
+    return Identified(stats, probability, top_rate, p, classify_neurons(p, lam, top_rate, tau))

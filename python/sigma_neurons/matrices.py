@@ -1,0 +1,70 @@
+"""The ablations of a run: by language, of two sets of kinds, and their summary."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sigma_neurons.ablation import Deactivation, deactivation_matrix
+from sigma_neurons.identified import Identified
+from sigma_neurons.measured import Run
+from sigma_neurons.taxonomy import Kind
+
+SETS: dict[str, tuple[Kind, ...]] = {
+    "specific": ("specific",),
+    "specific and related": ("specific", "related"),
+    "with general": ("specific", "related", "general"),
+}
+
+
+def masks_of(found: Identified, kinds: tuple[Kind, ...]) -> dict[str, Tensor]:
+    return {name: found.mask(k, *kinds) for k, name in enumerate(found.stats.languages)}
+
+
+def ablate(
+    run: Run, found: Identified, batches: int, controls: int, seed: int, within: Literal["layer", "expert"]
+) -> dict[str, Deactivation]:
+    """Of each of SETS; one that has the very neurons of the one before, as where none is general, is not done again."""
+    out: dict[str, Deactivation] = {}
+    last: dict[str, Tensor] = {}
+    for name, kinds in SETS.items():
+        masks = masks_of(found, kinds)
+        if not last or any(not torch.equal(mask, last[language]) for language, mask in masks.items()):
+            out[name] = deactivation_matrix(
+                run.model, masks, lambda: run.losses(batches), controls, seed, within
+            )
+        last = masks
+    return out
+
+
+def own_others_random(matrix: Deactivation) -> tuple[float, float, float]:
+    """Means over the languages that have neurons: the rise of the language itself, of the others, of itself at random.
+
+    All 0 where no language has any.
+    """
+    has = torch.tensor(matrix.sizes) > 0
+    own = torch.eye(len(has), dtype=torch.bool) & has[:, None]
+    others = ~torch.eye(len(has), dtype=torch.bool) & has[:, None]
+    parts = (matrix.rise[own], matrix.rise[others], matrix.random[own])
+    rise, of_others, at_random = (float(part.mean()) if len(part) else 0.0 for part in parts)
+    return rise, of_others, at_random
+
+
+def figures(matrices: Mapping[str, Deactivation]) -> dict[str, Any]:
+    """As JSON has it; bits per byte."""
+    out = {}
+    for name, matrix in matrices.items():
+        own, others, at_random = own_others_random(matrix)
+        out[name] = {
+            "languages": list(matrix.languages),
+            "neurons": dict(zip(matrix.masks, matrix.sizes, strict=True)),
+            "base": matrix.base.tolist(),
+            "rise": matrix.rise.tolist(),
+            "random": matrix.random.tolist(),
+            "spread": matrix.spread.tolist(),
+            "own": own,
+            "others": others,
+            "own_random": at_random,
+        }
+    return out

@@ -1,0 +1,87 @@
+"""A trained run with its text by language: what is counted on, and what losses are taken of."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from sigma_train.by_language import batches_of_language, evaluate_by_language, languages_of
+from sigma_train.checkpoint import RECORD, named_checkpoint, read_record
+from sigma_train.config import Config
+from sigma_train.dataset import PreparedData, prepare
+from sigma_train.errors import WrongInput
+from sigma_train.files import sha256_file
+from sigma_train.generate import load_model
+from sigma_train.model import LanguageModel, precision
+from torch import Tensor
+
+from sigma_neurons.counting import ActivationCounter
+from sigma_neurons.stats import ActivationStats
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model of a run, and the text that it was trained and validated on."""
+
+    checkpoint: Path
+    step: int
+    config: Config
+    model: LanguageModel
+    data: PreparedData
+
+    def about(self) -> dict[str, Any]:
+        """Whose the results are: the digest stays where the run is moved or named in another way."""
+        sha256 = sha256_file(self.checkpoint / RECORD)
+        return {"checkpoint": str(self.checkpoint), "checkpoint_sha256": sha256, "step": self.step}
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return languages_of(self.data.train).names
+
+    def batches(self, split: Split, limit: int) -> Iterator[tuple[str, Tensor]]:
+        """(language, tokens): of each language the same number of windows, `limit` batches or what the least has.
+
+        More of one language's text would move the quantile of all probabilities to its side.
+        """
+        t, data = self.config.train, getattr(self.data, split)
+        found = {
+            name: torch.cat(
+                [inputs for inputs, _ in batches_of_language(data, name, t.batch_size, t.seq_len, limit)]
+            )
+            for name in self.languages
+        }
+        windows = min(map(len, found.values()))
+        for name, inputs in found.items():
+            yield from zip(itertools.repeat(name), inputs[:windows].split(t.batch_size))
+
+    @torch.no_grad()
+    def count(self, split: Split, limit: int) -> ActivationStats:
+        with ActivationCounter(self.model, self.languages) as counter, precision(self.config):
+            for language, tokens in self.batches(split, limit):
+                with counter.batch(language, tokens):
+                    self.model(tokens)
+        return counter.stats
+
+    def losses(self, limit: int) -> dict[str, float]:
+        """Bits per byte of each language on the validation split."""
+        return evaluate_by_language(self.model, self.data.val, self.config, limit)
+
+
+def load(place: Path) -> Run:
+    """The newest model of a run, or one checkpoint of it, and its text.
+
+    Raises: WrongInput if the text is not there as it was or has no languages; CheckpointError if there is no model.
+    """
+    checkpoint = named_checkpoint(place)
+    record = read_record(checkpoint)
+    config, model, _ = load_model(checkpoint.parent.parent, checkpoint)
+    if not config.data.languages:
+        raise WrongInput(f"neurons wants a run with data.languages = true, {place} has false")
+    data = prepare(config)
+    if record["extra"].get("corpus_digest") != data.stats["corpus_digest"]:
+        raise WrongInput(f"the text of data.paths is not what {place} was trained on; have it there again")
+    return Run(checkpoint, record["step"], config, model.eval(), data)

@@ -1,0 +1,61 @@
+"""Language neurons for people who look at a terminal."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sigma_neurons.ablation import Deactivation
+from sigma_neurons.identified import Identified
+from sigma_neurons.matrices import own_others_random
+from sigma_neurons.taxonomy import KINDS
+
+
+def show(found: Identified, folder: Path) -> None:
+    console, figures = Console(), found.figures()
+    table = _table("layer", *KINDS, *found.stats.languages)
+    rows = zip(figures["layers"]["kinds"], figures["layers"]["languages"], strict=True)
+    for layer, (kinds, languages) in enumerate(rows):
+        table.add_row(str(layer), *map(str, kinds), *map(str, languages))
+    of_language = figures["of_language"].values()
+    table.add_section()
+    table.add_row(
+        "all", *(str(figures["totals"][kind]) for kind in KINDS),
+        *(str(own["specific"] + own["related"]) for own in of_language),
+    )  # fmt: skip
+    console.print(table)
+    chosen = f"the lowest {found.top_rate:.2%} of {len(found.p)} by H - {found.kinds.lam:.4f} max p"
+    _say(console, f"specific: of one language, related: of some, both of {chosen}; general: of all languages")
+    _say(
+        console,
+        f"a language has a neuron where its {found.probability} p is above tau = {found.kinds.tau:.4f}",
+    )
+    _say(console, f"wrote {folder / 'neurons.json'} and counts.safetensors")
+
+
+def show_matrices(matrices: Mapping[str, Deactivation], folder: Path) -> None:
+    console = Console()
+    for name, matrix in matrices.items():
+        table = _table("of", "neurons", *matrix.languages)
+        for mask, size, rise in zip(matrix.masks, matrix.sizes, matrix.rise.tolist(), strict=True):
+            table.add_row(mask, str(size), *(f"{value:+.3f}" for value in rise))
+        _say(console, f"without {name}: rise of each language, bits per byte")
+        console.print(table)
+        own, others, at_random = own_others_random(matrix)
+        _say(
+            console,
+            f"own language {own:+.4f} bits per byte, others {others:+.4f}; own at random {at_random:+.4f}",
+        )
+    _say(console, f"wrote {folder / 'ablation.json'}")
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

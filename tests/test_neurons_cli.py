@@ -1,0 +1,173 @@
+"""`sigma neurons` on a small run: what it writes is what the library finds, and wrong input is one sentence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from sigma_cli.commands import app
+from sigma_neurons import measured
+from sigma_neurons.ablation import deactivate
+from sigma_neurons.identified import identify
+from sigma_neurons.page import write_page
+from sigma_train.by_language import batches_of_language
+from sigma_train.config import Config
+from sigma_train.errors import WrongInput
+from sigma_train.folder import claimed
+from sigma_train.loop import Trainer
+from typer.testing import CliRunner
+
+LETTERS = {"aa": "abcdef", "bb": "ghijkl", "cc": "mnopqr"}
+
+
+def settings(folder: Path) -> Config:
+    return Config.from_dict(
+        {
+            "data": {
+                "paths": [str(folder / "text")], "cache_dir": str(folder / "cache"), "val_fraction": 0.4,
+                "languages": True,
+            },
+            "model": {
+                "vocab_size": 300, "hidden_size": 16, "num_heads": 1, "num_kv_heads": 1, "head_dim": 16,
+                "intermediate_size": 16, "num_experts": 4, "top_k": 2, "num_layers": 2, "max_seq_len": 32,
+            },
+            "optim": {"lr": 1e-2, "warmup_steps": 2},
+            "train": {"seq_len": 32, "batch_size": 16, "steps": 12, "eval_batches": 1, "out": str(folder / "run")},
+        }
+    )  # fmt: skip
+
+
+def trained(folder: Path) -> Path:
+    (folder / "text").mkdir()
+    rng = np.random.default_rng(0)
+    for name, letters in LETTERS.items():
+        words = ["".join(rng.choice(list(letters), 5)) for _ in range(12_000)]
+        (folder / "text" / f"{name}.txt").write_text("\n".join(words))
+    config = settings(folder)
+    with claimed(folder / "run"):
+        trainer = Trainer(config, Console(quiet=True), resume=False)
+        with trainer.ledger:
+            trainer.run()
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("neurons"))
+
+
+def sigma(*args: str) -> str:
+    """Standard output; what a command raises comes out."""
+    result = CliRunner().invoke(
+        app, ["neurons", *map(str, args)], catch_exceptions=False, standalone_mode=False
+    )
+    return result.output
+
+
+def test_identify_writes_what_the_library_finds(run, tmp_path):
+    out = sigma("identify", run, "--out", tmp_path, "--batches", 2, "--top-rate", 0.1)
+    told = json.loads((tmp_path / "neurons.json").read_text())
+    loaded = measured.load(run)
+    stats = loaded.count("train", 2)
+    want = identify(stats, 0.1)
+    assert told["tokens"] == [2 * 16 * 32] * 3  # as many of each
+    assert told["languages"] == ["aa", "bb", "cc"]
+    assert told["lambda"] == want.kinds.lam
+    assert told["totals"]["specific"] == int(want.kinds.specific.sum())
+    assert np.array(told["layers"]["kinds"]).sum(0).tolist() == list(told["totals"].values())
+    shares = np.array(told["experts"]["share"]).reshape(2, 4, 3)
+    assert shares.sum(1) == pytest.approx(2)  # top_k, in each layer and language
+    assert "layer" in out
+    by_name = {tuple(unit) for unit in told["named"]["bb"]}
+    mask = want.mask(1, "specific", "related").view(2, 4, 16)
+    assert by_name == {tuple(unit) for unit in mask.nonzero().tolist()}
+
+
+def test_ablate_measures_and_report_shows(run, tmp_path):
+    sigma("identify", run, "--out", tmp_path, "--batches", 2, "--top-rate", 0.2, "--tau", 0.3)
+    sigma("ablate", run, "--out", tmp_path, "--batches", 1, "--controls", 2)
+    told = json.loads((tmp_path / "ablation.json").read_text())
+    loaded = measured.load(run)
+    found = identify(loaded.count("train", 2), 0.2, tau=0.3)
+    base = loaded.losses(1)
+    assert told["sets"]["specific"]["base"] == list(base.values())
+    for i in range(3):
+        with deactivate(loaded.model, found.mask(i, "specific")):
+            without = loaded.losses(1)
+        rise = [without[name] - base[name] for name in base]
+        assert told["sets"]["specific"]["rise"][i] == pytest.approx(rise, abs=1e-12)
+    assert any(told["sets"]["specific"]["neurons"].values())
+    sigma("report", run, "--out", tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert {"kinds.png", "languages.png", "routing.png", "without-specific.png"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    assert "specific to one language" in page
+    assert "Without specific" in page
+
+
+def test_a_checkpoint_that_was_not_counted_is_refused(run, tmp_path):
+    with pytest.raises(WrongInput, match=r"neurons.json is missing; `sigma neurons identify` writes it"):
+        sigma("ablate", run, "--out", tmp_path)
+    sigma("identify", run, "--out", tmp_path, "--batches", 1)
+    told = json.loads((tmp_path / "neurons.json").read_text())
+    (tmp_path / "neurons.json").write_text(json.dumps(told | {"counts_sha256": "0"}))
+    with pytest.raises(
+        WrongInput, match=r"counts.safetensors is not what .* was made of; run identify again"
+    ):
+        sigma("ablate", run, "--out", tmp_path)
+    (tmp_path / "neurons.json").write_text(
+        json.dumps(told | {"checkpoint": "other", "checkpoint_sha256": "0"})
+    )
+    with pytest.raises(WrongInput, match="is of other; run identify on"):
+        sigma("ablate", run, "--out", tmp_path)
+    (tmp_path / "ablation.json").write_text(json.dumps({"schema_version": 1, "neurons_sha256": "1"}))
+    with pytest.raises(WrongInput, match=r"is of other neurons than neurons.json; run .sigma neurons ablate"):
+        write_page(tmp_path)
+    (tmp_path / "neurons.json").write_text(json.dumps({"schema_version": 2}))
+    with pytest.raises(WrongInput, match="must be of schema_version 1"):
+        write_page(tmp_path)
+
+
+def test_a_run_without_languages_or_its_text_is_refused(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    toml = (other / "config.toml").read_text()
+    (other / "config.toml").write_text(toml.replace("languages = true", "languages = false"))
+    with pytest.raises(WrongInput, match=r"wants a run with data.languages = true, .* has false"):
+        sigma("identify", other)
+    text = run.parent / "text" / "aa.txt"
+    before = text.read_text()
+    text.write_text(before + "abc\n" * 9)
+    try:
+        with pytest.raises(WrongInput, match=r"is not what .* was trained on"):
+            sigma("identify", run, "--out", tmp_path)
+    finally:
+        text.write_text(before)
+    assert not (tmp_path / "neurons.json").exists()
+
+
+def test_languages_of_unequal_text_are_counted_equally(run):
+    """Defends: the quantile of the language with the most text."""
+    loaded = measured.load(run)
+    windows = dict.fromkeys(loaded.languages, 0)
+    for name, tokens in loaded.batches("val", 10**6):
+        windows[name] += len(tokens)
+    assert len({*windows.values()}) == 1
+    most = [len(list(batches_of_language(loaded.data.val, name, 1, 32))) for name in loaded.languages]
+    assert set(windows.values()) == {min(most)}
+
+
+def test_conditional_probabilities_want_tokens_of_each_language(run):
+    stats = measured.load(run).count("train", 2)
+    assert identify(stats, 0.1, "conditional").p.shape == (128, 3)
+    for routed in stats.routed:
+        routed[0] = 0
+    with pytest.raises(WrongInput, match="no expert has 100 tokens of each language"):
+        identify(stats, 0.1, "conditional")
+    assert torch.equal(identify(stats, 0.1).p, stats.joint())
+    with pytest.raises(WrongInput, match=r"a share of 0.001 of 128 neurons selects none"):
+        identify(stats, 0.001)
