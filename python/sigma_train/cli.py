@@ -140,8 +140,8 @@ def generate(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Continue a prompt with the newest checkpoint of a run."""
-    from sigma_train.config import SEED_MAX
     from sigma_train.errors import WrongInput
+    from sigma_train.kinds import SEED_MAX
 
     if not 0 <= seed <= SEED_MAX:
         raise WrongInput(f"--seed must be an integer from 0 to {SEED_MAX}, found {seed}")

@@ -7,12 +7,38 @@ import warnings
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from sigma_train.errors import WrongInput
+from sigma_train.kinds import (
+    Betas,
+    Count,
+    EvenSize,
+    Folder,
+    Kept,
+    NonNegative,
+    OpenShare,
+    OptionalBytes,
+    OptionalCount,
+    OptionalFile,
+    OptionalFolder,
+    OptionalPositive,
+    OptionalThreads,
+    Paths,
+    Phases,
+    Positive,
+    Seed,
+    Share,
+    Size,
+    Sizes,
+    TopK,
+    Vocabulary,
+    Wanted,
+    Whole,
+)
 
 
 class ConfigError(WrongInput):
@@ -21,89 +47,6 @@ class ConfigError(WrongInput):
 
 class ConfigWarning(UserWarning):
     """A legal setting that seldom does what was meant."""
-
-
-class Wanted(str):
-    """What a field accepts, in words; errors read '<key> must be <wanted>, found <value>'."""
-
-    __slots__ = ()
-
-
-def _integer(low: int, high: int, kind: str = "an integer", remark: str = "", **more: int) -> Any:
-    """A strict integer in low..high: no True for 1, no '3' for 3."""
-    wanted = Wanted(f"{kind} from {low}{remark} to {high}")
-    return Annotated[int, Field(strict=True, ge=low, le=high, **more), wanted]
-
-
-def _number(wanted: str, **bounds: float) -> Any:
-    """A strict number, and no nan."""
-    return Annotated[float, Field(strict=True, allow_inf_nan=False, **bounds), Wanted(wanted)]
-
-
-def _wanted_of(kind: Any) -> Wanted:
-    return next(note for note in kind.__metadata__ if isinstance(note, Wanted))
-
-
-def _or_none(kind: Any) -> Any:
-    return Annotated[kind | None, Wanted(f"{_wanted_of(kind)}, or none")]
-
-
-SEED_MAX = (1 << 63) - 1  # TOML's largest integer
-
-if TYPE_CHECKING:  # a call is no type to a type checker
-    Count = int
-    Whole = int
-    Size = int
-    EvenSize = int
-    Vocabulary = int
-    Threads = int
-    Seed = int
-    Bytes = int
-    Positive = float
-    NonNegative = float
-    Share = float
-    OpenShare = float
-    Kept = float
-    Beta = float
-else:
-    Count = _integer(1, 10**9)
-    Whole = _integer(0, 10**9)
-    Size = _integer(1, 1 << 20)  # of a dimension
-    EvenSize = _integer(2, 1 << 20, "an even integer", multiple_of=2)
-    Vocabulary = _integer(257, 1 << 24, remark=" (every byte and the end of text)")
-    Threads = _integer(1, 1024)  # OpenMP dies of more than the system grants
-    Seed = _integer(0, SEED_MAX)
-    Bytes = _integer(1, 10**18)
-    Positive = _number("a number above 0", gt=0)
-    NonNegative = _number("a number of at least 0", ge=0)
-    Share = _number("a number from 0 to 1", ge=0, le=1)
-    OpenShare = _number("a number above 0 and below 1", gt=0, lt=1)
-    Kept = _number("a number above 0 and at most 1", gt=0, le=1)
-    Beta = _number("a number of at least 0 and below 1", ge=0, lt=1)
-Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), Wanted("the name of a folder")]
-TopK = Annotated[
-    Size | tuple[Size, ...], Wanted(f"{_wanted_of(Size)}, or a list of them, one for each layer")
-]
-Point = Whole | Share
-Phases = Annotated[
-    tuple[tuple[Point, tuple[Size, ...]] | tuple[Point, tuple[Size, ...], Point], ...],
-    Wanted(
-        "a list of [begin, top_k of each layer] or [begin, top_k of each layer, end of a ramp], "
-        "begin and end being steps or shares of the run, as 0.9"
-    ),
-]
-Sizes = Annotated[tuple[Size, ...], Wanted(f"a list of {_wanted_of(Size)}")]
-File = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), Wanted("the name of a file")]
-OptionalFile = _or_none(File)
-OptionalCount = _or_none(Count)
-OptionalBytes, OptionalFolder = _or_none(Bytes), _or_none(Folder)
-OptionalPositive, OptionalThreads = _or_none(Positive), _or_none(Threads)
-Betas = Annotated[tuple[Beta, Beta], Wanted("two numbers of at least 0 and below 1")]
-Paths = Annotated[
-    tuple[str, ...],
-    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
-    Wanted("a list of files, folders or globs"),
-]
 
 
 class _Section(BaseModel):
