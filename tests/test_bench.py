@@ -262,13 +262,16 @@ def test_every_group_races_and_is_written(tmp_path, monkeypatch):
         "layer/forward", "layer/forward+backward", "sweep-T/forward", "sweep-T/forward+backward", "decode/forward",
         "grouped_gemm/x@W.T", "grouped_gemm/a.T@b", "route/forward", "permute/forward", "unpermute/forward",
         "router_end/forward", "route_and_losses/forward+backward", "dispatch and combine/forward",
-        "varying_k/forward",
+        "varying_k/forward", "align_spans", "aggregate_teacher_loss",
     }  # fmt: skip
     for race in found["races"]:
         assert set(race) == {
             "group", "shape", "load", "memory", "flops", "moved", "calls", "note", "sizes", "rows", "candidates",
         }  # fmt: skip
-        assert set(race["rows"]) == {"mean", "most", "idle"}
+        if race["group"].startswith(("align_spans", "aggregate_teacher_loss")):
+            assert race["rows"] is None, "tokens of two vocabularies, no experts"
+        else:
+            assert set(race["rows"]) == {"mean", "most", "idle"}
         assert race["candidates"][0]["kind"] == "ours"
         for candidate in race["candidates"]:
             figures = {"reason"} if "reason" in candidate else {"median_s", "min_s", "rounds"}

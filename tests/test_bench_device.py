@@ -258,7 +258,7 @@ def test_bench_runs_on_a_gpu_that_is_not_there(tmp_path, monkeypatch):
     assert found["device"]["name"] == "A GPU that is not there"
     assert found["device"]["flush_bytes"] == 2**12
     lines = {r["group"]: {c["name"]: c.get("reason") for c in r["candidates"]} for r in found["races"]}
-    assert len(lines) == 12
+    assert len(lines) == 13
     for group in ("layer/forward/bf16", "layer/forward+backward/bf16", "decode/forward/bf16"):
         raced = {name for name, reason in lines[group].items() if reason is None}
         assert raced >= {
