@@ -112,6 +112,7 @@ def test_a_training_that_fails_is_named(tmp_path, monkeypatch, cache):
         Lab(tmp_path, 1, True, 1, Console(quiet=True)).train([Run("bad", 0, SMALL)])
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_each_experiment_in_short(name, make_lab, tmp_path, cache):
     """Defends: an experiment that no longer runs, a page whose pictures are not there, numbers JSON cannot hold."""
