@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import triton
 from sigma_train.files import write_text
+from sigma_train.markdown import table
 from torch import Tensor
 
 import sigma_kernels as sk
@@ -187,15 +188,8 @@ def page(tables: dict[Cell, list[tuple[tuple[str, ...], bool]]], command: Sequen
         "it can.",
     ]
     for architecture, gpu in GPUS.items():
-        parts += [
-            "",
-            f"## {architecture}",
-            "",
-            "| " + " | ".join(COLUMNS) + " |",
-            "|---" * len(COLUMNS) + "|",
-        ]
-        for (found, _), table in tables.items():
-            parts += ["| " + " | ".join(text) + " |" for text, _ in table if found == architecture]
+        rows = [text for (found, _), cell in tables.items() if found == architecture for text, _ in cell]
+        parts += ["", f"## {architecture}", "", *table(COLUMNS, rows)]
         parts += bound_tables(gpu)
     return "\n".join(parts) + "\n"
 
@@ -209,7 +203,6 @@ def bound_tables(gpu: Gpu) -> list[str]:
     ]
     for shape in TOLD:
         head = ("launch", "MB", "GFLOP scheduled", "of them wanted", "us by memory", "us by FLOPs")
-        parts += ["", f"T={shape.T:,}, {shape.rows:.1f} rows an expert:", "", "| " + " | ".join(head) + " |",
-                  "|---" * len(head) + "|"]  # fmt: skip
-        parts += ["| " + " | ".join(row) + " |" for row in bounds(gpu, shape, torch.bfloat16)]
+        parts += ["", f"T={shape.T:,}, {shape.rows:.1f} rows an expert:", ""]
+        parts += table(head, bounds(gpu, shape, torch.bfloat16))
     return parts

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from sigma_train.errors import Stopped, WrongInput
 from sigma_train.files import atomic_file, write_text
+from sigma_train.markdown import table
 from sigma_train.processor import processor_name
 
 import sigma_kernels as sk
@@ -259,12 +260,6 @@ def rich_table(race: dict[str, Any]) -> Table:
     for row in lines(race):
         table.add_row(*row)
     return table
-
-
-def table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of markdown."""
-    head = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return head + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def named(gpu: dict[str, Any]) -> str:

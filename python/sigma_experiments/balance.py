@@ -38,8 +38,7 @@ def run(lab: Lab) -> Page:
         lab.train([r for name, settings in ARMS.items() for r in sparse.arm(name, lab, settings)])
     )
     must_be_one_run(trained["schedule"], trained["stay"])
-    commonest = sparse.commonest_share(trained["plain"][0])
-    bound = sparse.token_bound(commonest)
+    commonest, bound = sparse.commonest(trained["plain"][0]), sparse.bounds(trained["plain"][0])[0]
     return Page(
         "One expert of 96: balance, layer by layer",
         text(trained, commonest, bound),
@@ -67,7 +66,6 @@ def switch_step(trained: Trained) -> int:
 
 def text(trained: dict[str, list[Trained]], commonest: float, bound: float) -> str:
     config = trained["plain"][0].config
-    tokens = config.train.steps * config.train.batch_size * config.train.seq_len
     rows = []
     for name, runs in trained.items():
         most, least = sparse.final(runs, "load_most"), sparse.final(runs, "load_least")
@@ -92,12 +90,13 @@ def text(trained: dict[str, list[Trained]], commonest: float, bound: float) -> s
         "entropy of p over log E, layer 0",
         "validation, bits per byte",
     ]
+    t = config.train
     return f"""
-{sparse.LAYERS} layers of {sparse.EXPERTS} experts, hidden size {config.model.hidden_size}, {tokens:,} tokens of Python
-source a run in steps of {config.train.batch_size * config.train.seq_len:,}, vocabulary {config.model.vocab_size};
-{sparse.seeds_of(trained["plain"])}, mean [lowest, highest]. Deviations from an even share are those of the last
-{2 * config.guard.stats_every} steps. k = {EARLY} over the layers goes to 1 at {SWITCH:.0%} of the steps; the run that
-switches and the one that stays have, until then, equal losses bit for bit, which is checked: they go on from one state.
+{sparse.described(trained)}, mean [lowest, highest]. Hidden size {config.model.hidden_size}, steps of
+{t.batch_size * t.seq_len:,} tokens, vocabulary {config.model.vocab_size:,}. Deviations from an even share are those of
+the last {2 * config.guard.stats_every} steps. k = {EARLY} over the layers goes to 1 at {SWITCH:.0%} of the
+steps; the run that switches and the one that stays have, until then, equal losses bit for bit, which is checked: they
+go on from one state.
 
 {table(columns, rows)}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from sigma_train import markdown
 from sigma_train.files import atomic_file, write_text
 from sigma_train.processor import processor_name
 from sigma_train.report import png
@@ -52,8 +53,7 @@ def write(
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
-    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])
+    return "\n".join(markdown.table(columns, rows))
 
 
 def spread(values: Sequence[float], digits: int = 3, unit: str = "") -> str:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sigma_train.dataset import prepare
 
 from sigma_experiments.lab import SHORT, Lab, Run, Trained
 from sigma_experiments.page import spread
@@ -54,9 +53,9 @@ def final_bits(trained: Sequence[Trained]) -> list[float]:
     return [each.validation[-1][1] for each in trained]
 
 
-def final(trained: Sequence[Trained], name: str, looks: int = 2) -> np.ndarray:
-    """A statistic [seeds, layers], mean over the last looks."""
-    return np.array([np.mean(each.layers(name)[1][-looks:], axis=0) for each in trained], dtype=float)
+def final(trained: Sequence[Trained], name: str) -> np.ndarray:
+    """A statistic [seeds, layers], mean over the last two looks."""
+    return np.array([np.mean(each.layers(name)[1][-2:], axis=0) for each in trained], dtype=float)
 
 
 def over_time(trained: Sequence[Trained], name: str) -> tuple[list[int], np.ndarray]:
@@ -68,15 +67,22 @@ def percent(values: Sequence[float]) -> str:
     return spread([100 * value for value in values], 0, " %")
 
 
-def commonest_share(trained: Trained) -> float:
+def commonest(trained: Trained) -> float:
     """pi_max: the share of the commonest token in the training text."""
-    tokens = prepare(trained.config).train.tokens
-    return float(np.bincount(tokens).max() / len(tokens))
+    return next(row["commonest_token"] for row in trained.rows if "commonest_token" in row)
 
 
-def token_bound(commonest: float, k: float = 1) -> float:
-    """E pi_max / k - 1: the busiest expert's deviation at least, where equal tokens go to equal experts."""
-    return max(0.0, EXPERTS * commonest / k - 1)
+def bounds(trained: Trained) -> list[float]:
+    """E pi_max / k - 1 of each layer at the last look, at least 0 (`load_limits.most_bound`)."""
+    return [max(0.0, bound) for bound in trained.layers("load_most_bound")[1][-1]]
+
+
+def described(trained: Mapping[str, Sequence[Trained]]) -> str:
+    """The size of every arm, and how many seeds of each."""
+    runs = next(iter(trained.values()))
+    t = runs[0].config.train
+    tokens = t.steps * t.batch_size * t.seq_len
+    return f"{LAYERS} layers of {EXPERTS} experts, {tokens:,} tokens of Python source a run; {seeds_of(runs)}"
 
 
 def seeds_of(trained: Sequence[Trained]) -> str:

@@ -31,8 +31,8 @@ def run(lab: Lab) -> Page:
     shared = {"train.steps": STEPS, "train.save_every": STEPS}
     runs = [each for name, settings in arms for each in sparse.arm(name, lab, {**shared, **settings})]
     trained = sparse.by_arm(lab.train(runs))
-    commonest = {name: sparse.commonest_share(of[0]) for name, of in trained.items()}
-    bounds = {name: bounds_of(trained[name][0], share) for name, share in commonest.items()}
+    commonest = {name: sparse.commonest(of[0]) for name, of in trained.items()}
+    bounds = {name: sparse.bounds(of[0]) for name, of in trained.items()}
     return Page(
         "The commonest token's part in imbalance",
         text(trained, commonest, bounds),
@@ -47,10 +47,6 @@ def run(lab: Lab) -> Page:
             for name, of in trained.items()
         },
     )
-
-
-def bounds_of(trained: Trained, commonest: float) -> list[float]:
-    return [sparse.token_bound(commonest, k) for k in trained.config.model.layer_top_k]
 
 
 def text(
@@ -80,11 +76,8 @@ def text(
         "over the bound",
         "busiest expert, mean of the others",
     )
-    config = next(iter(trained.values()))[0].config
-    tokens = config.train.steps * config.train.batch_size * config.train.seq_len
     return f"""
-{sparse.LAYERS} layers of {sparse.EXPERTS} experts, plain loss, {tokens:,} tokens of Python source a run;
-{sparse.seeds_of(next(iter(trained.values())))}, mean [lowest, highest].
+{sparse.described(trained)}, mean [lowest, highest]; plain loss.
 
 {table(columns, rows)}
 

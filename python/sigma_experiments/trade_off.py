@@ -81,11 +81,8 @@ def text(chosen: dict[str, tuple[str, float, Any]], trained: dict[str, list[Trai
         "experts without a token, all layers",
         "validation, bits per byte",
     )
-    config = next(iter(trained.values()))[0].config
-    tokens = config.train.steps * config.train.batch_size * config.train.seq_len
     return f"""
-{sparse.LAYERS} layers of {sparse.EXPERTS} experts, {tokens:,} tokens of Python source a run;
-{sparse.seeds_of(next(iter(trained.values())))}, mean [lowest, highest]. The Top-1 loss has the coefficient
+{sparse.described(trained)}, mean [lowest, highest]. The Top-1 loss has the coefficient
 {sparse.BASE["router.balance_coef"]:g}, as plain loss has where nothing else is said.
 
 {table(columns, rows)}

@@ -17,6 +17,7 @@ from sigma_train.config import ConfigError, load_config
 from sigma_train.files import atomic_file, write_text
 from sigma_train.folder import claimed
 from sigma_train.loop import Trainer
+from sigma_train.markdown import table
 from sigma_train.metrics import read_metrics
 from sigma_train.report import png
 
@@ -139,8 +140,6 @@ def figure(runs: list[Runs]) -> Figure:
 
 
 def page(runs: list[Runs], seeds: int) -> str:
-    head = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    table = ["| " + " | ".join(run.line) + " |" for run in runs]
     each = [f"- {run.preset}: {', '.join(f'{bits:.4f}' for bits in run.final)}" for run in runs]
     count = "one seed" if seeds == 1 else f"{seeds} seeds"
     seen = {validation(rows)[-1][0] for run in runs for rows in run.rows}
@@ -152,5 +151,5 @@ def page(runs: list[Runs], seeds: int) -> str:
     return "\n".join([
         f"# {' against '.join(run.preset for run in runs)}", "",
         f"Validation after {after}, {count}; both curves in compare.png.", "",
-        *head, *table, "", "Bits per byte of each seed:", "", *each, "",
+        *table(COLUMNS, [run.line for run in runs]), "", "Bits per byte of each seed:", "", *each, "",
     ])  # fmt: skip
