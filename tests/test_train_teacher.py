@@ -22,7 +22,7 @@ from sigma_train.reading import Reading, losses
 from sigma_train.spans import spans_of_lengths
 from sigma_train.teacher import RunTeacher, TransformersTeacher, open_teacher
 from sigma_train.teacher_cache import cache_losses, reading_of
-from sigma_train.teacher_file import read_losses
+from sigma_train.teacher_file import read_losses, text_of
 from sigma_train.tokenizer import train_tokenizer
 from support import assert_one_sentence, sigma
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -197,6 +197,23 @@ def test_targets_are_those_of_the_covering_tokens(run, corpus, tmp_path, how, mo
         want = float("nan") if not len(over) else (over.max() if how == "max" else over.mean()).item()
         assert value == pytest.approx(want, rel=1e-5, nan_ok=True)
     assert torch.equal(got.isnan(), torch.from_numpy(data.train.tokens == data.tokenizer.eos_id))
+
+
+def test_languages_are_split_as_the_trainer_does(run, tmp_path):
+    """Defends: losses of another split, or of files that are of no language, which no run can then use."""
+    folder = tmp_path / "text"
+    for i in range(6):
+        (folder / str(i)).mkdir(parents=True)
+        (folder / str(i) / "README.md").write_text(f"of no language {i}\n" * 9)
+        for language in "abc":
+            (folder / str(i) / f"{language}.txt").write_text(f"{language} {i} text\n" * 9)
+    config = config_of(folder, tmp_path, "data.languages=true")
+    cached(RunTeacher(run), config, tmp_path / "losses")
+    data, found = prepare(config), read_losses(tmp_path / "losses", "test")
+    assert found.record["text"] == text_of(
+        data.stats["corpus_digest"], config.data, data.stats["train_bytes"]
+    )
+    assert found.targets(data.train, "max").isnan().sum() == data.train.languages.of_document.size
 
 
 def test_losses_of_half_the_size(run, corpus, tmp_path):

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 from sigma_train.config import DataConfig
-from sigma_train.corpus import find_files, read_corpus, split
+from sigma_train.corpus import find_files, read_corpus
 from sigma_train.dataset import TokenDataset
 from sigma_train.errors import WrongInput
 from sigma_train.files import write_text
+from sigma_train.languages import files_of, splits_of
 from sigma_train.spans import spans_of_lengths
 from sigma_train.tokenizer import Tokenizer
 
@@ -36,7 +37,7 @@ class Texts:
 
     def kinds(self, dataset: TokenDataset, data: DataConfig) -> np.ndarray:
         """[tokens] of the training split: which kind each is of."""
-        documents, _ = split(read_corpus(find_files(data.paths), data.max_bytes).documents, data.val_fraction)
+        _, documents, _ = splits_of(files_of(data), data)
         of_bytes = np.concatenate([self._of_document(d.path.name, d.start, d.size) for d in documents])
         begins, ends = spans_of_lengths(dataset.token_bytes[dataset.tokens]).T
         noise = np.concatenate([[0], np.cumsum(of_bytes == NOISE)])

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sigma_train.alignment import align_spans
+from sigma_train.config import DataConfig
 from sigma_train.dataset import TokenDataset
 from sigma_train.errors import WrongInput
 from sigma_train.files import atomic_file
@@ -31,7 +32,7 @@ BLOCK = 1 << 18  # student tokens that are aligned at once
 
 @dataclass(frozen=True)
 class TeacherLosses:
-    """record: `text` (corpus_digest, val_fraction, bytes), `teacher`, `reading`, `sha256` of the tensors."""
+    """record: `text` (of `text_of`), `teacher`, `reading`, `sha256` of the tensors."""
 
     loss: Tensor
     begins: Tensor
@@ -99,9 +100,14 @@ def read_losses(path: Path, who: str) -> TeacherLosses:
     return TeacherLosses(**tensors, record=record)
 
 
-def text_of(corpus_digest: str, val_fraction: float, num_bytes: int) -> dict[str, Any]:
+def text_of(corpus_digest: str, data: DataConfig, num_bytes: int) -> dict[str, Any]:
     """What tells the text of a training split: its documents follow from these, whatever the vocabulary."""
-    return {"corpus_digest": corpus_digest, "val_fraction": val_fraction, "bytes": num_bytes}
+    return {
+        "corpus_digest": corpus_digest,
+        "val_fraction": data.val_fraction,
+        "languages": data.languages,
+        "bytes": num_bytes,
+    }
 
 
 def must_be_of(losses: TeacherLosses, wanted: dict[str, Any], path: Path) -> None:
