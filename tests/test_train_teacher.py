@@ -1,6 +1,7 @@
 """`sigma teacher cache`: each teacher token's loss with enough before it, where it stands, and of what it is."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,6 @@ from sigma_train.teacher_cache import cache_losses, reading_of
 from sigma_train.teacher_file import read_losses, text_of
 from sigma_train.tokenizer import train_tokenizer
 from support import assert_one_sentence, sigma
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXT = "für alle Fälle 東京 e\u0301 🙂🙂\n\ndef f(x):\n    return x * 2\n"
 TINY = ["model.hidden_size=16", "model.head_dim=8", "model.num_experts=4", "model.intermediate_size=8"]
@@ -228,57 +228,6 @@ def test_losses_of_half_the_size(run, corpus, tmp_path):
     assert half.digest != full.digest
 
 
-def foreign(folder, normalizer=None, trim: bool = True, special: str = "<s>"):
-    """A folder as others make them: SentencePiece-like, with what stands around a text."""
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=150, special_tokens=["<unk>", special], unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT] * 4, trainer)
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{special} $A {special}", special_tokens=[(special, tokenizer.token_to_id(special))]
-    )
-    tokenizer.enable_truncation(8)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special, unk_token="<unk>").save_pretrained(
-        folder
-    )
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Qwen3Config(
-        **sizes,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=tokenizer.get_vocab_size(),
-        max_position_embeddings=32,
-    )
-    torch.manual_seed(1)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def test_a_model_of_transformers_with_its_own_pieces(corpus, tmp_path):
-    """Defends: special tokens around a text, a text that is cut, spaces that belong to nothing."""
-    teacher = open_teacher(foreign(tmp_path / "hf", normalizers.NFKC()))
-    text = f"  für <s> e\u0301 {TEXT}"
-    ((ids, spans),) = teacher.encode([text])
-    assert len(ids) == len(spans) > 20
-    assert (spans[0, 0], spans[-1, 1]) == (0, len(text.encode()))
-    assert (spans[1:, 0] <= spans[:-1, 1]).all()
-    config = config_of(corpus, tmp_path)
-    cached(teacher, config, tmp_path / "losses")
-    found = read_losses(tmp_path / "losses", "test")
-    assert not found.loss.isnan().any()
-    assert found.record["reading"] == {"context": 32, "overlap": 8, "dtype": "f32"}
-    targets = found.targets(prepare(config).train, "max")
-    assert torch.equal(
-        targets.isnan(), torch.from_numpy(prepare(config).train.tokens == prepare(config).tokenizer.eos_id)
-    )
-
-
 def test_the_same_again_is_there_already(run, corpus, tmp_path):
     """Defends: hours of a teacher for what is there; losses of another that are taken for these."""
     config, out = config_of(corpus, tmp_path), tmp_path / "losses"
@@ -314,9 +263,26 @@ def test_a_file_that_is_none_is_refused(run, corpus, tmp_path):
     cached(RunTeacher(run), config_of(corpus, tmp_path), tmp_path / "sound")
     content = bytearray((tmp_path / "sound").read_bytes())
     content[-5] ^= 1
-    out.write_bytes(content)
-    with pytest.raises(WrongInput, match="is damaged: its sha256 differs"):
-        read_losses(out, "objective.teacher")
+    sound = (tmp_path / "sound").read_bytes()
+    for damaged, told in (
+        (content, "its sha256 differs"),
+        (sound.replace(b"val_fraction", b"val_fractiom"), "its sha256 differs"),
+        (sound.replace(b'{\\"version', b'[\\"version'), "Expecting"),
+    ):
+        assert damaged != sound
+        out.write_bytes(damaged)
+        with pytest.raises(WrongInput, match=f"is damaged: {told}"):
+            read_losses(out, "objective.teacher")
+    with pytest.raises(WrongInput, match=r"objective\.teacher: cannot read"):
+        read_losses(tmp_path, "objective.teacher")
+
+
+def test_a_folder_that_takes_no_file_is_told_first(run, corpus, tmp_path, monkeypatch):
+    """Defends: hours of a teacher whose losses then have no place."""
+    teacher = RunTeacher(run)
+    monkeypatch.setattr(teacher, "encode", None)
+    with pytest.raises(WrongInput, match=r"--out: cannot write in /proc: .*; name another folder"):
+        cached(teacher, config_of(corpus, tmp_path), Path("/proc/losses"))
 
 
 def test_a_write_that_fails_leaves_nothing(run, corpus, tmp_path, monkeypatch):
@@ -329,6 +295,15 @@ def test_a_write_that_fails_leaves_nothing(run, corpus, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         cached(RunTeacher(run), config, tmp_path / "out" / "losses")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_teacher_that_has_diverged_is_refused(run, corpus, tmp_path):
+    """Defends: losses that are no number taken for tokens without context, all of which a run then learns from."""
+    teacher = RunTeacher(run)
+    next(teacher.model.parameters()).data[9] = torch.nan
+    with pytest.raises(WrongInput, match="--teacher: its loss of a token must be a finite number, found nan"):
+        cached(teacher, config_of(corpus, tmp_path), tmp_path / "losses")
+    assert not (tmp_path / "losses").exists()
 
 
 def test_the_command(run, corpus, tmp_path, cache):
@@ -382,10 +357,3 @@ def load_metadata(path):
 
     with safe_open(path, "pt") as file:
         return file.metadata()
-
-
-def test_a_folder_that_transformers_cannot_load(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
-    with pytest.raises(WrongInput, match=r"--teacher: transformers cannot load .*") as refused:
-        open_teacher(tmp_path)
-    assert "\n" not in str(refused.value)

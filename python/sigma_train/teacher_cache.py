@@ -1,5 +1,6 @@
 """All documents of a training split through a teacher, into the file of `teacher_file`."""
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def cache_losses(
     reading = reading_of(teacher, context, overlap, batch_tokens)
     with must_be_writable("--out", out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()  # now, not when the teacher has read for hours
     corpus, documents, _ = splits_of(files_of(data), data)
     num_bytes = sum(document.size for document in documents)
     record = {
