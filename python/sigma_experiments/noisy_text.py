@@ -62,16 +62,17 @@ class Texts:
 def write_texts(folder: Path, num_bytes: int) -> Texts:
     """A tenth of `num_bytes` held out, as many each for the others; what is there already stays.
 
-    Raises: WrongInput if there is not so much text on this machine.
+    Raises: WrongInput if there is not so much text on this machine, or other text in the folder.
     """
     pieces = clean_pieces()
     parts = Texts(*(folder / name for name in ("teacher", "student", "held-out")), {})
+    contents: dict[Path, dict[str, str]] = {}
     for place, size in (
         (parts.held_out, num_bytes // 10),
         (parts.teacher, num_bytes),
         (parts.student, num_bytes),
     ):
-        place.mkdir(parents=True, exist_ok=True)
+        of_place = contents[place] = {}
         while size > 0:
             text = next(pieces, None)
             if text is None:
@@ -84,6 +85,15 @@ def write_texts(folder: Path, num_bytes: int) -> Texts:
             drawn = np.random.default_rng(list(digest))
             if place == parts.student and drawn.random() < NOISY:
                 text, parts.masks[name] = with_noise(text, drawn)
+            of_place[name] = text
+    for place, texts in contents.items():  # of another size: what is held out here would be learned from
+        place.mkdir(parents=True, exist_ok=True)
+        if others := {path.name for path in place.glob("[!.]*")} - texts.keys():
+            raise WrongInput(
+                f"experiment: {place} holds other text, {min(others)}; remove it or name another --out"
+            )
+    for place, texts in contents.items():
+        for name, text in texts.items():
             if not (place / name).exists():
                 write_text(place / name, text)
     return parts
