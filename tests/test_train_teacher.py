@@ -25,7 +25,7 @@ from sigma_train.teacher import RunTeacher, TransformersTeacher, open_teacher
 from sigma_train.teacher_cache import cache_losses, reading_of
 from sigma_train.teacher_file import read_losses, text_of
 from sigma_train.tokenizer import train_tokenizer
-from support import assert_one_sentence, sigma
+from support import sigma
 
 TEXT = "für alle Fälle 東京 e\u0301 🙂🙂\n\ndef f(x):\n    return x * 2\n"
 TINY = ["model.hidden_size=16", "model.head_dim=8", "model.num_experts=4", "model.intermediate_size=8"]
@@ -173,12 +173,14 @@ def test_spans_of_the_split_hold_its_text(run, corpus, tmp_path):
         assert text[begin:end] == decoded(teacher._tokenizer._tokenizer.id_to_token(token))
 
 
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
+
+
 def decoded(piece: str) -> bytes:
     """The bytes that a token of a byte-level vocabulary stands for."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    return bytes(table[character] for character in piece)
+    return bytes(BYTES[character] for character in piece)
 
 
 @pytest.mark.parametrize("how", ["max", "mean"])
@@ -324,21 +326,13 @@ def test_the_command(run, corpus, tmp_path, cache):
     record = json.loads(load_metadata(out)["sigma_teacher"])
     assert record["reading"] == {"context": 64, "overlap": 16, "dtype": "f16"}
     assert set(load_file(out)) == {"loss", "begins", "ends"}
-    wrong = [
-        "teacher",
-        "cache",
-        "--teacher",
-        str(corpus),
-        "--out",
-        str(tmp_path / "no"),
-        "--data",
-        str(corpus),
-    ]
-    told = (
-        f"--teacher: {corpus} must be a run, which has checkpoints/, or a folder of transformers, which has "
-    )
-    assert_one_sentence(sigma(*wrong, env=cache), 2, f"{told}config.json; found neither")
-    assert not (tmp_path / "no").exists()
+
+
+def test_a_folder_of_neither_kind_is_refused(corpus):
+    with pytest.raises(
+        WrongInput, match="must be a run, which has checkpoints/, or a folder of transformers"
+    ):
+        open_teacher(corpus)
 
 
 def test_a_reading_that_cannot_be_is_refused(run):
