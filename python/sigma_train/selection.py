@@ -1,13 +1,12 @@
 """Which tokens of a batch are learned from: those with the highest score, and the mean loss of them alone."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-Unmapped = Literal["include", "exclude"]
-Scope = Literal["batch", "sequence"]
+from sigma_train.kinds import Scope, Unmapped
 
 
 @dataclass(frozen=True)

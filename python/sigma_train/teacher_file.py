@@ -22,8 +22,9 @@ from sigma_train.config import DataConfig
 from sigma_train.dataset import TokenDataset
 from sigma_train.errors import WrongInput
 from sigma_train.files import atomic_file
+from sigma_train.kinds import Aggregate
 from sigma_train.spans import spans_of_lengths
-from sigma_train.teacher_loss import Aggregate, aggregate_teacher_loss
+from sigma_train.teacher_loss import aggregate_teacher_loss
 
 VERSION = 1
 RECORD = "sigma_teacher"

@@ -8,15 +8,14 @@ All the teacher gives is one number for each of its own tokens.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from sigma_train.alignment import UNMAPPED
+from sigma_train.kinds import Aggregate
 from sigma_train.selection import Selection, weighted_mean
-
-Aggregate = Literal["max", "mean", "sum", "first"]
 
 
 def aggregate_teacher_loss(loss: Tensor, ranges: Tensor, how: Aggregate = "max") -> Tensor:
@@ -27,7 +26,7 @@ def aggregate_teacher_loss(loss: Tensor, ranges: Tensor, how: Aggregate = "max")
     Args: loss [M]; ranges [N, 2] as `align_spans` gives them.
     Raises: ValueError if `how` is none of the four, or loss or ranges cannot be.
     """
-    if how not in ("max", "mean", "sum", "first"):
+    if how not in get_args(Aggregate):
         raise ValueError(f"aggregate_teacher_loss: how must be max, mean, sum or first, found {how!r}")
     if loss.dim() != 1 or not loss.is_floating_point() or ranges.shape[1:] != (2,):
         raise ValueError(
