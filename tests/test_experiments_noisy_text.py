@@ -15,6 +15,7 @@ from sigma_experiments.noisy_text import (
 from sigma_train.config import load_config
 from sigma_train.corpus import find_files, read_corpus, split
 from sigma_train.dataset import prepare
+from sigma_train.errors import WrongInput
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,18 @@ def test_parts_share_no_document_and_stay(texts, tmp_path):
     assert {p.name for p in again.student.iterdir()} == {p.name for p in texts.student.iterdir()}
     assert again.masks.keys() == texts.masks.keys()
     assert all((again.masks[name] == mask).all() for name, mask in texts.masks.items())
+
+
+def test_text_of_another_size_is_not_mixed_in(tmp_path):
+    """Defends: text that is held out in the one and learned from in the other."""
+    write_texts(tmp_path, 40_000)
+    files = set(tmp_path.rglob("*.txt"))
+    for size in (8_000, 80_000):
+        with pytest.raises(WrongInput, match=r"holds other text, .*; remove it or name another --out"):
+            write_texts(tmp_path, size)
+    files.pop().unlink()
+    write_texts(tmp_path, 40_000)
+    assert len({*tmp_path.rglob("*.txt")}) == len(files) + 1
 
 
 def test_kinds_of_tokens(texts, tmp_path):

@@ -47,6 +47,8 @@ def test_what_is_not_covered_is_unmapped():
     assert align_spans(student, teacher).tolist() == [[0, 0], [-1, -1], [1, 1], [-1, -1]]
     assert align_spans(student, teacher[:0]).tolist() == [[-1, -1]] * 4
     assert align_spans(student[:0], teacher).tolist() == []
+    empty = torch.tensor([[0, 0], [1, 1], [2, 2]])
+    assert align_spans(student[:2], empty).tolist() == [[1, 1], [-1, -1]]
 
 
 @pytest.mark.parametrize(("teacher", "words"), [
@@ -117,8 +119,9 @@ def test_chunks_of_equal_count():
         first, last = chunk_align(n, m, chunks).unbind(1)
         edges = torch.unique(torch.stack([first, last + 1]))
         assert (edges[0], edges[-1], len(edges)) == (0, m, chunks + 1)
-    with pytest.raises(ValueError, match="chunks must be an integer from 1 to 3"):
-        chunk_align(3, 9, 4)
+    for chunks in (0, 1.5, 4):
+        with pytest.raises(ValueError, match="chunks must be an integer from 1 to 3"):
+            chunk_align(3, 9, chunks)
 
 
 def test_spans_keep_what_chunks_lose():

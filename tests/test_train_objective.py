@@ -1,7 +1,7 @@
 """[objective]: which tokens a step is learned from, in the trainer, on one rank and on two."""
 
-import contextlib
 import shutil
+from dataclasses import replace
 
 import forked
 import pytest
@@ -15,10 +15,11 @@ from sigma_train.errors import WrongInput
 from sigma_train.folder import claimed
 from sigma_train.loop import Trainer
 from sigma_train.metrics import read_metrics
+from sigma_train.ranks import Ranks
 from sigma_train.step import Step
 from sigma_train.teacher import RunTeacher
 from sigma_train.teacher_cache import cache_losses
-from sigma_train.teacher_file import read_losses
+from sigma_train.teacher_file import read_losses, write_losses
 
 SMALL = [
     "data.max_bytes=200000",
@@ -42,27 +43,11 @@ def teacher(tmp_path_factory):
     with claimed(folder / "run"):
         Trainer(config, Console(quiet=True), False).run()
     patch.undo()
-    teacher = RunTeacher(folder / "run")
-    for name, dtype in (("losses", "f32"), ("others", "f16")):
-        cache_losses(teacher, config.data, folder / name, None, None, 4096, dtype, Console(quiet=True))
-    return folder / "losses"
-
-
-@pytest.fixture
-def make_trainer(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(loop, "dense_tokens_per_s", lambda config: 1.0)
-    with contextlib.ExitStack() as stack:
-
-        def make(name: str, *settings: str, resume: bool = False) -> Trainer:
-            shared = [*SMALL, f"data.cache_dir={tmp_path_factory.getbasetemp() / 'cache'}"]
-            options = {"train": {"out": str(tmp_path / name)}}
-            config = load_config("smoke", None, [*shared, *settings], options)
-            with claimed(tmp_path / name):
-                trainer = Trainer(config, Console(quiet=True), resume)
-            stack.callback(trainer.metrics.close)
-            return trainer
-
-        yield make
+    teacher, out = RunTeacher(folder / "run"), folder / "losses"
+    cache_losses(teacher, config.data, out, None, None, 4096, "f32", Console(quiet=True))
+    losses = read_losses(out, "test")
+    write_losses(folder / "others", replace(losses, loss=losses.loss.half()))
+    return out
 
 
 def of(kind: str, teacher) -> list[str]:
@@ -84,10 +69,11 @@ def before(step: Step, number: int, micro: int) -> torch.Tensor:
 
 def test_plain_is_the_same_bits(make_trainer, monkeypatch):
     """Defends: a mean over tokens that rounds otherwise, weights of a run that nobody asked a selection of."""
-    now = make_trainer("now", "train.grad_accum=2")
+    settings = ("train.grad_accum=2", "train.steps=2")
+    now = make_trainer("now", *settings)
     now.run()
     monkeypatch.setattr(Step, "_cross_entropy", before)
-    then = make_trainer("then", "train.grad_accum=2")
+    then = make_trainer("then", *settings)
     then.run()
     assert [(r["loss"], r["grad_norm"]) for r in rows(now)] == [
         (r["loss"], r["grad_norm"]) for r in rows(then)
@@ -146,22 +132,30 @@ def test_the_first_step_by_hand(make_trainer, teacher, scope):
 
 def test_what_the_kinds_keep(make_trainer, teacher):
     """The student's own loss: the highest; at random: as many, of the mean's size; and other ones in another batch."""
-    found = {}
+    loss, of_all = {}, set()
     for kind in KINDS:
-        trainer = make_trainer(kind, *of(kind, teacher))
-        trainer.run()
-        found[kind] = rows(trainer)
-        assert all(row["kept"] == pytest.approx(0.4, abs=0.01) for row in found[kind])
-    first = {kind: rows[0] for kind, rows in found.items()}
-    assert len({row["loss_of_all"] for row in first.values()}) == 1
-    assert first["student"]["loss"] > first["teacher_guided"]["loss"]
-    assert first["student"]["loss"] > first["random"]["loss"]
-    assert first["random"]["loss"] == pytest.approx(first["random"]["loss_of_all"], rel=0.05)
-    losses = torch.rand(4, 64)
-    drawn = [
-        make_trainer("again", *of("random", teacher)).objective._scores(losses, batch)[0] for batch in (0, 1)
-    ]
-    assert (drawn[0] != drawn[1]).any()
+        step = make_trainer(kind, *of(kind, teacher)).one_step
+        loss[kind], _, _ = step.gradients(0)
+        assert step.figures["kept"] == pytest.approx(0.4, abs=0.01)
+        of_all.add(step.figures["loss_of_all"])
+    assert len(of_all) == 1
+    assert loss["student"] > loss["teacher_guided"]
+    assert loss["student"] > loss["random"]
+    assert loss["random"] == pytest.approx(*of_all, rel=0.05)
+
+
+def test_draws_are_of_the_batch_and_of_no_rank(make_trainer):
+    """Defends: draws that ranks repeat, or that are other ones on more of them; the same in each batch."""
+    objective = make_trainer("run", *of("random", None)).objective
+    state = torch.get_rng_state()
+    whole, other = (objective._scores(torch.empty(4, 64), batch)[0] for batch in (0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (whole != other).float().mean() > 0.99
+    parts = []
+    for rank in (0, 1):
+        objective.ranks = Ranks(rank, 2)
+        parts.append(objective._scores(torch.empty(2, 64), 0)[0])
+    assert torch.equal(torch.cat(parts), whole)
 
 
 def test_all_tokens_kept_is_plain(make_trainer, teacher):
@@ -206,20 +200,22 @@ def test_what_does_not_fit_is_told(make_trainer, teacher, tmp_path, settings, er
     assert not (tmp_path / "run" / "config.toml").exists()
 
 
-@pytest.mark.parametrize("kind", ["random", "teacher_guided"])
-def test_two_ranks_keep_what_one_does(cache, teacher, tmp_path, kind):
-    """Defends: a share of each rank's own, draws that ranks repeat, a sum of weights of one of them."""
-    found = {}
-    for ranks in (1, 2):
-        out = tmp_path / f"of{ranks}"
-        settings = [*SMALL, f"train.batch_size={4 // ranks}", "router.balance=global", *of(kind, teacher)]
-        args = ["train", "--preset", "smoke", "--out", str(out)]
-        for setting in (*settings, "objective.unmapped=exclude"):
-            args += ["--set", setting]
-        results = forked.on_ranks(ranks, args, cache, rank_faults.nothing)
-        assert [result.returncode for result in results] == [0] * ranks, results
-        found[ranks] = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
-    assert len(found[2]) == len(found[1]) == 4
-    for got, want in zip(found[2], found[1], strict=True):
+def test_two_ranks_keep_what_one_does(make_trainer, cache, teacher, tmp_path):
+    """Defends: a share of each rank's own, targets of another rank's tokens, a sum of weights of one of them."""
+    common = [
+        "router.balance=global",
+        "objective.unmapped=exclude",
+        "train.steps=2",
+        *of("teacher_guided", teacher),
+    ]
+    one = make_trainer("one", *common)
+    one.run()
+    args = ["train", "--preset", "smoke", "--out", str(tmp_path / "two")]
+    for setting in (*SMALL, *common, "train.batch_size=2"):
+        args += ["--set", setting]
+    results = forked.on_ranks(2, args, cache, rank_faults.nothing)
+    assert [result.returncode for result in results] == [0, 0], results
+    found = [row for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "loss" in row]
+    for got, want in zip(found, rows(one), strict=True):
         for name, bound in (("loss", 1e-5), ("loss_of_all", 1e-5), ("grad_norm", 1e-3), ("kept", 1e-6)):
             assert got[name] == pytest.approx(want[name], rel=bound), name

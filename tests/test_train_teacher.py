@@ -1,6 +1,7 @@
 """`sigma teacher cache`: each teacher token's loss with enough before it, where it stands, and of what it is."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +23,9 @@ from sigma_train.reading import Reading, losses
 from sigma_train.spans import spans_of_lengths
 from sigma_train.teacher import RunTeacher, TransformersTeacher, open_teacher
 from sigma_train.teacher_cache import cache_losses, reading_of
-from sigma_train.teacher_file import read_losses
+from sigma_train.teacher_file import read_losses, text_of
 from sigma_train.tokenizer import train_tokenizer
-from support import assert_one_sentence, sigma
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from support import sigma
 
 TEXT = "für alle Fälle 東京 e\u0301 🙂🙂\n\ndef f(x):\n    return x * 2\n"
 TINY = ["model.hidden_size=16", "model.head_dim=8", "model.num_experts=4", "model.intermediate_size=8"]
@@ -173,12 +173,14 @@ def test_spans_of_the_split_hold_its_text(run, corpus, tmp_path):
         assert text[begin:end] == decoded(teacher._tokenizer._tokenizer.id_to_token(token))
 
 
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
+
+
 def decoded(piece: str) -> bytes:
     """The bytes that a token of a byte-level vocabulary stands for."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    return bytes(table[character] for character in piece)
+    return bytes(BYTES[character] for character in piece)
 
 
 @pytest.mark.parametrize("how", ["max", "mean"])
@@ -199,6 +201,23 @@ def test_targets_are_those_of_the_covering_tokens(run, corpus, tmp_path, how, mo
     assert torch.equal(got.isnan(), torch.from_numpy(data.train.tokens == data.tokenizer.eos_id))
 
 
+def test_languages_are_split_as_the_trainer_does(run, tmp_path):
+    """Defends: losses of another split, or of files that are of no language, which no run can then use."""
+    folder = tmp_path / "text"
+    for i in range(6):
+        (folder / str(i)).mkdir(parents=True)
+        (folder / str(i) / "README.md").write_text(f"of no language {i}\n" * 9)
+        for language in "abc":
+            (folder / str(i) / f"{language}.txt").write_text(f"{language} {i} text\n" * 9)
+    config = config_of(folder, tmp_path, "data.languages=true")
+    cached(RunTeacher(run), config, tmp_path / "losses")
+    data, found = prepare(config), read_losses(tmp_path / "losses", "test")
+    assert found.record["text"] == text_of(
+        data.stats["corpus_digest"], config.data, data.stats["train_bytes"]
+    )
+    assert found.targets(data.train, "max").isnan().sum() == data.train.languages.of_document.size
+
+
 def test_losses_of_half_the_size(run, corpus, tmp_path):
     config = config_of(corpus, tmp_path)
     for dtype in ("f16", "f32"):
@@ -209,57 +228,6 @@ def test_losses_of_half_the_size(run, corpus, tmp_path):
     nats, size = full.loss.double().sum().item(), full.record["text"]["bytes"]
     assert f"{nats / np.log(2) / size:.4f} bits per byte" in told
     assert half.digest != full.digest
-
-
-def foreign(folder, normalizer=None, trim: bool = True, special: str = "<s>"):
-    """A folder as others make them: SentencePiece-like, with what stands around a text."""
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=150, special_tokens=["<unk>", special], unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT] * 4, trainer)
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{special} $A {special}", special_tokens=[(special, tokenizer.token_to_id(special))]
-    )
-    tokenizer.enable_truncation(8)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special, unk_token="<unk>").save_pretrained(
-        folder
-    )
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Qwen3Config(
-        **sizes,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=tokenizer.get_vocab_size(),
-        max_position_embeddings=32,
-    )
-    torch.manual_seed(1)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def test_a_model_of_transformers_with_its_own_pieces(corpus, tmp_path):
-    """Defends: special tokens around a text, a text that is cut, spaces that belong to nothing."""
-    teacher = open_teacher(foreign(tmp_path / "hf", normalizers.NFKC()))
-    text = f"  für <s> e\u0301 {TEXT}"
-    ((ids, spans),) = teacher.encode([text])
-    assert len(ids) == len(spans) > 20
-    assert (spans[0, 0], spans[-1, 1]) == (0, len(text.encode()))
-    assert (spans[1:, 0] <= spans[:-1, 1]).all()
-    config = config_of(corpus, tmp_path)
-    cached(teacher, config, tmp_path / "losses")
-    found = read_losses(tmp_path / "losses", "test")
-    assert not found.loss.isnan().any()
-    assert found.record["reading"] == {"context": 32, "overlap": 8, "dtype": "f32"}
-    targets = found.targets(prepare(config).train, "max")
-    assert torch.equal(
-        targets.isnan(), torch.from_numpy(prepare(config).train.tokens == prepare(config).tokenizer.eos_id)
-    )
 
 
 def test_the_same_again_is_there_already(run, corpus, tmp_path):
@@ -297,9 +265,26 @@ def test_a_file_that_is_none_is_refused(run, corpus, tmp_path):
     cached(RunTeacher(run), config_of(corpus, tmp_path), tmp_path / "sound")
     content = bytearray((tmp_path / "sound").read_bytes())
     content[-5] ^= 1
-    out.write_bytes(content)
-    with pytest.raises(WrongInput, match="is damaged: its sha256 differs"):
-        read_losses(out, "objective.teacher")
+    sound = (tmp_path / "sound").read_bytes()
+    for damaged, told in (
+        (content, "its sha256 differs"),
+        (sound.replace(b"val_fraction", b"val_fractiom"), "its sha256 differs"),
+        (sound.replace(b'{\\"version', b'[\\"version'), "Expecting"),
+    ):
+        assert damaged != sound
+        out.write_bytes(damaged)
+        with pytest.raises(WrongInput, match=f"is damaged: {told}"):
+            read_losses(out, "objective.teacher")
+    with pytest.raises(WrongInput, match=r"objective\.teacher: cannot read"):
+        read_losses(tmp_path, "objective.teacher")
+
+
+def test_a_folder_that_takes_no_file_is_told_first(run, corpus, tmp_path, monkeypatch):
+    """Defends: hours of a teacher whose losses then have no place."""
+    teacher = RunTeacher(run)
+    monkeypatch.setattr(teacher, "encode", None)
+    with pytest.raises(WrongInput, match=r"--out: cannot write in /proc: .*; name another folder"):
+        cached(teacher, config_of(corpus, tmp_path), Path("/proc/losses"))
 
 
 def test_a_write_that_fails_leaves_nothing(run, corpus, tmp_path, monkeypatch):
@@ -312,6 +297,15 @@ def test_a_write_that_fails_leaves_nothing(run, corpus, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         cached(RunTeacher(run), config, tmp_path / "out" / "losses")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_teacher_that_has_diverged_is_refused(run, corpus, tmp_path):
+    """Defends: losses that are no number taken for tokens without context, all of which a run then learns from."""
+    teacher = RunTeacher(run)
+    next(teacher.model.parameters()).data[9] = torch.nan
+    with pytest.raises(WrongInput, match="--teacher: its loss of a token must be a finite number, found nan"):
+        cached(teacher, config_of(corpus, tmp_path), tmp_path / "losses")
+    assert not (tmp_path / "losses").exists()
 
 
 def test_the_command(run, corpus, tmp_path, cache):
@@ -332,21 +326,13 @@ def test_the_command(run, corpus, tmp_path, cache):
     record = json.loads(load_metadata(out)["sigma_teacher"])
     assert record["reading"] == {"context": 64, "overlap": 16, "dtype": "f16"}
     assert set(load_file(out)) == {"loss", "begins", "ends"}
-    wrong = [
-        "teacher",
-        "cache",
-        "--teacher",
-        str(corpus),
-        "--out",
-        str(tmp_path / "no"),
-        "--data",
-        str(corpus),
-    ]
-    told = (
-        f"--teacher: {corpus} must be a run, which has checkpoints/, or a folder of transformers, which has "
-    )
-    assert_one_sentence(sigma(*wrong, env=cache), 2, f"{told}config.json; found neither")
-    assert not (tmp_path / "no").exists()
+
+
+def test_a_folder_of_neither_kind_is_refused(corpus):
+    with pytest.raises(
+        WrongInput, match="must be a run, which has checkpoints/, or a folder of transformers"
+    ):
+        open_teacher(corpus)
 
 
 def test_a_reading_that_cannot_be_is_refused(run):
@@ -365,10 +351,3 @@ def load_metadata(path):
 
     with safe_open(path, "pt") as file:
         return file.metadata()
-
-
-def test_a_folder_that_transformers_cannot_load(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
-    with pytest.raises(WrongInput, match=r"--teacher: transformers cannot load .*") as refused:
-        open_teacher(tmp_path)
-    assert "\n" not in str(refused.value)

@@ -108,9 +108,39 @@ def test_vectorised_equals_the_loop():
             assert value == pytest.approx(want, rel=1e-12, nan_ok=True)
 
 
-def test_an_unknown_aggregate_is_refused():
-    with pytest.raises(ValueError, match="how must be max, mean, sum or first, found 'median'"):
-        aggregate_teacher_loss(TEACHER, RANGES, "median")
+@pytest.mark.parametrize(("arguments", "words"), [
+    ((TEACHER, RANGES, "median"), "how must be max, mean, sum or first, found 'median'"),
+    ((TEACHER[None], RANGES), r"shape \[M\], .* found torch.float32 \[1, 2\] and \[3, 2\]"),
+    ((TEACHER.long(), RANGES), "loss must be floating-point .* found torch.int64"),
+    ((TEACHER, RANGES[0]), r"ranges of shape \[N, 2\], found .* and \[2\]"),
+    ((TEACHER, RANGES + 1), r"must lie in 0..1, .* found \[1, 2\]"),
+    ((TEACHER, RANGES.flip(1)), r"the first not after the last, found \[1, 0\]"),
+])  # fmt: skip
+def test_what_is_no_range_of_losses_is_refused(arguments, words):
+    """Defends: memory that nobody has written, of a range that ends before it begins."""
+    with pytest.raises(ValueError, match=f"aggregate_teacher_loss: .*{words}"):
+        aggregate_teacher_loss(*arguments)
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"keep_rate": 0}, "keep_rate must be above 0 and at most 1, found 0"),
+    ({"keep_rate": 1.1}, "keep_rate must be above 0 and at most 1, found 1.1"),
+    ({"keep_rate": math.nan}, "keep_rate must be above 0 and at most 1, found nan"),
+    ({"unmapped": "keep"}, "unmapped must be include or exclude, found 'keep'"),
+    ({"scope": "token"}, "scope must be batch or sequence, found 'token'"),
+])  # fmt: skip
+def test_a_selection_that_cannot_be_is_refused(settings, words):
+    """Defends: a wrong word that is taken for the other right one."""
+    with pytest.raises(ValueError, match=words):
+        TeacherGuidedLoss(**settings)
+
+
+@pytest.mark.parametrize(
+    "student", [STUDENT[:2], STUDENT[None, None], STUDENT[0]], ids=lambda x: str(list(x.shape))
+)
+def test_a_range_belongs_to_each_token(student):
+    with pytest.raises(ValueError, match=r"must be \[S\] or \[B, S\] with a range for each token"):
+        TeacherGuidedLoss()(student, TEACHER, RANGES[: 3 if student.dim() else 1])
 
 
 def test_no_ranges_and_no_teacher():
@@ -122,4 +152,6 @@ def test_universal_logit_distillation():
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.6, 0.4])
     assert uld_loss(p, q).item() == pytest.approx(0.4, abs=1e-7)
     assert uld_loss(q, p).item() == pytest.approx(0.4, abs=1e-7)
+    with pytest.raises(ValueError, match=r"the same positions, found \[2, 3\] and \[2\]"):
+        uld_loss(torch.stack([p, p]), q)
     assert uld_loss(torch.stack([p, p]), torch.stack([p[[2, 0, 1]], p])).tolist() == [0, 0]

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 from sigma_train.config import DataConfig
-from sigma_train.corpus import find_files, read_corpus, split
+from sigma_train.corpus import find_files, read_corpus
 from sigma_train.dataset import TokenDataset
 from sigma_train.errors import WrongInput
 from sigma_train.files import write_text
+from sigma_train.languages import files_of, splits_of
 from sigma_train.spans import spans_of_lengths
 from sigma_train.tokenizer import Tokenizer
 
@@ -36,7 +37,7 @@ class Texts:
 
     def kinds(self, dataset: TokenDataset, data: DataConfig) -> np.ndarray:
         """[tokens] of the training split: which kind each is of."""
-        documents, _ = split(read_corpus(find_files(data.paths), data.max_bytes).documents, data.val_fraction)
+        _, documents, _ = splits_of(files_of(data), data)
         of_bytes = np.concatenate([self._of_document(d.path.name, d.start, d.size) for d in documents])
         begins, ends = spans_of_lengths(dataset.token_bytes[dataset.tokens]).T
         noise = np.concatenate([[0], np.cumsum(of_bytes == NOISE)])
@@ -61,16 +62,17 @@ class Texts:
 def write_texts(folder: Path, num_bytes: int) -> Texts:
     """A tenth of `num_bytes` held out, as many each for the others; what is there already stays.
 
-    Raises: WrongInput if there is not so much text on this machine.
+    Raises: WrongInput if there is not so much text on this machine, or other text in the folder.
     """
     pieces = clean_pieces()
     parts = Texts(*(folder / name for name in ("teacher", "student", "held-out")), {})
+    contents: dict[Path, dict[str, str]] = {}
     for place, size in (
         (parts.held_out, num_bytes // 10),
         (parts.teacher, num_bytes),
         (parts.student, num_bytes),
     ):
-        place.mkdir(parents=True, exist_ok=True)
+        of_place = contents[place] = {}
         while size > 0:
             text = next(pieces, None)
             if text is None:
@@ -83,6 +85,15 @@ def write_texts(folder: Path, num_bytes: int) -> Texts:
             drawn = np.random.default_rng(list(digest))
             if place == parts.student and drawn.random() < NOISY:
                 text, parts.masks[name] = with_noise(text, drawn)
+            of_place[name] = text
+    for place, texts in contents.items():  # of another size: what is held out here would be learned from
+        place.mkdir(parents=True, exist_ok=True)
+        if others := {path.name for path in place.glob("[!.]*")} - texts.keys():
+            raise WrongInput(
+                f"experiment: {place} holds other text, {min(others)}; remove it or name another --out"
+            )
+    for place, texts in contents.items():
+        for name, text in texts.items():
             if not (place / name).exists():
                 write_text(place / name, text)
     return parts

@@ -251,7 +251,8 @@ students' text it has {losses.bits_per_byte:.4f} bits per byte, noise and all. A
 ![Bits per byte on clean text](teacher-quality.png)
 
 Equal steps in all rows but the last, which has as many FLOPs as a guided student and the teacher's reading of the text
-({costs.reading:.2e}) together. The teacher's training, {costs.training:.2e} FLOPs, is counted nowhere.
+({costs.reading:.2e}) together, in a short form at most twice the steps. The teacher's
+training, {costs.training:.2e} FLOPs, is counted nowhere.
 
 {table(rates, chosen)}
 

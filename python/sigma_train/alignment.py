@@ -18,7 +18,8 @@ UNMAPPED = -1
 def align_spans(student: Tensor, teacher: Tensor) -> Tensor:
     """[N, 2] int64: first and last teacher token of each student token, -1 where there is none.
 
-    Args: student [N, 2], teacher [M, 2], integers.  An empty student span, as special tokens have, is unmapped.
+    Args: student [N, 2], teacher [M, 2], integers.  An empty student span, as special tokens have, is unmapped;
+    an empty teacher span inside of a student token is one of those that it is mapped to.
     Raises: ValueError if begins or ends of the teacher's spans fall: special tokens are no part of them.
     """
     a, b = _columns("student", student)
@@ -41,7 +42,7 @@ def chunk_align(num_student: int, num_teacher: int, chunks: int) -> Tensor:
 
     It knows nothing of the text, so the finer the chunks the less of a token is in its own.
     """
-    if not 1 <= chunks <= min(num_student, num_teacher):
+    if chunks not in range(1, min(num_student, num_teacher) + 1):
         raise ValueError(
             f"chunk_align: chunks must be an integer from 1 to {min(num_student, num_teacher)}, "
             f"as there are {num_student} and {num_teacher} tokens, found {chunks}"

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from sigma_train.errors import WrongInput
 from sigma_train.kinds import (
+    Aggregate,
     Betas,
     Count,
     EvenSize,
@@ -30,11 +31,13 @@ from sigma_train.kinds import (
     Paths,
     Phases,
     Positive,
+    Scope,
     Seed,
     Share,
     Size,
     Sizes,
     TopK,
+    Unmapped,
     Vocabulary,
     Wanted,
     Whole,
@@ -193,9 +196,9 @@ class ObjectiveConfig(_Section):
     kind: Literal["plain", "random", "student", "teacher_guided"] = "plain"
     teacher: OptionalFile = None  # of `sigma teacher cache`; its content shapes a run, wherever it lies
     keep_rate: Kept = 0.4
-    aggregate: Literal["max", "mean", "sum", "first"] = "max"
-    unmapped: Literal["include", "exclude"] = "include"
-    scope: Literal["batch", "sequence"] = "batch"
+    aggregate: Aggregate = "max"
+    unmapped: Unmapped = "include"
+    scope: Scope = "batch"
 
 
 class Config(_Section):

@@ -31,12 +31,9 @@ from sigma_train.corpus import (
     Document,
     at_most,
     digest_of,
-    find_files,
-    read_corpus,
-    split,
 )
 from sigma_train.files import atomic_file, locked, must_be_writable, sha256_file, sweep, write_text
-from sigma_train.languages import Languages, language_files, language_of, split_each
+from sigma_train.languages import Languages, files_of, language_of, splits_of
 from sigma_train.tokenizer import DamagedFile, Tokenizer, train_tokenizer
 
 VERSION = 2  # of the files in the cache; part of every key
@@ -190,9 +187,7 @@ def prepare(config: Config) -> PreparedData:
     the cache can't be written.
     """
     data = config.data
-    files = find_files(data.paths)
-    if data.languages:
-        files = language_files(files)
+    files = files_of(data)
     settings = data.max_bytes, data.val_fraction, config.model.vocab_size, data.languages
     key = _key(*map(_fingerprint, files), *settings)
     folder = cache_dir(config.data)
@@ -226,9 +221,7 @@ class Cache:
         return _prepared(tokenizer, splits, record)
 
     def build(self, key: str, files: Sequence[Path], config: Config) -> PreparedData:
-        corpus = read_corpus(files, config.data.max_bytes)
-        cut = split_each if config.data.languages else split
-        train, val = cut(corpus.documents, config.data.val_fraction)
+        corpus, train, val = splits_of(files, config.data)
         tokenizer_path, tokenizer = self._tokenizer(train, config.model.vocab_size)
         tokens_key = _key(digest_of(train), digest_of(val), tokenizer.digest)
         tokens_path = self.folder / f"tokens-{tokens_key}.bin"

@@ -1,8 +1,14 @@
 """The kinds of settings: what each accepts, strictly, and in words for errors and the documentation."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
+
+Aggregate = Literal[
+    "max", "mean", "sum", "first"
+]  # of [objective], which its parts have outside of the trainer too
+Unmapped = Literal["include", "exclude"]
+Scope = Literal["batch", "sequence"]
 
 
 class Wanted(str):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sigma_train.corpus import CorpusError, Document, split
+from sigma_train.config import DataConfig
+from sigma_train.corpus import Corpus, CorpusError, Document, find_files, read_corpus, split
 
 ENDING = ".txt"
 
@@ -37,6 +38,18 @@ class Languages:
 
     def _document(self, positions: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.ends, positions, side="right")
+
+
+def files_of(data: DataConfig) -> list[Path]:
+    """The files of data.paths, with data.languages those that are LANG.txt."""
+    files = find_files(data.paths)
+    return language_files(files) if data.languages else files
+
+
+def splits_of(files: Sequence[Path], data: DataConfig) -> tuple[Corpus, list[Document], list[Document]]:
+    """The corpus, and its documents for training and for validation."""
+    corpus = read_corpus(files, data.max_bytes)
+    return corpus, *(split_each if data.languages else split)(corpus.documents, data.val_fraction)
 
 
 def language_files(files: Sequence[Path]) -> list[Path]:

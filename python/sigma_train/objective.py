@@ -33,7 +33,7 @@ class Objective:
         if o.teacher is not None:
             path, stats = Path(o.teacher), data.stats
             losses = read_losses(path, "objective.teacher")
-            wanted = text_of(stats["corpus_digest"], config.data.val_fraction, stats["train_bytes"])
+            wanted = text_of(stats["corpus_digest"], config.data, stats["train_bytes"])
             must_be_of(losses, wanted, path)
             self.digest, self.targets = losses.digest, losses.targets(data.train, o.aggregate)
         self.begin()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sigma_train.context_windows import Window, windows
+from sigma_train.errors import WrongInput
 from sigma_train.teacher import Teacher
 
 
@@ -22,7 +23,10 @@ class Reading:
 
 @torch.no_grad()
 def losses(teacher: Teacher, texts: Sequence[list[int]], reading: Reading) -> list[np.ndarray]:
-    """[tokens] f32 of each text; NaN for a first token that nothing stands before."""
+    """[tokens] f32 of each text; NaN for a first token that nothing stands before.
+
+    Raises: WrongInput if a loss is no finite number.
+    """
     sequences = [np.array([*teacher.prefix, *ids], dtype=np.int64) for ids in texts]
     found = [np.full(len(sequence), np.nan, np.float32) for sequence in sequences]
     for batch in _batches(sequences, reading):
@@ -34,7 +38,13 @@ def losses(teacher: Teacher, texts: Sequence[list[int]], reading: Reading) -> li
         logits = teacher.logits(tokens[:, :-1])
         nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
         for row, (text, w) in zip(nats.view(len(batch), length).numpy(), batch, strict=True):
-            found[text][w.first : w.end + 1] = row[w.first - w.begin - 1 : w.end - w.begin]
+            taken = row[w.first - w.begin - 1 : w.end - w.begin]
+            if not np.isfinite(taken).all():  # NaN would be taken for a token without context, and kept
+                raise WrongInput(
+                    "--teacher: its loss of a token must be a finite number, found "
+                    f"{taken[~np.isfinite(taken)][0]}: it has diverged or is damaged"
+                )
+            found[text][w.first : w.end + 1] = taken
     return [each[len(teacher.prefix) :] for each in found]
 
 

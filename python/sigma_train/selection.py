@@ -1,13 +1,12 @@
 """Which tokens of a batch are learned from: those with the highest score, and the mean loss of them alone."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-Unmapped = Literal["include", "exclude"]
-Scope = Literal["batch", "sequence"]
+from sigma_train.kinds import Scope, Unmapped
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,14 @@ class Selection:
     keep_rate: float = 0.4
     unmapped: Unmapped = "include"
     scope: Scope = "batch"
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError."""
+        if not 0 < self.keep_rate <= 1:
+            raise ValueError(f"Selection: keep_rate must be above 0 and at most 1, found {self.keep_rate}")
+        for name, kind in (("unmapped", Unmapped), ("scope", Scope)):
+            if (found := getattr(self, name)) not in get_args(kind):
+                raise ValueError(f"Selection: {name} must be {' or '.join(get_args(kind))}, found {found!r}")
 
     def weights(self, score: Tensor, has_score: Tensor) -> Tensor:
         """[B, S] f32: 1 where a token is kept, else 0; of equal scores the first, a NaN before all.

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 import tokenizers
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sigma_train.errors import WrongInput
@@ -77,12 +76,17 @@ class TransformersTeacher:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, dtype="auto"
-            ).eval()
-        except (OSError, ValueError, SafetensorError) as error:
+            self.model, loaded = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, dtype="auto", output_loading_info=True
+            )
+        except Exception as error:  # of transformers, tokenizers, pickle: no two damaged files raise the same
             told = " ".join(str(error).split())[:300]
-            raise WrongInput(f"--teacher: transformers cannot load {folder}: {told}") from None
+            raise WrongInput(
+                f"--teacher: transformers cannot load {folder}: {type(error).__name__}, {told}"
+            ) from None
+        self.model.eval()
+        if missing := sorted(loaded["missing_keys"]):  # which transformers has drawn at random
+            raise WrongInput(f"--teacher: {folder} must have all weights of its model, it lacks {missing[0]}")
         if not tokenizer.is_fast:
             raise WrongInput(
                 f"--teacher: {folder} must have a fast tokenizer, found {type(tokenizer).__name__}"
@@ -94,6 +98,17 @@ class TransformersTeacher:
         before = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         self.prefix = [] if before is None else [before]
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048
+        if not self._is_causal():
+            raise WrongInput(
+                f"--teacher: the model of {folder} must be causal, it sees the token that it predicts"
+            )
+
+    @torch.no_grad()
+    def _is_causal(self) -> bool:
+        """Of an encoder transformers makes a language model as well, and only warns."""
+        first, other = (self.logits(torch.tensor([[0, token]]))[0, 0].float() for token in (0, 1))
+        rounding = 32 * torch.finfo(self.model.dtype).eps
+        return not (first - other).abs().max() > rounding * first.abs().max()  # NaN is told where it is read
 
     @cached_property
     def digest(self) -> str:

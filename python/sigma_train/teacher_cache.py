@@ -1,5 +1,6 @@
 """All documents of a training split through a teacher, into the file of `teacher_file`."""
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from sigma_train import reading as read
 from sigma_train.config import DataConfig
-from sigma_train.corpus import Document, find_files, read_corpus, split
+from sigma_train.corpus import Document
 from sigma_train.errors import WrongInput
 from sigma_train.files import must_be_writable
+from sigma_train.languages import files_of, splits_of
 from sigma_train.reading import Reading
 from sigma_train.teacher import Teacher
 from sigma_train.teacher_file import TeacherLosses, read_losses, text_of, write_losses
@@ -40,11 +42,11 @@ def cache_losses(
     reading = reading_of(teacher, context, overlap, batch_tokens)
     with must_be_writable("--out", out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-    corpus = read_corpus(find_files(data.paths), data.max_bytes)
-    documents, _ = split(corpus.documents, data.val_fraction)
+        tempfile.TemporaryFile(dir=out.parent).close()  # now, not when the teacher has read for hours
+    corpus, documents, _ = splits_of(files_of(data), data)
     num_bytes = sum(document.size for document in documents)
     record = {
-        "text": text_of(corpus.digest, data.val_fraction, num_bytes),
+        "text": text_of(corpus.digest, data, num_bytes),
         "teacher": {
             "digest": teacher.digest,
             "parameters": sum(p.numel() for p in teacher.model.parameters()),

@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sigma_train.alignment import align_spans
+from sigma_train.config import DataConfig
 from sigma_train.dataset import TokenDataset
 from sigma_train.errors import WrongInput
 from sigma_train.files import atomic_file
+from sigma_train.kinds import Aggregate
 from sigma_train.spans import spans_of_lengths
-from sigma_train.teacher_loss import Aggregate, aggregate_teacher_loss
+from sigma_train.teacher_loss import aggregate_teacher_loss
 
 VERSION = 1
 RECORD = "sigma_teacher"
@@ -31,7 +33,7 @@ BLOCK = 1 << 18  # student tokens that are aligned at once
 
 @dataclass(frozen=True)
 class TeacherLosses:
-    """record: `text` (corpus_digest, val_fraction, bytes), `teacher`, `reading`, `sha256` of the tensors."""
+    """record: `text` (of `text_of`), `teacher`, `reading`, and in a file `sha256` of the tensors and of all this."""
 
     loss: Tensor
     begins: Tensor
@@ -41,7 +43,7 @@ class TeacherLosses:
     @property
     def digest(self) -> str:
         """Of losses and of what they are of; where the file lies does not matter."""
-        return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
+        return self.record["sha256"]
 
     @property
     def bits_per_byte(self) -> float:
@@ -74,10 +76,11 @@ class TeacherLosses:
 
 def write_losses(path: Path, losses: TeacherLosses) -> None:
     """Whole or not at all; `record` gets version and sha256."""
-    tensors = _tensors(losses)
-    record = {"version": VERSION, **losses.record, "sha256": _sha256(tensors.values())}
-    with atomic_file(path) as file:
-        file.write(save(tensors, metadata={RECORD: json.dumps(record)}))
+    tensors = {"loss": losses.loss, "begins": losses.begins, "ends": losses.ends}
+    record = {"version": VERSION, **losses.record}
+    record["sha256"] = _sha256(record, tensors.values())
+    with atomic_file(path) as file:  # by its name: `save` would have all of it in memory once more
+        save_file(tensors, file.name, metadata={RECORD: json.dumps(record)})
 
 
 def read_losses(path: Path, who: str) -> TeacherLosses:
@@ -90,18 +93,25 @@ def read_losses(path: Path, who: str) -> TeacherLosses:
             tensors = {name: file.get_tensor(name) for name in ("loss", "begins", "ends")}
     except FileNotFoundError:
         raise WrongInput(f"{who}: {path} is missing; `sigma teacher cache` makes it") from None
-    except SafetensorError as error:
+    except OSError as error:
+        raise WrongInput(f"{who}: cannot read {path}: {error.strerror or error}") from None
+    except (SafetensorError, ValueError) as error:
         raise WrongInput(
             f"{who}: {path} is not a file of `sigma teacher cache`, or is damaged: {error}"
         ) from None
-    if _sha256(tensors.values()) != record["sha256"]:
+    if _sha256(record, tensors.values()) != record.get("sha256"):
         raise WrongInput(f"{who}: {path} is damaged: its sha256 differs")
     return TeacherLosses(**tensors, record=record)
 
 
-def text_of(corpus_digest: str, val_fraction: float, num_bytes: int) -> dict[str, Any]:
+def text_of(corpus_digest: str, data: DataConfig, num_bytes: int) -> dict[str, Any]:
     """What tells the text of a training split: its documents follow from these, whatever the vocabulary."""
-    return {"corpus_digest": corpus_digest, "val_fraction": val_fraction, "bytes": num_bytes}
+    return {
+        "corpus_digest": corpus_digest,
+        "val_fraction": data.val_fraction,
+        "languages": data.languages,
+        "bytes": num_bytes,
+    }
 
 
 def must_be_of(losses: TeacherLosses, wanted: dict[str, Any], path: Path) -> None:
@@ -115,12 +125,9 @@ def must_be_of(losses: TeacherLosses, wanted: dict[str, Any], path: Path) -> Non
         )
 
 
-def _tensors(losses: TeacherLosses) -> dict[str, Tensor]:
-    return {"loss": losses.loss, "begins": losses.begins, "ends": losses.ends}
-
-
-def _sha256(tensors: Iterable[Tensor]) -> str:
-    found = hashlib.sha256()
+def _sha256(record: dict[str, Any], tensors: Iterable[Tensor]) -> str:
+    told = {key: value for key, value in record.items() if key != "sha256"}
+    found = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for x in tensors:
         found.update(f"{x.dtype} {list(x.shape)}".encode())
         found.update(x.contiguous().view(torch.uint8).numpy().data)

@@ -8,15 +8,14 @@ All the teacher gives is one number for each of its own tokens.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from sigma_train.alignment import UNMAPPED
+from sigma_train.kinds import Aggregate
 from sigma_train.selection import Selection, weighted_mean
-
-Aggregate = Literal["max", "mean", "sum", "first"]
 
 
 def aggregate_teacher_loss(loss: Tensor, ranges: Tensor, how: Aggregate = "max") -> Tensor:
@@ -25,13 +24,23 @@ def aggregate_teacher_loss(loss: Tensor, ranges: Tensor, how: Aggregate = "max")
     NaN where a range is unmapped, or a token that counts is NaN, since it had no context.  Ranges are many, and
     overlap: sums are differences of sums from the start, in f64; the largest is that of two halves that overlap.
     Args: loss [M]; ranges [N, 2] as `align_spans` gives them.
-    Raises: ValueError if `how` is none of the four.
+    Raises: ValueError if `how` is none of the four, or loss or ranges cannot be.
     """
-    if how not in ("max", "mean", "sum", "first"):
+    if how not in get_args(Aggregate):
         raise ValueError(f"aggregate_teacher_loss: how must be max, mean, sum or first, found {how!r}")
+    if loss.dim() != 1 or not loss.is_floating_point() or ranges.shape[1:] != (2,):
+        raise ValueError(
+            "aggregate_teacher_loss: loss must be floating-point of shape [M], ranges of shape [N, 2], found "
+            f"{loss.dtype} {list(loss.shape)} and {list(ranges.shape)}"
+        )
     is_mapped = ranges[:, 0] != UNMAPPED
-    out = loss.new_full((len(ranges),), torch.nan)
     first, last = ranges[is_mapped].unbind(1)
+    if len(wrong := ((first < 0) | (last < first) | (last >= len(loss))).nonzero()):
+        raise ValueError(
+            f"aggregate_teacher_loss: ranges must lie in 0..{len(loss) - 1}, the first not after the last, found "
+            f"{ranges[is_mapped][wrong[0, 0]].tolist()}"
+        )
+    out = loss.new_full((len(ranges),), torch.nan)
     if how == "max":
         out[is_mapped] = _largest(loss, first, last)
     elif how == "first":
@@ -75,6 +84,11 @@ class TeacherGuidedLoss(Selection):
 
     def __call__(self, student: Tensor, teacher: Tensor, ranges: Tensor) -> Tensor:
         """Args: student [B, S] or [S] with a gradient, teacher [M], ranges [B * S, 2] of their tokens."""
+        if student.dim() not in (1, 2) or len(ranges) != student.numel():
+            raise ValueError(
+                "TeacherGuidedLoss: student must be [S] or [B, S] with a range for each token, found "
+                f"{list(student.shape)} and {len(ranges)} ranges"
+            )
         rows = student if student.dim() == 2 else student[None]
         target = aggregate_teacher_loss(teacher.detach(), ranges, self.aggregate).view(rows.shape)
         return weighted_mean(rows, self.weights(*gap(rows, target)))
