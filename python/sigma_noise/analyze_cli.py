@@ -52,9 +52,8 @@ def analyze(
             write_text(to, json.dumps(told, indent=1, allow_nan=False) + "\n")
 
     measured, log = read_any(path), None if truth is None else trace.read(truth)
-    if steps.has_steps(
-        measured
-    ):  # of sigma train: ranks are told apart by steps, whose phases are no fixed work
+    if steps.has_steps(measured):
+        # Of sigma train: ranks are told apart by steps, whose phases are no fixed work.
         if report is not None:
             raise WrongInput(
                 f"{path}: a record of sigma train, whose report.html has this; leave --report out"

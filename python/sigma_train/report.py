@@ -76,11 +76,7 @@ def noise_of(run: Path) -> "tuple[StepNoise, Late | None] | None":
     """What noise cost and why, of what `train.noise` recorded; None where no step is whole on every rank."""
     if not (run / FOLDER).is_dir():
         return None
-    from sigma_noise import (
-        parts,
-        step_causes,
-        steps,
-    )  # pyarrow and scipy, which runs without a record do without
+    from sigma_noise import parts, step_causes, steps  # pyarrow and scipy, which other runs do without
 
     if not parts.has_any(run / FOLDER):
         return None
