@@ -165,9 +165,7 @@ class TrainConfig(_Section):
     place_every: Whole = 0  # checkpoints between re-placements of experts by their load; 0: never
     rank_timeout_s: Positive = 600.0  # of a rank that others wait for: then it is taken for lost
     dtype: Literal["f32", "bf16"] = "f32"  # of matrix products; weights and moments of Adam are f32 in both
-    noise: bool = Field(
-        False, strict=True
-    )  # when each phase of a step was, of every rank, in the run's folder
+    noise: bool = Field(False, strict=True)  # when each phase of a step was, of every rank, in its folder
     prometheus: OptionalFile = None  # where the ledger's figures are left for a textfile collector
 
 
@@ -371,9 +369,8 @@ def _parse_value(text: str) -> Any:
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(
-        value, str
-    ):  # JSON escapes are TOML escapes; DEL is the one character TOML escapes and JSON not
+    if isinstance(value, str):
+        # JSON escapes are TOML escapes; DEL is the one character TOML escapes and JSON not.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return f"[{', '.join(_toml(item) for item in value)}]"
