@@ -72,9 +72,8 @@ def replayed(
             raise ValueError(f"--model replay wants quanta of {windows.kernel}, found none of rank {rank}")
         seconds = series.seconds
         excess = np.maximum(0.0, seconds - float(np.quantile(seconds, FLOOR)))
-        start_s = np.concatenate(
-            [[0.0], np.cumsum(seconds)]
-        )  # one after another: what lies between is not its work
+        # One after another: what lies between is not its work.
+        start_s = np.concatenate([[0.0], np.cumsum(seconds)])
         took, end_s = excess > 0, float(start_s[-1])
         start_s = start_s[:-1]
         by_host.setdefault(host, []).append(Detours.of(start_s[took], excess[took], end_s))

@@ -26,12 +26,7 @@ from sigma_noise.windows import chosen, is_fixed_time, kernels
 
 COMPARISONS = 200  # of A with A, in a calibration
 N = 2048
-PLAN = (
-    "quantum_s",
-    "threads",
-    "sizes",
-    "backend",
-)  # of what a run says that it did, all runs must say the same
+PLAN = ("quantum_s", "threads", "sizes", "backend")  # of what a run did: the same of all
 Numbers = dict[str, list[float]]
 Floats = NDArray[np.float64]
 

@@ -78,11 +78,7 @@ class StepNoise(NoRecord):
     """One rank's record.  Not for use by several trainers of a process at once: collectives tell all that ask."""
 
     def __init__(self, out: Path, config: Config, ranks: Ranks) -> None:
-        from sigma_noise import (
-            parts,
-            recorder,
-            step_counters,
-        )  # pyarrow, which runs without a record do without
+        from sigma_noise import parts, recorder, step_counters  # pyarrow, which other runs do without
 
         self._recorder, self._now = recorder.Recorder(ranks.rank), recorder.now_ns
         self._counters = step_counters.StepCounters(self._recorder)
@@ -157,10 +153,9 @@ class StepNoise(NoRecord):
         self, what: str, layer: int, is_backward: bool, arrived_ns: int, waits_ns: int, ended_ns: int
     ) -> None:
         code = self._codes.get((what, layer, is_backward))
-        if (
-            code is not None
-        ):  # of what is exchanged beside the model, it is only known that the rank was blocked
+        if code is not None:
             self._recorder.add(code, arrived_ns, ended_ns)
+        # Of what is exchanged beside the model it is only known that the rank was blocked.
         self._recorder.add(self._blocked, waits_ns, ended_ns)
 
     def begin_step(self, number: int) -> None:
