@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sigma_train.config import Config, ConfigError
-from sigma_train.files import failed_writes_are_oserrors, must_be_writable, temporary_name, write_text
+from sigma_train.files import failed_writes_are_oserrors, must_be_writable, sync, temporary_name, write_text
 from sigma_train.generate import load_run
 from sigma_train.model import LanguageModel
 from sigma_train.tokenizer import END_OF_TEXT
@@ -36,11 +36,13 @@ def export_to_transformers(run: Path, out: Path, top_k: int | Sequence[int] | No
         weights = transformers_state(model, config)
         with failed_writes_are_oserrors(out):
             save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+            sync(temporary / "model.safetensors")
         write_text(temporary / "config.json", json.dumps(settings, indent=2))
         tokenizer.save(temporary / "tokenizer.json")
         tokenizer_settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
         write_text(temporary / "tokenizer_config.json", json.dumps(tokenizer_settings, indent=2))
         temporary.rename(out)
+        sync(out.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
