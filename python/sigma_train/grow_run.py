@@ -187,9 +187,6 @@ def _told(checkpoint: Path, growth: Growth, optimizer: str) -> dict[str, Any]:
         "from": str(checkpoint),
         "step": record["step"],
         "tokens": record["extra"].get("tokens_seen", 0),
-        "layers": list(growth.layers.sources),
-        "experts": growth.experts,
-        "noise": growth.noise,
-        "seed": growth.seed,
+        **growth.record(),
         "optimizer": optimizer,
     }
