@@ -154,7 +154,12 @@ WRONG = [
     (
         ["--experts", "2", "--skip-last", "1"],
         2,
-        "--zero-outputs, --skip-first and --skip-last are options of --depth, which was not given",
+        "--depth-factor, --zero-outputs, --skip-first and --skip-last are options of --depth, which was not given",
+    ),
+    (
+        ["--depth", "stack", "--interleave"],
+        2,
+        "--interleave and --balance-bias are options of --experts, which was not given",
     ),
     (
         ["--depth", "stack", "--skip-last", "2"],

@@ -84,10 +84,12 @@ def grow(
         raise WrongInput(f"--noise must be a number of at least 0, found {noise}")
     if not (math.isfinite(shard_gb) and shard_gb > 0):
         raise WrongInput(f"--shard-gb must be a number above 0, found {shard_gb}")
-    if depth is Depth.none and (zero_outputs or skip_first or skip_last):
+    if depth is Depth.none and (zero_outputs or skip_first or skip_last or depth_factor != 2):
         raise WrongInput(
-            "--zero-outputs, --skip-first and --skip-last are options of --depth, which was not given"
+            "--depth-factor, --zero-outputs, --skip-first and --skip-last are options of --depth, which was not given"
         )
+    if experts == 1 and (interleave or balance_bias is BalanceBias.zero):
+        raise WrongInput("--interleave and --balance-bias are options of --experts, which was not given")
     if out.exists():
         raise WrongInput(f"--out: {out} exists; name a new folder")
 
