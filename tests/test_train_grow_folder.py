@@ -92,32 +92,25 @@ def test_every_known_family_is_tried():
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_wider_model_computes_the_same(tmp_path, name):
-    """Defends: names, numbers of experts in config.json, gates, groups, biases: for each family that is claimed."""
+def test_a_grown_model_computes_the_same(tmp_path, name):
+    """Defends, for each family that is claimed: names, numbers of experts in config.json, gates, groups, biases; layers
+    that are dense or sparse, or of another kind of attention, where their origin is not.
+    """
     save(tmp_path / "a", name)
-    want = logits(tmp_path / "a")
-    for factor in (2, 3):
-        out = tmp_path / str(factor)
-        grow_folder(
-            Folder.read(tmp_path / "a"), growth_of(tmp_path / "a", PLAN.none, factor, 0.0), 0, 1 << 30, out
-        )
-        assert (logits(out) - want).abs().max() < 1e-5 * want.abs().max()
-    noisy = growth_of(tmp_path / "a", PLAN.none, 2, 0.1)
-    grow_folder(Folder.read(tmp_path / "a"), noisy, 0, 1 << 30, tmp_path / "noisy")
-    assert (logits(tmp_path / "noisy") - want).abs().max() > 1e-3
+    folder, want = Folder.read(tmp_path / "a"), logits(tmp_path / "a")
 
+    def grown(plan: LayerGrowthPlan, *how: object, **more: object) -> torch.Tensor:
+        growth = Growth(plan, *how, **more, score=family_of(folder.settings).score)
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        grow_folder(folder, growth, 0, 1 << 30, out)
+        made = json.loads((out / "config.json").read_text())["num_hidden_layers"]
+        assert made == len(plan.sources)
+        return logits(out)
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_deeper_model_whose_copies_add_nothing_computes_the_same(tmp_path, name):
-    """Defends: layers that are dense or sparse, or of another kind of attention, where their origin is not."""
-    save(tmp_path / "a", name)
-    want = logits(tmp_path / "a")
-    for kind, skip in (("interposition", 0), ("stack", 1)):
-        plan = getattr(PLAN, kind)(3, 2, skip)
-        growth = Growth(plan, zero_outputs=True, score=family_of(Folder.read(tmp_path / "a").settings).score)
-        grow_folder(Folder.read(tmp_path / "a"), growth, 0, 1 << 30, tmp_path / kind)
-        assert torch.equal(logits(tmp_path / kind), want)
-        assert json.loads((tmp_path / kind / "config.json").read_text())["num_hidden_layers"] == 6 - skip
+    assert (grown(PLAN.none(3), 3, 0.0) - want).abs().max() < 1e-5 * want.abs().max()
+    assert (grown(PLAN.none(3), 2, 0.1) - want).abs().max() > 1e-3
+    for plan in (PLAN.interposition(3), PLAN.stack(3, 2, 1)):
+        assert torch.equal(grown(plan, zero_outputs=True), want)
 
 
 def test_without_zeros_a_deeper_model_is_its_plan(tmp_path):
@@ -253,6 +246,20 @@ def broken(folder: Path, what: str) -> None:
             settings.write_text(json.dumps(told | {"num_hidden_layers": "3"}))
         case "list":
             settings.write_text(json.dumps(told | {"layer_types": ["full_attention"]}))
+        case "layer":
+            settings.write_text(json.dumps(told | {"num_hidden_layers": 4, "layer_types": None}))
+        case "gates":
+            without = {key: value for key, value in told.items() if key != "norm_topk_prob"}
+            gates = {"first_k_dense_replace": 0, "n_group": 1, "routed_scaling_factor": 2.5}
+            settings.write_text(json.dumps(without | gates | {"model_type": "deepseek_v3"}))
+        case "kind":
+            settings.write_text(json.dumps(told | {"model_type": ["olmoe"]}))
+        case "none":
+            settings.write_text(json.dumps(told | {"num_experts": 0}))
+        case "ledger":
+            (folder / "growth.json").write_text(json.dumps({"flops": 1.0}))
+        case "map":
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}}))
         case "json":
             settings.write_text("{")
         case "no weights":
@@ -277,8 +284,15 @@ BROKEN = {
     "deepseek_v3, glm4_moe, dots1, minimax_m2, whose gates are known here, found 'llama'",
     "quantised": "config.json: quantization_config: weights must be floating-point numbers, not quantised",
     "count": "config.json has 5 experts, the tensors of layer 0 are of 6",
-    "layers": "config.json: num_hidden_layers must be an integer of at least 0, found '3'",
+    "layers": "config.json: num_hidden_layers must be an integer of at least 1, found '3'",
     "list": "config.json: layer_types must have one entry for each of 3 layers, found ['full_attention']",
+    "layer": "config.json has 4 layers, no tensor is of layer 3",
+    "gates": "config.json: norm_topk_prob must be given for a deepseek_v3, found none",
+    "kind": "config.json: model_type must be one of qwen2_moe, qwen3_moe, mixtral, olmoe, flex_olmo, deepseek_v2, "
+    "deepseek_v3, glm4_moe, dots1, minimax_m2, whose gates are known here, found ['olmoe']",
+    "none": "config.json: num_experts must be an integer of at least 1, found 0",
+    "ledger": "a/growth.json must hold flops and history, as sigma grow writes them",
+    "map": "a/model.safetensors.index.json must have a weight_map, the file of each tensor",
     "json": "a/config.json is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
     "no weights": "a/model.safetensors is missing; weights must be safetensors",
     "cut": "a/model.safetensors is no sound safetensors file: {} lies beyond its end",

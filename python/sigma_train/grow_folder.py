@@ -37,13 +37,13 @@ class Folder:
     path: Path
     settings: dict[str, Any]
     tensors: dict[str, Stored]
-    growth: dict[str, Any] | None
+    ledger: SunkCostLedger
 
     @classmethod
     def read(cls, path: Path) -> "Folder":
         """Raises: WrongInput for a file that is missing, damaged or of no use here."""
         settings = _json(path / "config.json")
-        index = _json(path / INDEX)["weight_map"] if (path / INDEX).exists() else None
+        index = _weight_map(path / INDEX) if (path / INDEX).exists() else None
         files = ["model.safetensors"] if index is None else sorted(set(index.values()))
         tensors: dict[str, Stored] = {}
         for name in files:
@@ -52,8 +52,7 @@ class Folder:
             tensors |= stored_tensors(path / name)
         if index is not None and (missing := index.keys() - tensors.keys()):
             raise WrongInput(f"{path / INDEX} names {min(missing)}, which is in none of its files")
-        growth = _json(path / LEDGER) if (path / LEDGER).exists() else None
-        return cls(path, settings, tensors, growth)
+        return cls(path, settings, tensors, _ledger(path / LEDGER))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -124,6 +123,11 @@ def grow_folder(
 def _made(folder: Folder, growth: Growth) -> dict[str, Grown]:
     """Raises: WrongInput if config.json and the tensors disagree, or noise would be lost in a dtype's rounding."""
     made = grown_tensors(folder.shapes, growth)
+    layers = {parse(name).layer for name in folder.shapes}
+    if missing := set(range(growth.layers.num_layers)) - layers:
+        raise WrongInput(
+            f"config.json has {growth.layers.num_layers} layers, no tensor is of layer {min(missing)}"
+        )
     counts, E = expert_counts(folder.shapes), num_experts(folder.settings)
     for layer, count in counts.items():
         if count != E:
@@ -192,15 +196,8 @@ def _bytes(x: Tensor) -> bytes:
 def _grown_ledger(folder: Folder, growth: Growth, tokens: int) -> SunkCostLedger:
     """6 FLOPs a token and active parameter: attention's scores, which depend on the sequence, are left out."""
     spent = 6.0 * active_parameters(folder) * tokens
-    how = {
-        "from": str(folder.path),
-        "tokens": tokens,
-        "layers": list(growth.layers.sources),
-        "experts": growth.experts,
-        "noise": growth.noise,
-        "seed": growth.seed,
-    }
-    return replace(SunkCostLedger.of_record(folder.growth), extra_flops=spent).grown(how)
+    how = {"from": str(folder.path), "tokens": tokens, **growth.record()}
+    return replace(folder.ledger, extra_flops=spent).grown(how)
 
 
 def active_parameters(folder: Folder) -> float:
@@ -211,6 +208,22 @@ def active_parameters(folder: Folder) -> float:
         math.prod(shape) * (share if parse(name).kind in of_experts else 1.0)
         for name, shape in folder.shapes.items()
     )
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Of each tensor its file."""
+    found = _json(path).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise WrongInput(f"{path} must have a weight_map, the file of each tensor")
+    return found
+
+
+def _ledger(path: Path) -> SunkCostLedger:
+    told = _json(path) if path.exists() else None
+    try:
+        return SunkCostLedger.of_record(told)
+    except (KeyError, TypeError, ValueError):
+        raise WrongInput(f"{path} must hold flops and history, as sigma grow writes them") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
