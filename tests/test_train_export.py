@@ -4,6 +4,7 @@ import pytest
 import torch
 from sigma_train.checkpoint import save_checkpoint
 from sigma_train.config import ConfigError, load_config
+from sigma_train.errors import WrongInput
 from sigma_train.export import export_to_transformers
 from sigma_train.model import LanguageModel
 from sigma_train.tokenizer import train_tokenizer
@@ -69,5 +70,7 @@ def test_what_qwen3_cannot_express_is_named(tmp_path, setting, message):
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):
-    with pytest.raises(ConfigError, match="exists; name a new folder"):
-        export_to_transformers(tmp_path, tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for out in (tmp_path, tmp_path / "link"):
+        with pytest.raises(WrongInput, match=f"^export: {out} exists; name a new folder$"):
+            export_to_transformers(tmp_path, out)

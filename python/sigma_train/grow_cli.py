@@ -77,6 +77,7 @@ def grow(
     import math
 
     from sigma_train.errors import WrongInput
+    from sigma_train.files import must_be_new
 
     if depth is Depth.none and experts == 1:
         raise WrongInput("--depth or --experts must be given, what is to grow")
@@ -90,8 +91,7 @@ def grow(
         )
     if experts == 1 and (interleave or balance_bias is BalanceBias.zero):
         raise WrongInput("--interleave and --balance-bias are options of --experts, which was not given")
-    if out.exists():
-        raise WrongInput(f"--out: {out} exists; name a new folder")
+    must_be_new(out, "--out")
 
     from sigma_train.growth_layers import LayerGrowthPlan
     from sigma_train.growth_pieces import Growth

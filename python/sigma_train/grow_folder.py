@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sigma_train.errors import WrongInput
-from sigma_train.files import failed_writes_are_oserrors, must_be_writable, sync, temporary_name, write_text
+from sigma_train.files import atomic_folder, failed_writes_are_oserrors, must_be_new, sync, write_text
 from sigma_train.growth_cost import SunkCostLedger
 from sigma_train.growth_families import grown_settings, num_experts, top_k
 from sigma_train.growth_names import Kind, parse
@@ -98,25 +98,16 @@ def grow_folder(
         shard_bytes: the most of a file of several tensors.
     Raises: WrongInput if `out` is there, or the growth does not fit the model.
     """
-    if out.exists():
-        raise WrongInput(f"--out: {out} exists; name a new folder")
+    must_be_new(out, "--out")
     settings = grown_settings(folder.settings, growth)
     made = _made(folder, growth)
     ledger = _grown_ledger(folder, growth, sunk_tokens)
-    temporary = temporary_name(out)
-    with must_be_writable("--out", out.parent):
-        temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(out, "--out") as temporary:
         with failed_writes_are_oserrors(out):
             _carry(folder.path, temporary)
             _write_shards(folder, made, temporary, shard_bytes)
         write_text(temporary / LEDGER, json.dumps(ledger.record(), indent=2) + "\n")
         write_text(temporary / "config.json", json.dumps(settings, indent=2) + "\n")
-        temporary.rename(out)
-        sync(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return ledger
 
 
