@@ -119,6 +119,10 @@ def test_without_zeros_a_deeper_model_is_its_plan(tmp_path):
     from transformers import AutoModelForCausalLM
 
     save(tmp_path / "a", "olmoe")
+    stale = {
+        "weight_map": {"model.gone": "gone.safetensors"}
+    }  # which transformers does not read beside a whole file
+    (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(stale))
     plan = PLAN.stack(3, 2, 1)
     grow_folder(Folder.read(tmp_path / "a"), Growth(plan), 0, 1 << 30, tmp_path / "b")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", experts_implementation="eager")
@@ -259,6 +263,7 @@ def broken(folder: Path, what: str) -> None:
         case "ledger":
             (folder / "growth.json").write_text(json.dumps({"flops": 1.0}))
         case "map":
+            weights.rename(folder / "model-1.safetensors")
             (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}}))
         case "json":
             settings.write_text("{")
@@ -273,8 +278,11 @@ def broken(folder: Path, what: str) -> None:
             name = "model.layers.0.mlp.experts.0.up_proj.weight"
             save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, weights)
         case "index":
-            index = {"weight_map": {"model.gone": "model.safetensors"}}
+            weights.rename(folder / "model-1.safetensors")
+            index = {"weight_map": {"model.gone": "model-1.safetensors"}}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "complex":
+            save_file(load_file(weights) | {"model.phase": torch.ones(1, dtype=torch.complex64)}, weights)
         case "unknown":
             save_file(load_file(weights) | {"model.layers.0.mlp.experts.bias": torch.ones(6)}, weights)
 
@@ -299,6 +307,8 @@ BROKEN = {
     "header": "a/model.safetensors is no sound safetensors file: its header lies beyond its end",
     "dtype": "model.layers.0.mlp.experts.0.up_proj.weight is F8_E4M3; what changes must be one of F64, F32, BF16, F16",
     "index": "a/model.safetensors.index.json names model.gone, which is in none of its files",
+    "complex": "a/model.safetensors: model.phase must be one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2, I64, I32, I16, "
+    "I8, U8, BOOL, found 'C64'",
     "unknown": "growth: model.layers.0.mlp.experts.bias is no tensor of experts whose layout is known",
 }
 

@@ -24,7 +24,7 @@ from sigma_train.growth_names import Kind, parse
 from sigma_train.growth_pieces import Grown, Growth, Piece, expert_counts, grown_tensors
 from sigma_train.tensor_files import Stored, header_of, size_of, stored_tensors, sync_file
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
 NOISY = ("F64", "F32", "BF16", "F16")
 LEDGER = "growth.json"
@@ -43,8 +43,9 @@ class Folder:
     def read(cls, path: Path) -> "Folder":
         """Raises: WrongInput for a file that is missing, damaged or of no use here."""
         settings = _json(path / "config.json")
-        index = _weight_map(path / INDEX) if (path / INDEX).exists() else None
-        files = ["model.safetensors"] if index is None else sorted(set(index.values()))
+        is_sharded = (path / INDEX).exists() and not (path / WHOLE).exists()  # as transformers chooses
+        index = _weight_map(path / INDEX) if is_sharded else None
+        files = [WHOLE] if index is None else sorted(set(index.values()))
         tensors: dict[str, Stored] = {}
         for name in files:
             if not (path / name).is_file():
@@ -143,7 +144,7 @@ def _write_shards(folder: Folder, made: Mapping[str, Grown], out: Path, shard_by
     described = {name: (folder.tensors[x.pieces[0].source].dtype, x.shape) for name, x in made.items()}
     shards = _shards(described, shard_bytes)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = names if len(shards) > 1 else ["model.safetensors"]
+    names = names if len(shards) > 1 else [WHOLE]
     with ExitStack() as stack:
         source = Open(folder, stack)
         for file_name, shard in zip(names, shards, strict=True):
