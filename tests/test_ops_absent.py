@@ -246,6 +246,8 @@ def test_limit_mass_keeps_what_was_left_out_and_refuses():
         told = f"limit_mass: mass must be a number above 0 and at most 1, found {mass!r}"
         with pytest.raises(ValueError, match=re.escape(told)):
             sk.limit_mass(routing, mass)
+    with pytest.raises(TypeError, match="limit_mass: weights must be"):
+        sk.limit_mass(routing._replace(weights=routing.indices), 0.5)
 
 
 def test_a_layer_of_limited_capacity():

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from sigma_kernels.ops.library import check_float
 from sigma_kernels.ops.route import check_choices, group_where_present
 from sigma_kernels.routing import Routing
 
@@ -16,13 +17,14 @@ def limit_mass(routing: Routing, mass: float, *, normalize: bool = False) -> Rou
 
     Returns: the Routing, which has R' = sum_t k'(t) rows and index E where a choice is left out.
     Raises: ValueError for a mass that is no number in (0, 1], weights that are not [T, k] or, on a CPU, an index out of
-        range.
+        range; TypeError for weights that are integers.
     Cost: R' is waited for, as the number of rows decides shapes.
     """
     op = "limit_mass"
     if isinstance(mass, bool) or not isinstance(mass, int | float) or not 0 < mass <= 1:
         raise ValueError(f"{op}: mass must be a number above 0 and at most 1, found {mass!r}")
     check_choices(op, routing)
+    check_float(op, weights=routing.weights)
     indices, weights, E = routing.indices, routing.weights, routing.num_experts
     is_there = indices < E
     before = F.pad(weights.detach().double().where(is_there, 0).cumsum(1)[:, :-1], (1, 0))
