@@ -15,7 +15,7 @@ from sigma_train.errors import Stopped, WrongInput
 from sigma_train.export import export_to_transformers
 from sigma_train.grow_folder import Folder, active_parameters, grow_folder
 from sigma_train.grow_run import Base, grow_run
-from sigma_train.growth_families import FAMILIES, family_of
+from sigma_train.growth_families import FAMILIES, family_of, grown_settings
 from sigma_train.growth_layers import LayerGrowthPlan
 from sigma_train.growth_pieces import Growth
 from sigma_train.tensor_files import stored_tensors
@@ -320,6 +320,21 @@ def test_a_folder_that_cannot_grow_is_named(cache, tmp_path, what):
     last = result.stderr.partition("file: ")[2].partition(" ")[0]
     assert_one_sentence(result, 2, BROKEN[what].format(last))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("settings, told", [
+    ({"decoder_sparse_step": 0}, "decoder_sparse_step must be an integer of at least 1, found 0"),
+    ({"mlp_only_layers": 1}, "mlp_only_layers must be a list of layers, found 1"),
+    ({"num_local_experts": 0}, "num_local_experts must be an integer of at least 1, found 0"),
+    ({"num_experts_per_tok": None}, "num_experts_per_tok must be an integer of at least 1, found None"),
+])  # fmt: skip
+def test_settings_of_no_model_are_named(settings, told):
+    sound = {"model_type": "qwen3_moe", "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 1}
+    growth = Growth(PLAN.stack(2), 2)
+    grown = grown_settings(sound | {"num_local_experts": None}, growth)
+    assert (grown["num_experts"], grown["num_local_experts"], grown["num_experts_per_tok"]) == (8, None, 2)
+    with pytest.raises(WrongInput, match=f"^config.json: {told}$"):
+        grown_settings(sound | settings, growth)
 
 
 def test_a_plan_that_config_json_cannot_say_is_named(tmp_path):

@@ -66,7 +66,12 @@ def family_of(settings: Mapping[str, Any]) -> Family:
 
 
 def num_experts(settings: Mapping[str, Any]) -> int:
-    return _integer(settings, next((key for key in EXPERTS if key in settings), EXPERTS[0]), least=1)
+    return _integer(settings, next(iter(_named_experts(settings)), EXPERTS[0]), least=1)
+
+
+def _named_experts(settings: Mapping[str, Any]) -> list[str]:
+    """Under which keys their number stands; null is what transformers writes for none."""
+    return [key for key in EXPERTS if settings.get(key) is not None]
 
 
 def top_k(settings: Mapping[str, Any]) -> int:
@@ -117,16 +122,16 @@ def _grow_layers(settings: dict[str, Any], plan: LayerGrowthPlan, family: Family
 
 def _dense_layers(settings: Mapping[str, Any], n: int) -> list[int]:
     """As Qwen's model has them."""
-    step, only = _integer(settings, "decoder_sparse_step", 1), settings.get("mlp_only_layers") or []
+    step, only = _integer(settings, "decoder_sparse_step", 1, least=1), settings.get("mlp_only_layers") or []
+    if not isinstance(only, list):
+        raise WrongInput(f"config.json: mlp_only_layers must be a list of layers, found {only!r}")
     return [i for i in range(n) if i in only or (i + 1) % step]
 
 
 def _grow_experts(settings: dict[str, Any], growth: Growth, family: Family) -> None:
     f = growth.experts
-    num_experts(settings)
-    for key in EXPERTS:
-        if key in settings:
-            settings[key] = _integer(settings, key) * f
+    for key in _named_experts(settings):
+        settings[key] = _integer(settings, key, least=1) * f
     settings[TOP_K] = top_k(settings) * f
     if (groups := settings.get("n_group") or 1) > 1:
         # The groups are neighbours: appended copies make as many new ones, each a copy of one.
