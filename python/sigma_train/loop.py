@@ -151,11 +151,13 @@ class Trainer:
         record = read_record(path)
         if record["extra"].get("corpus_digest") != self.data.stats["corpus_digest"]:
             raise ConfigError(f"train.init_from: {path} was trained on another text, with another vocabulary")
-        held_out, wanted = record["extra"]["settings"]["data.val_fraction"], self.config.data.val_fraction
-        if held_out != wanted:  # another vocabulary too, which is of the rest
-            raise ConfigError(
-                f"train.init_from: {path} held out data.val_fraction = {held_out:g} of the text, wanted is {wanted:g}"
-            )
+        # A setting that is younger than the checkpoint had its default.
+        then, now = shaping_settings(Config()) | record["extra"]["settings"], shaping_settings(self.config)
+        for key in ("data.val_fraction", "data.languages"):  # another vocabulary too, which is of the rest
+            if then[key] != now[key]:
+                raise ConfigError(
+                    f"train.init_from: {path} held out other text: {key} was {then[key]} and is {now[key]}"
+                )
         must_fit(self.model, path)
         if self.config.train.init_optimizer and not holds_moments(path):
             raise ConfigError(f"train.init_optimizer: {path} holds no moments of an optimizer")
