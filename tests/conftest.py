@@ -4,8 +4,9 @@
 Triton's interpreter and in the emulator, and test_gpu.py and test_noise_gpu.py.
 """
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -119,3 +120,34 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def cache(shared: Path) -> dict[str, str]:
     """An environment whose cache of tokens all programs of the run share."""
     return {**os.environ, "SIGMA_CACHE": str(shared / "cache"), "OMP_NUM_THREADS": "2"}
+
+
+@pytest.fixture
+def make_trainer(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    cache: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable]:
+    """make(name, *settings, resume): trainers of the preset smoke and SMALL, which the file of the test has.
+
+    Each in the folder `name`, closed at the end; the dense bound is not timed.
+    """
+    from rich.console import Console
+    from sigma_train import loop
+    from sigma_train.config import load_config
+    from sigma_train.folder import claimed
+
+    monkeypatch.setattr(loop, "dense_tokens_per_s", lambda config: 1.0)
+    common = [*request.module.SMALL, f"data.cache_dir={cache['SIGMA_CACHE']}"]
+    with contextlib.ExitStack() as stack:
+
+        def make(name: str, *settings: str, resume: bool = False) -> loop.Trainer:
+            out = tmp_path / name
+            config = load_config("smoke", None, [*common, *settings], {"train": {"out": str(out)}})
+            with claimed(out):
+                trainer = loop.Trainer(config, Console(quiet=True), resume)
+            stack.callback(trainer.metrics.close)
+            return trainer
+
+        yield make

@@ -22,9 +22,7 @@ class SideStream:
 
     def __call__(self, begin: Any, end: Any) -> None:
         main = torch.cuda.current_stream()
-        self.stream.wait_stream(
-            main
-        )  # else it would begin as soon as the host enqueues it, which is far ahead
+        self.stream.wait_stream(main)  # else it would begin as it is enqueued, which is far ahead
         with torch.cuda.stream(self.stream):
             begin.record()
             torch.cuda._sleep(self.cycles)

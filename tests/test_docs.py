@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 from sigma_cli.commands import app
-from sigma_train.config import Config, _fields, _toml, _wanted, load_config
+from sigma_train.config import Config, _toml, load_config
+from sigma_train.config_words import fields_of, wanted_in
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -69,7 +70,7 @@ def test_train_config_lists_every_setting_with_kind_and_default():
             assert meaning, key
             listed.append((section, key, default, wanted))
     assert listed == [
-        (section, key, "none" if value is None else _toml(value), _wanted(_fields(section)[key]))
+        (section, key, "none" if value is None else _toml(value), wanted_in(fields_of(section, Config)[key]))
         for section, settings in Config()
         for key, value in settings
     ]

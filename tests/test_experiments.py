@@ -11,6 +11,7 @@ import time
 
 import forked
 import pytest
+import rank_faults
 from rich.console import Console
 from sigma_experiments import EXPERIMENTS, lab, page
 from sigma_experiments.cli import module_of
@@ -30,11 +31,20 @@ def make_lab(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("SIGMA_CACHE", cache["SIGMA_CACHE"])
     running = []
 
-    def started(args, log):
-        running.append(forked.Running(args, env))
-        return running[-1]
+    class Started(forked.Running):
+        """What it said is in its log when it has ended."""
 
-    monkeypatch.setattr(lab, "started", started)
+        def __init__(self, args, log):
+            super().__init__(args, env, fault=rank_faults.nothing)
+            self.log = log
+            running.append(self)
+
+        def wait(self, timeout=None):
+            code = super().wait(timeout)
+            self.log.write_text("".join(file.read_text() for file in self._files))
+            return code
+
+    monkeypatch.setattr(lab, "started", Started)
     yield lambda seeds=1: Lab(tmp_path, seeds, True, 2, Console(quiet=True))
     for process in running:
         process.__exit__()
@@ -103,13 +113,12 @@ def test_settings_of_all_are_looked_at_first(make_lab, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_training_that_fails_is_named(tmp_path, monkeypatch, cache):
+def test_a_training_that_fails_is_named(make_lab, tmp_path):
     """Defends: a failure that is passed over, others that go on behind one's back."""
-    monkeypatch.setenv("SIGMA_CACHE", cache["SIGMA_CACHE"])
     (tmp_path / "bad-seed0").mkdir()
     (tmp_path / "bad-seed0" / "foreign").write_text("")
     with pytest.raises(Failure, match=r"bad-seed0 failed: train.out: .* holds foreign and no run"):
-        Lab(tmp_path, 1, True, 1, Console(quiet=True)).train([Run("bad", 0, SMALL)])
+        make_lab().train([Run("bad", 0, SMALL)])
 
 
 @pytest.mark.acceptance

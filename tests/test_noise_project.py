@@ -259,9 +259,8 @@ def test_what_is_regained_without_a_cause():
     assert np.all((found.low <= found.seconds) & (found.seconds <= found.high))
     before = project(quiet + cause, [64], **QUICK).step_s[0] * 3
     assert found.share[1] == pytest.approx(found.seconds[1] / before, rel=1e-9)
-    rough = 10 + rng.exponential(
-        size=(4, 5000)
-    )  # of which one resample differs from another, and not from itself
+    # Of these one resample differs from another, and not from itself.
+    rough = 10 + rng.exponential(size=(4, 5000))
     always = regained(rough, np.full_like(rough, 0.5), [1, 64], **QUICK)
     assert np.array([always.seconds, always.low, always.high]) == pytest.approx(
         np.full((3, 2), 0.5), rel=1e-9

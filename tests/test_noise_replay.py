@@ -102,9 +102,8 @@ def test_same_seed_same_bytes_and_cosched_is_never_longer():
         assert [d.tobytes() for d in drawn] == [d.tobytes() for d in again]
         error = np.sqrt((drawn[0].var() + drawn[1].var()) / 300)
         assert drawn[1].mean() <= drawn[0].mean() + 4 * error
-        assert (
-            N < 64 or drawn[1].mean() < drawn[0].mean() - 4 * error
-        )  # eight hosts have no more than eight windows
+        if N >= 64:  # eight hosts have no more than eight windows
+            assert drawn[1].mean() < drawn[0].mean() - 4 * error
         assert replay(hosts, 0.05, N, 300, seed=6).tobytes() != drawn[0].tobytes()
     offsets = spread_offsets(hosts, 0.05, rng_of(71))
     pool = Pool(tuple(replayed_windows(hosts, 0.05, offsets)))

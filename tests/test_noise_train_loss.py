@@ -23,10 +23,8 @@ from support import SIGMA
 pytestmark = [pytest.mark.live, pytest.mark.timeout(400)]
 
 RANKS, DISTURBED = 4, 2
-TURNS, TURN_S = (
-    26,
-    3,
-)  # disturbed, and as long undisturbed before or after each, in turns: four minutes in all
+# Disturbed, and as long undisturbed before or after each, in turns: four minutes in all.
+TURNS, TURN_S = 26, 3
 LENGTH_NS, PERIOD_NS = 30_000_000, 300_000_000
 
 

@@ -1,39 +1,17 @@
 """`train.dtype`: bf16 multiplies so and nothing else, trains like f32, and is part of what a run is."""
 
-import contextlib
 from collections import defaultdict
 
 import pytest
 import torch
-from rich.console import Console
 from sigma_train import loop
 from sigma_train.checkpoint import latest_checkpoint, load_checkpoint
-from sigma_train.config import ConfigError, load_config
-from sigma_train.folder import claimed
+from sigma_train.config import ConfigError
 from sigma_train.generate import load_run
-from sigma_train.loop import Trainer
 from sigma_train.metrics import read_metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SMALL = ["data.max_bytes=200000", "train.batch_size=4", "train.steps=6"]
-
-
-@pytest.fixture
-def make_trainer(tmp_path, tmp_path_factory, monkeypatch):
-    """Trainers of their own folders, given back when the test ends; the dense bound is not timed."""
-    monkeypatch.setattr(loop, "dense_tokens_per_s", lambda config: 1.0)
-    with contextlib.ExitStack() as stack:
-
-        def make(name: str, dtype: str, *settings: str, resume: bool = False) -> Trainer:
-            shared = [*SMALL, f"data.cache_dir={tmp_path_factory.getbasetemp() / 'cache'}"]
-            options = {"train": {"out": str(tmp_path / name), "dtype": dtype}}
-            config = load_config("smoke", None, [*shared, *settings], options)
-            with claimed(tmp_path / name):
-                trainer = Trainer(config, Console(quiet=True), resume)
-            stack.callback(trainer.metrics.close)
-            return trainer
-
-        yield make
 
 
 class Operands(TorchDispatchMode):
@@ -52,7 +30,7 @@ class Operands(TorchDispatchMode):
 @pytest.mark.parametrize("dtype, product", [("f32", torch.float32), ("bf16", torch.bfloat16)])
 def test_products_are_of_the_dtype_and_all_else_is_f32(make_trainer, dtype, product):
     """Defends: a cast that is not made; one made where bits matter: router, softmax of the loss, sums, weights."""
-    trainer = make_trainer("run", dtype)
+    trainer = make_trainer("run", f"train.dtype={dtype}")
     with Operands() as seen:
         trainer._train_step()
     assert seen.dtypes["moe_experts"] == {product}
@@ -71,7 +49,7 @@ def test_bf16_trains_like_f32(make_trainer, kind):
     settings = ["train.steps=30", "optim.lr=1e-3", *kind]
     curves = {}
     for dtype in ("f32", "bf16"):
-        trainer = make_trainer(dtype, dtype, *settings)
+        trainer = make_trainer(dtype, f"train.dtype={dtype}", *settings)
         trainer.run()
         curves[dtype] = [row["loss"] for row in read_metrics(trainer.out / "metrics.jsonl") if "loss" in row]
     assert curves["bf16"] != curves["f32"]
@@ -80,7 +58,7 @@ def test_bf16_trains_like_f32(make_trainer, kind):
 
 
 def test_checkpoints_are_f32_and_name_the_dtype(make_trainer):
-    trainer = make_trainer("run", "bf16")
+    trainer = make_trainer("run", "train.dtype=bf16")
     trainer.run()
     checkpoint = load_checkpoint(latest_checkpoint(trainer.checkpoints))
     assert checkpoint.extra["settings"]["train.dtype"] == "bf16"
@@ -94,10 +72,10 @@ def test_checkpoints_are_f32_and_name_the_dtype(make_trainer):
 
 
 def test_another_dtype_is_not_resumed(make_trainer):
-    make_trainer("run", "bf16").run()
+    make_trainer("run", "train.dtype=bf16").run()
     with pytest.raises(ConfigError, match=r"train\.dtype was 'bf16' and is 'f32'"):
-        make_trainer("run", "f32", resume=True)
-    assert make_trainer("run", "bf16", resume=True).step == 6
+        make_trainer("run", "train.dtype=f32", resume=True)
+    assert make_trainer("run", "train.dtype=bf16", resume=True).step == 6
 
 
 def test_a_checkpoint_older_than_the_setting_is_f32(make_trainer, monkeypatch):
@@ -108,7 +86,7 @@ def test_a_checkpoint_older_than_the_setting_is_f32(make_trainer, monkeypatch):
 
     with monkeypatch.context() as then:
         then.setattr(loop, "shaping_settings", of_then)
-        make_trainer("run", "f32").run()
-    assert make_trainer("run", "f32", resume=True).step == 6
+        make_trainer("run", "train.dtype=f32").run()
+    assert make_trainer("run", "train.dtype=f32", resume=True).step == 6
     with pytest.raises(ConfigError, match=r"train\.dtype was 'f32' and is 'bf16'"):
-        make_trainer("run", "bf16", resume=True)
+        make_trainer("run", "train.dtype=bf16", resume=True)

@@ -1,36 +1,14 @@
 """train.init_from: a new run begins with the weights of a checkpoint."""
 
-import contextlib
-
 import pytest
 import torch
-from rich.console import Console
-from sigma_train import loop
 from sigma_train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
-from sigma_train.config import ConfigError, load_config
-from sigma_train.folder import claimed
+from sigma_train.config import ConfigError
 from sigma_train.loop import Trainer
 from sigma_train.metrics import read_metrics
 from support import sigma
 
 SMALL = ["data.max_bytes=200000", "train.batch_size=2", "train.steps=3", "train.save_every=4"]
-
-
-@pytest.fixture
-def make_trainer(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(loop, "dense_tokens_per_s", lambda config: 1.0)
-    with contextlib.ExitStack() as stack:
-
-        def make(name: str, *settings: str, resume: bool = False) -> Trainer:
-            shared = [*SMALL, f"data.cache_dir={tmp_path_factory.getbasetemp() / 'cache'}"]
-            options = {"train": {"out": str(tmp_path / name)}}
-            config = load_config("smoke", None, [*shared, *settings], options)
-            with claimed(tmp_path / name):
-                trainer = Trainer(config, Console(quiet=True), resume)
-            stack.callback(trainer.metrics.close)
-            return trainer
-
-        yield make
 
 
 @pytest.fixture

@@ -21,16 +21,8 @@ from test_train_learning import make_trainer  # noqa: F401 - a fixture
 from torch import Tensor
 
 OF_ROUTING = {
-    *(
-        "load_most",
-        "load_least",
-        "load_cv",
-        "load_entropy",
-        "experts_dead",
-        "balance_loss",
-        "routing_changes",
-    ),
-    *("load_cv_floor", "load_most_floor", "load_most_bound"),
+    *("load_most", "load_least", "load_cv", "load_entropy", "experts_dead"),
+    *("load_cv_floor", "load_most_floor", "load_most_bound", "balance_loss", "routing_changes"),
 }
 TWO = ("train.steps=2", "train.grad_accum=2", "train.batch_size=2", "train.eval_every=100")
 

@@ -1,6 +1,5 @@
 """What a step of the trainer computes: every part of a layer learns, and each setting does what its page says."""
 
-import contextlib
 import os
 import signal
 from types import SimpleNamespace
@@ -11,30 +10,11 @@ from rich.console import Console
 from sigma_train import loop
 from sigma_train.checkpoint import latest_checkpoint, load_checkpoint
 from sigma_train.config import load_config
-from sigma_train.folder import claimed
 from sigma_train.loop import Trainer
 from sigma_train.metrics import read_metrics
 from sigma_train.optim import learning_rate
 
 SMALL = ["data.max_bytes=200000", "train.batch_size=4", "optim.warmup_steps=0"]
-
-
-@pytest.fixture
-def make_trainer(tmp_path, tmp_path_factory, monkeypatch):
-    """Trainers of their own folders, closed at the end; the dense bound is not timed."""
-    monkeypatch.setattr(loop, "dense_tokens_per_s", lambda config: 1.0)
-    with contextlib.ExitStack() as stack:
-
-        def make(name: str, *settings: str, resume: bool = False) -> Trainer:
-            shared = [*SMALL, f"data.cache_dir={tmp_path_factory.getbasetemp() / 'cache'}"]
-            options = {"train": {"out": str(tmp_path / name)}}
-            config = load_config("smoke", None, [*shared, *settings], options)
-            stack.enter_context(claimed(tmp_path / name))
-            trainer = Trainer(config, Console(quiet=True), resume)
-            stack.callback(trainer.metrics.close)
-            return trainer
-
-        yield make
 
 
 def losses(trainer: Trainer) -> list[float]:

@@ -1,6 +1,5 @@
 """[objective]: which tokens a step is learned from, in the trainer, on one rank and on two."""
 
-import contextlib
 import shutil
 
 import forked
@@ -46,23 +45,6 @@ def teacher(tmp_path_factory):
     for name, dtype in (("losses", "f32"), ("others", "f16")):
         cache_losses(teacher, config.data, folder / name, None, None, 4096, dtype, Console(quiet=True))
     return folder / "losses"
-
-
-@pytest.fixture
-def make_trainer(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(loop, "dense_tokens_per_s", lambda config: 1.0)
-    with contextlib.ExitStack() as stack:
-
-        def make(name: str, *settings: str, resume: bool = False) -> Trainer:
-            shared = [*SMALL, f"data.cache_dir={tmp_path_factory.getbasetemp() / 'cache'}"]
-            options = {"train": {"out": str(tmp_path / name)}}
-            config = load_config("smoke", None, [*shared, *settings], options)
-            with claimed(tmp_path / name):
-                trainer = Trainer(config, Console(quiet=True), resume)
-            stack.callback(trainer.metrics.close)
-            return trainer
-
-        yield make
 
 
 def of(kind: str, teacher) -> list[str]:

@@ -80,9 +80,9 @@ def test_limits_have_the_studys_values():
 
 @pytest.mark.parametrize("E, T, k", [(96, 2048, 1), (96, 4096, 8), (96, 512, 1), (8, 512, 4)])
 def test_floors_are_what_chance_leaves(E, T, k):
-    """Defends: choices with replacement, a normal deviate in a binomial's place; of 200 draws, to their error."""
+    """Defends: choices with replacement, a normal deviate in a binomial's place; of 50 draws, to their error."""
     chance = np.random.default_rng(0)
-    keys = (chance.random((T, E)) for _ in range(200))
+    keys = (chance.random((T, E)) for _ in range(50))
     shares = np.stack(
         [np.bincount(np.argpartition(x, k - 1)[:, :k].ravel(), minlength=E) * E / T / k for x in keys]
     )

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 from sigma_train.report import png, write_report
-from sigma_train.routing_view import MAPS, deviations, looks, maps
+from sigma_train.routing_view import MAPS, deviations, loads, looks, maps
 from test_train_sparsity import make_trainer  # noqa: F401 - a fixture
 
-SETTINGS = ("train.steps=6", "train.save_every=100", "train.eval_every=100", "guard.stats_every=2")
+SETTINGS = ("train.steps=2", "train.save_every=100", "train.eval_every=100", "guard.stats_every=1")
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +47,21 @@ def test_maps_show_each_look_in_its_interval():
     assert low > high, "layer 0 is at the top"
 
 
+def test_loads_are_relative_to_an_even_share():
+    """Defends: one layer's experts in another's map; a step that the guard left out moves all that follow."""
+    rows = [
+        {"step": 3, "load": [[4, 0], [2, 2]]},
+        {"step": 4, "guard": "left out"},
+        {"step": 5, "load": [[1, 3], [4, 0]]},
+        {"step": 5, "sample": ""},
+    ]
+    of = {axes.get_title(): axes.images[0] for axes in loads(rows).axes if axes.images}
+    assert list(of) == ["layer 0", "layer 1"]
+    assert of["layer 0"].get_array().tolist() == [[2, None, 0.5], [0, None, 1.5]]
+    assert of["layer 1"].get_array().tolist() == [[1, None, 2], [1, None, 0]]
+    assert of["layer 1"].get_extent() == [2, 5, -0.5, 1.5]
+
+
 def test_deviations_have_their_limits():
     """Defends: one layer's limits in another's plot; a bound that bounds nothing; a switch that is not marked."""
     rows = made()
@@ -68,12 +83,13 @@ def test_deviations_have_their_limits():
         assert of["$k$ changes"].get_xdata()[0] == 4
 
 
-@pytest.mark.parametrize("layers", [1, 5, 56])
+@pytest.mark.parametrize("layers", [1, 5, 18])
 def test_any_number_of_layers_is_drawn(layers):
-    """Defends: fractions of a layer on the axis, an empty plot beside the last."""
+    """Defends: fractions of a layer on the axis, an empty plot beside the last, a figure of many screens."""
     rows = made(layers)
-    plots, figure = deviations(rows), maps(rows)
-    assert len([axes for axes in plots.axes if axes.get_visible()]) == layers
+    plots, figure, shares = deviations(rows), maps(rows), loads([{"step": 1, "load": [[1, 3]] * layers}])
+    assert len(plots.axes) == len(shares.axes) - 1 == layers  # and a scale
+    assert max(each.get_size_inches()[1] for each in (plots, figure, shares)) < 12
     assert layers > 10 or png(plots).startswith(b"\x89PNG")
     figure.canvas.draw()
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]

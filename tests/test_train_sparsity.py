@@ -1,16 +1,12 @@
 """[sparsity]: how many experts a token goes to changes within a run, by a schedule or by draws."""
 
-import contextlib
 import shutil
 
 import numpy as np
 import pytest
-from rich.console import Console
-from sigma_train import loop
 from sigma_train.config import ConfigError, ConfigWarning, load_config
 from sigma_train.evaluate import evaluate
 from sigma_train.expert_counts import ExpertCounts
-from sigma_train.folder import claimed
 from sigma_train.loop import Trainer
 from sigma_train.metrics import read_metrics
 from sigma_train.model import flops_per_token
@@ -25,24 +21,6 @@ SMALL = [
     "train.eval_every=8",
 ]
 SWITCH = "sparsity.phases=[[0, [4, 2]], [0.75, [1, 1]]]"  # from step 6 of 8, the first being 0
-
-
-@pytest.fixture
-def make_trainer(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(loop, "dense_tokens_per_s", lambda config: 1.0)
-    with contextlib.ExitStack() as stack:
-
-        def make(name: str, *settings: str, resume: bool = False) -> Trainer:
-            shared = [*SMALL, f"data.cache_dir={tmp_path_factory.getbasetemp() / 'cache'}"]
-            config = load_config(
-                "smoke", None, [*shared, *settings], {"train": {"out": str(tmp_path / name)}}
-            )
-            with claimed(tmp_path / name):
-                trainer = Trainer(config, Console(quiet=True), resume)
-            stack.callback(trainer.metrics.close)
-            return trainer
-
-        yield make
 
 
 def rows(trainer: Trainer) -> list[dict]:

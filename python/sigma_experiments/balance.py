@@ -6,7 +6,6 @@ layers begin with several experts, once switched to one late and once left as it
 """
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from sigma_train.errors import Failure
@@ -150,10 +149,7 @@ def layers_figure(trained: dict[str, list[Trained]], bound: float) -> Figure:
     figure, grid = plt.subplots(1, len(panels), figsize=(12, 3.6))
     for axes, (key, title, unit) in zip(grid, panels, strict=True):
         for color, (name, runs) in enumerate(trained.items()):
-            values = unit * sparse.final(runs, key)
-            layers = np.arange(values.shape[1])
-            error = np.abs(np.stack([values.min(0), values.max(0)]) - values.mean(0))
-            axes.errorbar(layers, values.mean(0), error, color=f"C{color}", marker="o", label=name, capsize=2)
+            sparse.draw_layers(axes, unit * sparse.final(runs, key), color=f"C{color}", label=name)
         axes.set(title=title, xlabel="layer")
         axes.grid(alpha=0.3)
     grid[0].axhline(100 * bound, color="black", linestyle="--", linewidth=0.8)

@@ -5,11 +5,12 @@ is constant after its warm-up, so that a point is not one of a decay.  Grown run
 text in the same order, and the small model another order, that of seed + 100.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sigma_train.checkpoint import place_of
 from sigma_train.config import Config
 from sigma_train.dataset import prepare
 from sigma_train.evaluate import evaluate
@@ -80,7 +81,7 @@ class Curve:
 
     trained: Trained
     sunk: float
-    begin: float | None = field(default=None)
+    begin: float | None = None
 
     @property
     def flops(self) -> list[float]:
@@ -149,7 +150,7 @@ def train(lab: Lab, size: Size) -> tuple[dict[str, list[Curve]], list[Path]]:
 
 
 def checkpoint(base: Trained, step: int) -> Path:
-    return base.folder / "checkpoints" / f"step-{step:08d}"
+    return place_of(base.folder / "checkpoints", step)
 
 
 def bits_of(begin: Path) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from sigma_experiments.lab import SHORT, Lab, Run, Trained
 from sigma_experiments.page import spread
@@ -61,6 +62,12 @@ def final(trained: Sequence[Trained], name: str) -> np.ndarray:
 def over_time(trained: Sequence[Trained], name: str) -> tuple[list[int], np.ndarray]:
     """Steps, and a statistic [seeds, looks, layers]."""
     return trained[0].layers(name)[0], np.array([each.layers(name)[1] for each in trained], dtype=float)
+
+
+def draw_layers(axes: Axes, values: np.ndarray, **style: Any) -> None:
+    """A statistic [seeds, layers]: its mean, and bars from the lowest to the highest seed."""
+    error = np.abs(np.stack([values.min(0), values.max(0)]) - values.mean(0))
+    axes.errorbar(np.arange(values.shape[1]), values.mean(0), error, marker="o", capsize=2, **style)
 
 
 def percent(values: Sequence[float]) -> str:

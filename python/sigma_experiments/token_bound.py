@@ -90,12 +90,9 @@ A layer below its bound sends copies of the commonest token to different experts
 def figure(trained: dict[str, list[Trained]], bounds: dict[str, list[float]]) -> Figure:
     figure, grid = plt.subplots(1, len(trained), figsize=(3 * len(trained), 3.4), sharey=True, squeeze=False)
     for axes, (name, runs) in zip(grid[0], trained.items(), strict=True):
-        most = 100 * sparse.final(runs, "load_most")
-        layers = np.arange(most.shape[1])
-        error = np.abs(np.stack([most.min(0), most.max(0)]) - most.mean(0))
-        axes.errorbar(layers, most.mean(0), error, marker="o", capsize=2, label="busiest expert")
+        sparse.draw_layers(axes, 100 * sparse.final(runs, "load_most"), label="busiest expert")
         limit = np.array(bounds[name]) * 100
-        axes.plot(layers, np.where(limit > 0, limit, np.nan), "k_", markersize=14, label="bound of the token")
+        axes.plot(np.where(limit > 0, limit, np.nan), "k_", markersize=14, label="bound of the token")
         c = runs[0].config.model
         axes.set(title=f"vocabulary {c.vocab_size:,}, k = {c.layer_top_k[0]} in layer 0", xlabel="layer")
         axes.title.set_fontsize(9)

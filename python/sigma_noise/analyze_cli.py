@@ -41,20 +41,19 @@ def analyze(
     from sigma_train.errors import WrongInput
     from sigma_train.files import must_be_writable, write_text
 
-    def write(to: Path, told: dict[str, Any]) -> None:
-        with must_be_writable("--json", to.parent):
-            write_text(to, json.dumps(told, indent=1, allow_nan=False) + "\n")
-
     from sigma_noise import screen, step_causes, steps, steps_view, trace
     from sigma_noise.analysis import Options, injections
     from sigma_noise.analysis import analyze as of_trace
     from sigma_noise.as_json import as_json, of_training
     from sigma_noise.reading import read_any
 
+    def write(to: Path, told: dict[str, Any]) -> None:
+        with must_be_writable("--json", to.parent):
+            write_text(to, json.dumps(told, indent=1, allow_nan=False) + "\n")
+
     measured, log = read_any(path), None if truth is None else trace.read(truth)
-    if steps.has_steps(
-        measured
-    ):  # of sigma train: ranks are told apart by steps, whose phases are no fixed work
+    if steps.has_steps(measured):
+        # Of sigma train: ranks are told apart by steps, whose phases are no fixed work.
         if report is not None:
             raise WrongInput(
                 f"{path}: a record of sigma train, whose report.html has this; leave --report out"

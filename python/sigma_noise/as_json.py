@@ -37,10 +37,10 @@ def as_json(found: Analysis) -> dict[str, Any]:
 
 def of_training(noise: StepNoise, why: Late | None) -> dict[str, Any]:
     """Of a record of `sigma train --noise`."""
-    ranks = {"worst": noise.worst, "cost_share": noise.cost_share}
+    derived = {"worst": noise.worst, "cost_share": noise.cost_share}
     return {
         "schema_version": SCHEMA_VERSION,
-        "noise": plain(noise) | ranks,
+        "noise": plain(noise) | derived,
         "late": None if why is None else late(why),
     }
 

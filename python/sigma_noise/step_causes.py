@@ -194,9 +194,8 @@ class _Part:
 
 def _among(attempt: Attempt, rank: int, between: Sequence[tuple[int, int]] | None) -> NDArray[np.bool_]:
     """[n]: steps that lie within one of these windows."""
-    begin, end = (
-        stamps[: attempt.n] for stamps in (attempt.steps[rank].start_ns, attempt.steps[rank].end_ns)
-    )
+    steps = attempt.steps[rank]
+    begin, end = steps.start_ns[: attempt.n], steps.end_ns[: attempt.n]
     inside = [(begin >= a) & (end <= b) for a, b in ([(0, NEVER)] if between is None else between)]
     found: NDArray[np.bool_] = np.any(inside, axis=0)
     return found

@@ -55,9 +55,8 @@ def _nearby(is_free: NDArray[np.bool_]) -> list[slice]:
 
 def _between(start_ns: Stamps, end_ns: Stamps, events: tuple[Stamps, Stamps]) -> Floats:
     """Seconds of each time without an event in which steps follow each other."""
-    breaks = np.flatnonzero(
-        start_ns[1:] - end_ns[:-1] > (end_ns - start_ns).min()
-    )  # a step was left out there
+    is_left_out = start_ns[1:] - end_ns[:-1] > (end_ns - start_ns).min()  # a step between these two
+    breaks = np.flatnonzero(is_left_out)
     runs = start_ns[np.r_[0, breaks + 1]], end_ns[np.r_[breaks, len(end_ns) - 1]]
     begin, end = spans.without(runs, events)
     return (end - begin) * 1e-9

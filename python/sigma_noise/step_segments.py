@@ -36,10 +36,10 @@ class Segments:
             raise ValueError("late: ranks must have met as often in each step")
         n, met_in = attempt.n, met[0][0]
         left = np.stack([end for _, _, end in met], 1)  # [collectives, R]
+        usually_left = median_rank(left)
         late, beyond = np.zeros(left.shape), np.zeros(len(left))
         arrived = np.full(len(left), NEVER)  # the last of all, where their clock tells
         if len(left) and attempt.share_a_clock(tuple(attempt.ranks)):
-            usually_left = median_rank(left)
             late = np.maximum(0.0, (left - usually_left[:, None]) * 1e-9)
             arrived = np.stack([came for _, came, _ in met], 1).max(1)
             beyond = _beyond_usual(np.maximum(0, usually_left - arrived) * 1e-9, met_in)
@@ -49,9 +49,7 @@ class Segments:
         self.step = step[order]
         self._arrived = np.concatenate([arrived, np.full(n, NEVER)])[order]
         self._beyond = np.concatenate([beyond, np.zeros(n)])[order]
-        self._left = np.concatenate([median_rank(left), np.full(n, NEVER)])[
-            order
-        ]  # when the median rank went on
+        self._left = np.concatenate([usually_left, np.full(n, NEVER)])[order]
         own, self.spans, self._late = [], [], []
         for i, r in enumerate(attempt.ranks):
             steps, blocked = attempt.steps[r], attempt.blocked[r]
@@ -133,9 +131,8 @@ def _lowered(seconds: Floats, mean: float) -> Floats:
     """max(0, seconds - level) with the level at which their mean is less by `mean`."""
     kept = max(0.0, float(seconds.mean()) - mean) * len(seconds)
     ordered = np.sort(seconds)[::-1]
-    level = (
-        (np.cumsum(ordered) - kept) / np.arange(1, len(seconds) + 1)
-    ).max()  # of the k largest, for any k
+    of_largest = (np.cumsum(ordered) - kept) / np.arange(1, len(seconds) + 1)
+    level = of_largest.max()
     found: Floats = np.maximum(0.0, seconds - level)
     return found
 

@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
+from sigma_train.config_words import fields_of, nearest, sentence
 from sigma_train.errors import WrongInput
 from sigma_train.kinds import (
     Betas,
@@ -36,7 +36,6 @@ from sigma_train.kinds import (
     Sizes,
     TopK,
     Vocabulary,
-    Wanted,
     Whole,
 )
 
@@ -256,7 +255,7 @@ class Config(_Section):
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
-            raise ConfigError(_sentence(error, settings)) from None
+            raise ConfigError(sentence(error, settings, cls)) from None
 
     def to_toml(self) -> str:
         """All settings as TOML that `load_config` reads back to an equal Config (none is left out)."""
@@ -349,8 +348,8 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals:
         raise ConfigError(f"--set wants section.key=value, found {text!r}")
     if not dot:
-        raise ConfigError(f"--set wants section.key=value, found {text!r}; {_nearest(name.strip())}")
-    field = _fields(section).get(key) if section in Config.model_fields else None
+        raise ConfigError(f"--set wants section.key=value, found {text!r}; {nearest(name.strip(), Config)}")
+    field = fields_of(section, Config).get(key) if section in Config.model_fields else None
     if value.strip().lower() == "none" and field and type(None) in get_args(field.annotation):
         return {section: {key: None}}
     return {section: {key: _parse_value(value.strip())}}
@@ -379,56 +378,3 @@ def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(_toml(item) for item in value)}]"
     return repr(value)
-
-
-def _fields(section: str) -> dict[str, FieldInfo]:
-    return Config.model_fields[section].annotation.model_fields
-
-
-def _nearest(name: str) -> str:
-    """The valid key closest to `name`: the same key elsewhere, else by spelling, else what the section has."""
-    section, dot, key = name.partition(".")
-    if not dot:
-        section, key = "", name
-    keys = [f"{s}.{k}" for s in Config.model_fields for k in _fields(s)]
-    same = [full for full in keys if full.endswith(f".{key}")]
-    local = [full for full in keys if full.startswith(f"{section}.")]
-    short = {full.partition(".")[2]: full for full in reversed(keys)}
-    by_spelling = [short[k] for k in difflib.get_close_matches(key, short, n=1)]
-    close = same or difflib.get_close_matches(name, local, n=1, cutoff=0.75) or by_spelling
-    if close:
-        return f"did you mean {close[0]}?"
-    if local:
-        return f"[{section}] has {', '.join(_fields(section))}"
-    return f"the sections are {', '.join(Config.model_fields)}"
-
-
-def _wanted(field: FieldInfo) -> str:
-    for note in field.metadata:
-        if isinstance(note, Wanted):
-            return note
-    if get_origin(field.annotation) is Literal:
-        return " or ".join(repr(choice) for choice in get_args(field.annotation))
-    return {bool: "true or false", str: "a string"}[field.annotation]
-
-
-def _sentence(error: ValidationError, settings: dict[str, Any]) -> str:
-    """pydantic's report, cut to the one thing to mend first: a misspelt key before a wrong value."""
-    errors = error.errors()
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    section, *key = first["loc"][:2] or [""]
-    if first["type"] == "extra_forbidden" and not key:
-        nearest = difflib.get_close_matches(section, Config.model_fields, n=1)
-        hint = (
-            f"did you mean {nearest[0]}?" if nearest else f"the sections are {', '.join(Config.model_fields)}"
-        )
-        return f"unknown section {section!r}; {hint}"
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {section}.{key[0]}; {_nearest(f'{section}.{key[0]}')}"
-    if first["type"] == "value_error" and "error" in first.get("ctx", {}):
-        return str(first["ctx"]["error"])
-    if not key:
-        return f"{section} must be a table of settings, found {settings[section]!r}"
-    return (
-        f"{section}.{key[0]} must be {_wanted(_fields(section)[key[0]])}, found {settings[section][key[0]]!r}"
-    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from sigma_train.config import Config
 from sigma_train.dataset import TokenDataset
 from sigma_train.model import LanguageModel, precision
-from sigma_train.ranks import Ranks
+from sigma_train.ranks import Ranks, hold_shards
 
 
 @torch.no_grad()
@@ -26,10 +26,7 @@ def evaluate(model: LanguageModel, data: TokenDataset, config: Config, ranks: Ra
         if ranks.rank < len(group):
             nats += of_batch
             num_bytes += data.count_bytes(targets)
-    if ranks.size > 1:
-        from sigma_train.parallel import hold_shards  # a second of FSDP and DTensor
-
-        hold_shards(model)
+    hold_shards(model, ranks)
     nats, num_bytes = ranks.summed(nats, num_bytes)
     return nats / math.log(2) / num_bytes
 

@@ -8,7 +8,7 @@ from sigma_train.checkpoint import CheckpointError, latest_checkpoint, load_weig
 from sigma_train.config import Config, load_config
 from sigma_train.errors import WrongInput
 from sigma_train.model import LanguageModel
-from sigma_train.ranks import Ranks
+from sigma_train.ranks import Ranks, hold_shards
 from sigma_train.tokenizer import Tokenizer, read_tokenizer
 
 
@@ -64,8 +64,5 @@ def generate(
         ids[-1] = ranks.first(ids[-1])  # all end after the same token
         if ids[-1] == tokenizer.eos_id:
             break
-    if ranks.size > 1:
-        from sigma_train.parallel import hold_shards  # a second of FSDP and DTensor
-
-        hold_shards(model)
+    hold_shards(model, ranks)
     return tokenizer.decode(ids)

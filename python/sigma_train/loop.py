@@ -16,24 +16,18 @@ import torch
 from rich.console import Console
 
 from sigma_kernels import _C
-from sigma_train import selfcheck, step_noise
+from sigma_train import beginning, selfcheck, step_noise
 from sigma_train.bound import dense_tokens_per_s, machine, product_flops_per_s
-from sigma_train.checkpoint import (
-    holds_moments,
-    latest_checkpoint,
-    must_fit,
-    named_checkpoint,
-    read_record,
-)
-from sigma_train.config import Config, ConfigError, shaping_settings
+from sigma_train.checkpoint import latest_checkpoint, read_record
+from sigma_train.config import Config, shaping_settings
 from sigma_train.dataset import PreparedData, prepare
 from sigma_train.errors import WrongInput
 from sigma_train.evaluate import evaluate
 from sigma_train.events import FILE, Was
-from sigma_train.expert_counts import ExpertCounts, same_past
+from sigma_train.expert_counts import ExpertCounts
 from sigma_train.files import write_text
 from sigma_train.generate import generate
-from sigma_train.growth_cost import KEY, SunkCostLedger, ledger_of
+from sigma_train.growth_cost import KEY, SunkCostLedger
 from sigma_train.guard import Diverged, Guard
 from sigma_train.layer_statistics import LayerStatistics
 from sigma_train.ledger import Ledger
@@ -72,12 +66,8 @@ class Trainer:
         self.noise = step_noise.recorder_of(config, ranks)
         _C.isa()  # a SIGMA_ISA that this processor has not, before anything is written
         sizes(config, ranks.size)
-        latest = latest_checkpoint(self.checkpoints, ranks)
-        if latest is not None and not resume:
-            raise ConfigError(
-                f"{self.out} already holds a run; continue it with --resume or name another --out"
-            )
-        begins_with = None if latest else self._named(config.train.init_from)
+        own = beginning.own_checkpoint(config, resume, ranks)
+        others = None if own else beginning.others_checkpoint(config, ranks)
         keep_freed_memory()
         torch.set_num_threads(config.train.threads or torch.get_num_threads())
         torch.manual_seed(config.train.seed)
@@ -88,18 +78,18 @@ class Trainer:
         self.placing = Placing(config.train)
         experts = ExpertCounts(config)
         self.model = LanguageModel(config)
-        if latest:
-            self._resume(latest)
-        elif begins_with:
-            self._begin_with(begins_with)
+        if own:
+            self._resume(own)
+        elif others:
+            self._begin_with(others)
         top_k = experts.mean(self.step, config.train.steps) if self.model.moe_layers() else ()
         flops = flops_per_token(self.model, config, top_k)  # here: of the whole model
         self.mesh = mesh_of(config, ranks.size) if ranks.size > 1 else None
         if self.mesh is not None:
             late("parallel").spread(self.model, self.mesh)
         self.optimizer = make_optimizer(self.model, config.optim)
-        if stored := latest or begins_with:
-            with_moments = stored == latest or config.train.init_optimizer
+        if stored := own or others:
+            with_moments = own is not None or config.train.init_optimizer
             late("parallel").load_state(self.model, self.optimizer, stored, ranks, with_moments=with_moments)
         t = config.train
         self.saver = late("saver").Saver(self.checkpoints, t.keep, ranks, t.async_save, t.rank_timeout_s)
@@ -109,9 +99,8 @@ class Trainer:
         self.one_step = Step(
             config, self.model, self.data, self.mesh, ranks, self.layers, self.noise, self.objective
         )
-        self.one_step.turn_to(
-            max(0, self.step - 1)
-        )  # what was done last, for a run that has nothing left to do
+        # What was done last, for a run that has nothing left to do.
+        self.one_step.turn_to(max(0, self.step - 1))
         if ranks.is_first:
             write_text(self.out / "config.toml", config.to_toml())
             self.data.tokenizer.save(self.out / "tokenizer.json")
@@ -119,51 +108,27 @@ class Trainer:
         self.line = RunLine(console, self.step, config.train.steps)
 
     def _resume(self, path: Path) -> None:
-        """Take step and history from a checkpoint, whose tensors come when the model is spread."""
-        record = read_record(path)
-        extra = record["extra"]
-        # A setting that is younger than the checkpoint had its default.
-        then, now = shaping_settings(Config()) | extra["settings"], self._settings()
-        if same_past(then, now, record["step"]):  # what comes may be another schedule
-            then |= {key: now[key] for key in ("sparsity.phases", "model.top_k")}
-        if changed := [key for key in now | then if now.get(key) != then.get(key)]:
-            differences = ", ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed)
-            raise ConfigError(
-                f"{self.out} holds a run of other settings: {differences}; "
-                "give them again or name another --out"
-            )
-        if extra.get("corpus_digest") != self.data.stats["corpus_digest"]:
-            raise ConfigError(f"the text of data.paths is not what {self.out} began with; name another --out")
-        must_fit(self.model, path)
-        self.step = self._saved = record["step"]
-        self.tokens_seen = extra["tokens_seen"]
-        if "guard" in extra:  # of a program that had one
-            self.guard.load(extra["guard"])
-        self.placing.load(extra.get("load"))
-        self.sunk = SunkCostLedger.of_record(extra.get(KEY))
+        """Take step and history from a checkpoint of this run."""
+        digest = self.data.stats["corpus_digest"]
+        record = beginning.record_of_own(path, self.config, self._settings(), digest, self.model)
+        self._stand_at(record)
+        if "guard" in record["extra"]:  # of a program that had one
+            self.guard.load(record["extra"]["guard"])
+        self.sunk = SunkCostLedger.of_record(record["extra"].get(KEY))
         self.console.print(f"resumed {path} at step {self.step}")
 
-    def _named(self, place: str | None) -> Path | None:
-        return None if place is None else named_checkpoint(Path(place), self.ranks)
-
     def _begin_with(self, path: Path) -> None:
-        """Look whether a new run can have the weights of a checkpoint, which come when the model is spread."""
-        record = read_record(path)
-        if record["extra"].get("corpus_digest") != self.data.stats["corpus_digest"]:
-            raise ConfigError(f"train.init_from: {path} was trained on another text, with another vocabulary")
-        # A setting that is younger than the checkpoint had its default.
-        then, now = shaping_settings(Config()) | record["extra"]["settings"], shaping_settings(self.config)
-        for key in ("data.val_fraction", "data.languages"):  # another vocabulary too, which is of the rest
-            if then[key] != now[key]:
-                raise ConfigError(
-                    f"train.init_from: {path} held out other text: {key} was {then[key]} and is {now[key]}"
-                )
-        must_fit(self.model, path)
-        if self.config.train.init_optimizer and not holds_moments(path):
-            raise ConfigError(f"train.init_optimizer: {path} holds no moments of an optimizer")
-        self.sunk = ledger_of(path).begun_with()
+        """Begin a new run with the weights of another."""
+        digest = self.data.stats["corpus_digest"]
+        self.sunk = beginning.sunk_in_others(path, self.config, digest, self.model)
         told = f", with {self.sunk.sunk_flops:.3g} FLOPs sunk in them" if self.sunk.sunk_flops else ""
-        self.console.print(f"begins with the weights of {path}, of step {record['step']}{told}")
+        self.console.print(f"begins with the weights of {path}, of step {read_record(path)['step']}{told}")
+
+    def _stand_at(self, record: dict[str, Any]) -> None:
+        """Step and history of a checkpoint, but for what the guard has met."""
+        self.step = self._saved = record["step"]
+        self.tokens_seen = record["extra"]["tokens_seen"]
+        self.placing.load(record["extra"].get("load"))
 
     def _settings(self) -> dict[str, Any]:
         """What shapes the weights; the sequences of a step are those of all ranks, however many share them.
@@ -364,13 +329,10 @@ class Trainer:
                 f"step {self.step + 1}: there is no checkpoint to go back to yet; lower train.save_every"
             )
         record = read_record(path)
-        extra = record["extra"]
         self.optimizer = make_optimizer(self.model, self.config.optim)
         late("parallel").load_state(self.model, self.optimizer, path, self.ranks)
-        self.step = self._saved = record["step"]
-        self.tokens_seen = extra["tokens_seen"]
-        self.guard.rewind(extra.get("guard"))
-        self.placing.load(extra.get("load"))
+        self._stand_at(record)
+        self.guard.rewind(record["extra"].get("guard"))
         if self.metrics is not None:
             self.metrics.close()
             self.metrics = Metrics(self.out, self.step)

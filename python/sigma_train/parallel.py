@@ -60,13 +60,6 @@ def average_expert_gradients(model: LanguageModel, mesh: Mesh) -> None:
         torch._foreach_mul_(grads, 1 / mesh.experts.size())
 
 
-def hold_shards(model: LanguageModel) -> None:
-    """After a forward without a backward, which leaves the parameters of the root whole on every rank."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 class Observed:
     """FSDP's own exchange of shards, by default one that is waited for at once, seen by `collectives.OBSERVERS`.
 

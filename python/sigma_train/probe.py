@@ -9,7 +9,7 @@ from torch import Tensor
 from sigma_train.config import Config
 from sigma_train.dataset import TokenDataset
 from sigma_train.model import LanguageModel, precision
-from sigma_train.ranks import Ranks
+from sigma_train.ranks import Ranks, hold_shards
 
 TOKENS = 512  # at most, or one sequence
 
@@ -42,10 +42,7 @@ class Probe:
         """
         with precision(self._config):
             model(self._tokens)
-        if ranks.size > 1:
-            from sigma_train.parallel import hold_shards  # a second of FSDP and DTensor
-
-            hold_shards(model)
+        hold_shards(model, ranks)
         now = [moe.last_routing.indices for moe in model.moe_layers()]  # [T, k] each
         last, self._last = self._last, now
         if last is None:

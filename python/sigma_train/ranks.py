@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from sigma_kernels.collectives import observed
 from sigma_train.errors import LostRank, WrongInput
@@ -65,6 +65,17 @@ class Ranks:
             with observed("sum"):
                 dist.all_reduce(total)
         return total.tolist()
+
+
+def hold_shards(model: nn.Module, ranks: Ranks) -> None:
+    """After a forward without a backward, which leaves the parameters of the root whole on every rank."""
+    if ranks.size == 1:
+        return
+    from torch.distributed.fsdp import FSDPModule  # a second of it and DTensor
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_launched() -> bool:

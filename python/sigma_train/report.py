@@ -37,7 +37,7 @@ def write_report(run: Path, sample: str, noise: "tuple[StepNoise, Late | None] |
     rows = list(read_metrics(run / "metrics.jsonl"))
     figures = {"Loss": loss_figure(rows), "Throughput": throughput_figure(rows)}
     if any("load" in row for row in rows):
-        figures["Expert load"] = load_figure(rows)
+        figures["Expert load"] = routing_view.loads(rows)
     if routing_view.looks(rows):
         figures["Deviation from an even load"] = routing_view.deviations(rows)
         figures["Routing"] = routing_view.maps(rows)
@@ -76,11 +76,7 @@ def noise_of(run: Path) -> "tuple[StepNoise, Late | None] | None":
     """What noise cost and why, of what `train.noise` recorded; None where no step is whole on every rank."""
     if not (run / FOLDER).is_dir():
         return None
-    from sigma_noise import (
-        parts,
-        step_causes,
-        steps,
-    )  # pyarrow and scipy, which runs without a record do without
+    from sigma_noise import parts, step_causes, steps  # pyarrow and scipy, which other runs do without
 
     if not parts.has_any(run / FOLDER):
         return None
@@ -117,20 +113,6 @@ def throughput_figure(rows: list[dict[str, Any]]) -> Figure:
     axes.set(xlabel="step", ylabel="tokens per second")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    return figure
-
-
-def load_figure(rows: list[dict[str, Any]]) -> Figure:
-    """One map a layer: experts down, steps across, the load relative to an even share."""
-    load = np.array([row["load"] for row in rows if "load" in row], dtype=float)  # [steps, layers, E]
-    share = load / load.mean(axis=2, keepdims=True)
-    layers = share.shape[1]
-    figure, grid = plt.subplots(layers, 1, figsize=(11, 1.9 * layers), sharex=True, squeeze=False)
-    for layer, axes in enumerate(grid[:, 0]):
-        image = axes.imshow(share[:, layer].T, aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower")
-        axes.set_ylabel(f"layer {layer}\nexpert")
-    grid[-1, 0].set_xlabel("step")
-    figure.colorbar(image, ax=grid[:, 0].tolist(), label="load, in even shares (3 and more)")
     return figure
 
 

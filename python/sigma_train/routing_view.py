@@ -1,6 +1,7 @@
-"""How the load of experts and the routers' choices went, layer by layer over a run, as two figures.
+"""How the load of experts and the routers' choices went, layer by layer over a run, as three figures.
 
-Both are of the rows of metrics.jsonl that have `layers`, and mark the steps at which `top_k` changed.
+`loads` is of every step.  The others are of the rows of metrics.jsonl that have `layers`, and mark the steps at which
+`top_k` changed.
 """
 
 from typing import Any
@@ -18,6 +19,7 @@ SIGNED = FuncFormatter(lambda share, _: f"{share:+,.0%}" if share else "0")
 FORMATS = {"load_most": SIGNED, "load_least": SIGNED, "routing_changes": PERCENT}
 TICKS = (-1, -0.5, 0, 0.5, 1, 3, 10, 30, 100, 300, 1000)
 COLUMNS = 4  # of layers side by side
+LINES = 8  # of loads, below each other at the width of the page; of more layers COLUMNS stand side by side
 MAPS = {
     "load_most": "busiest expert, from an even share",
     "load_least": "idlest expert, from an even share",
@@ -31,6 +33,44 @@ MAPS = {
 def looks(rows: Rows) -> Rows:
     """The rows that have statistics of routing: none of a dense model, nor of a program that had none."""
     return [row for row in rows if "load_entropy" in row.get("layers", {})]
+
+
+def loads(rows: Rows) -> Figure:
+    """A map a layer: experts up, steps across, the load relative to an even share; grey: the step was left out."""
+    steps, load = zip(*((row["step"], row["load"]) for row in rows if "load" in row), strict=True)
+    _, layers, E = np.shape(load)
+    share = np.full((steps[-1] - steps[0] + 1, layers, E), np.nan)
+    share[np.subtract(steps, steps[0])] = load / np.mean(load, axis=2, keepdims=True)
+    figure, plots = side_by_side(layers, 1 if layers <= LINES else COLUMNS)
+    extent = (steps[0] - 1, steps[-1], -0.5, E - 0.5)
+    for layer, axes in enumerate(plots):
+        axes.set_facecolor("lightgrey")
+        image = axes.imshow(
+            share[:, layer].T, aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower", extent=extent
+        )
+        axes.set_title(f"layer {layer}", fontsize=9, pad=3)
+    for axes in figure.axes:
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("expert")
+    figure.colorbar(image, ax=plots, label="load, in even shares (3 and more)", fraction=0.03, pad=0.02)
+    return figure
+
+
+def side_by_side(layers: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A plot a layer, in lines of so many; steps are named below the lowest of each column."""
+    columns = min(columns, layers)
+    lines = -(-layers // columns)
+    size = (11, 1 + 1.7 * max(lines, 1.5))
+    figure, grid = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    # By hand: "constrained" takes seconds for 56 layers.
+    figure.subplots_adjust(0.08, 0.5 / size[1], 0.99, 1 - 0.6 / size[1], wspace=0.05, hspace=0.25)
+    for axes in grid.flat[layers:]:
+        axes.remove()
+    for axes in grid.flat[layers - columns : layers]:
+        axes.set_xlabel("step")
+        axes.tick_params(labelbottom=True)
+        axes.xaxis.set_major_locator(whole_numbers(prune="upper" if columns > 1 else None))
+    return figure, list(grid.flat[:layers])
 
 
 def maps(rows: Rows) -> Figure:
@@ -76,24 +116,13 @@ def deviations(rows: Rows) -> Figure:
     """A plot a layer, linear up to one even share more or less and logarithmic above."""
     seen = looks(rows)
     layers = len(seen[0]["layers"]["load_most"])
-    columns = min(COLUMNS, layers)
-    lines = -(-layers // columns)
-    size = (11, 1 + 1.7 * max(lines, 1.5))
-    figure, grid = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
-    # By hand: "constrained" takes seconds for 56 layers.
-    figure.subplots_adjust(0.08, 0.5 / size[1], 0.99, 1 - 0.6 / size[1], wspace=0.05, hspace=0.25)
-    for layer, axes in enumerate(grid.flat[:layers]):
+    figure, plots = side_by_side(layers, COLUMNS)
+    for layer, axes in enumerate(plots):
         draw_layer(axes, seen, layer)
         mark_switches(axes, rows, "grey")
-        if layer >= layers - columns:  # nothing is below
-            axes.set_xlabel("step")
-            axes.tick_params(labelbottom=True)
-            axes.xaxis.set_major_locator(whole_numbers())
-    for axes in grid.flat[layers:]:
-        axes.set_visible(False)
     names = ("load_most", "load_most_bound")
-    scale(grid[0, 0], max(x for row in seen for name in names for x in row["layers"][name]))
-    handles, labels = grid[0, 0].get_legend_handles_labels()
+    scale(plots[0], max(x for row in seen for name in names for x in row["layers"][name]))
+    handles, labels = plots[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=5, fontsize=9, frameon=False)
     return figure
 
@@ -126,8 +155,8 @@ def scale(axes: Axes, largest: float) -> None:
     axes.minorticks_off()
 
 
-def whole_numbers() -> MaxNLocator:
-    return MaxNLocator("auto", integer=True, min_n_ticks=1)
+def whole_numbers(prune: str | None = None) -> MaxNLocator:
+    return MaxNLocator("auto", integer=True, min_n_ticks=1, prune=prune)
 
 
 def mark_switches(axes: Axes, rows: Rows, colour: str) -> None:
