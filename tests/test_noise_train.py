@@ -29,7 +29,7 @@ from sigma_train.config import load_config
 from sigma_train.metrics import read_metrics
 from sigma_train.step_noise import FOLDER, PAUSES, PHASES, RecordWarning
 from support import sigma
-from test_train_learning import make_trainer  # noqa: F401
+from test_train_learning import SMALL  # noqa: F401 - of make_trainer
 
 from sigma_kernels.collectives import OBSERVERS, Where, told
 
@@ -180,7 +180,7 @@ def test_steps_that_are_left_out_stand_in_the_record_and_a_return_does_not(cache
     assert set(steps.PAUSES) == set(PAUSES)
 
 
-def test_what_went_wrong_is_told_where_the_record_cannot_be_closed(make_trainer, monkeypatch):  # noqa: F811
+def test_what_went_wrong_is_told_where_the_record_cannot_be_closed(make_trainer, monkeypatch):
     """Defends: a full disk in place of what ended the run; rows that are missing without a word."""
     trainer = make_trainer("run", "train.noise=true")
 
@@ -219,7 +219,7 @@ class OneRank:
         return self
 
 
-def test_the_models_layers_and_nobody_elses_are_recorded(make_trainer, monkeypatch):  # noqa: F811
+def test_the_models_layers_and_nobody_elses_are_recorded(make_trainer, monkeypatch):
     """Defends: an exchange of another's layer as one of the model's, or as an error in its midst; hooks that stay."""
     trainer = make_trainer("run", "train.noise=true")
     monkeypatch.setattr("sigma_train.parallel.observe_shards", lambda *_: None)

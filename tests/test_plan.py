@@ -26,7 +26,7 @@ from sigma_train.plan_shapes import Layout, Shapes, layout, padded, shapes, shar
 from sigma_train.plan_time import MEASURED, crowd, flops
 from sigma_train.plan_wire import SHARDING, collectives
 from support import assert_one_sentence, sigma
-from test_train_learning import make_trainer  # noqa: F401 - a fixture
+from test_train_learning import SMALL  # noqa: F401 - of make_trainer
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -80,7 +80,7 @@ def test_the_schedules_early_phase_has_the_published_size():
     assert small.of_step(900) == (1,) * 12 != small.of_step(899)
 
 
-def test_shapes_without_memory_are_those_of_the_trainer(make_trainer):  # noqa: F811
+def test_shapes_without_memory_are_those_of_the_trainer(make_trainer):
     trainer = make_trainer("run", "model.top_k=[2,1]", "model.tie_embeddings=false")
     found = shapes(trainer.config)
     of_model = Counter(tuple(p.shape) for p in trainer.model.parameters())
@@ -90,7 +90,7 @@ def test_shapes_without_memory_are_those_of_the_trainer(make_trainer):  # noqa: 
 
 @pytest.mark.parametrize("experts", [8, 1])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_what_autograd_keeps_on_one_rank(make_trainer, dtype, experts):  # noqa: F811
+def test_what_autograd_keeps_on_one_rank(make_trainer, dtype, experts):
     """Defends: the activations of a dense model, and of experts that get no rows from others."""
     top_k = "[3,1]" if experts > 1 else "1"
     trainer = make_trainer(
@@ -106,7 +106,7 @@ def test_what_autograd_keeps_on_one_rank(make_trainer, dtype, experts):  # noqa:
     assert collectives(config, sizes, where) == []
 
 
-def test_products_are_counted_as_torch_counts_them(make_trainer):  # noqa: F811
+def test_products_are_counted_as_torch_counts_them(make_trainer):
     """Defends: a matrix that is left out, a factor of 6 that is another; attention is left to its formula."""
     trainer = make_trainer("run", "model.num_experts=1", "model.tie_embeddings=false")
     with FlopCounterMode(display=False) as counter:

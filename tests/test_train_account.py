@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sigma_train.account import CAUSES, Account, Totals
 from sigma_train.events import Back, Begin, End, Event, Peak, Spent, to_line
-from test_train_learning import make_trainer  # noqa: F401 - a fixture
+from test_train_learning import SMALL  # noqa: F401 - of make_trainer
 
 NS = 10**9
 DAY = 86400

@@ -24,7 +24,7 @@ from sigma_train.checkpoint import CheckpointError, latest_checkpoint, load_chec
 from sigma_train.metrics import read_metrics
 from sigma_train.saver import Saver
 from sigma_train.sharded import Metadatas, Writer
-from test_train_learning import make_trainer  # noqa: F401 - a fixture
+from test_train_learning import SMALL  # noqa: F401 - of make_trainer
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 AT = ("train.save_every=2", "train.eval_every=100")
@@ -220,7 +220,7 @@ def test_the_copy_is_made_where_it_was(tmp_path):
     assert not set(seen[0]) & {x.data_ptr() for x in state.values()}
 
 
-def test_sigterm_while_a_save_is_under_way(make_trainer, monkeypatch, gate):  # noqa: F811
+def test_sigterm_while_a_save_is_under_way(make_trainer, monkeypatch, gate):
     """Defends: "saved" before it is; the save of the last step in the way of the one before it."""
     trainer = make_trainer("run", "train.steps=8", *AT)
     save, said = trainer._save, []
@@ -259,7 +259,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("in_background", ["true", "false"])
-def test_a_save_that_fails_ends_the_run_at_the_next_step(make_trainer, failing, in_background):  # noqa: F811
+def test_a_save_that_fails_ends_the_run_at_the_next_step(make_trainer, failing, in_background):
     trainer = make_trainer("run", "train.steps=8", f"train.async_save={in_background}", *AT)
     failing(4)
     step, began = trainer._train_step, []
@@ -277,7 +277,7 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(make_trainer, failing, 
     assert names(trainer.out) == ["step-00000002"]
 
 
-def test_a_run_that_ends_for_another_reason_has_its_save(make_trainer, monkeypatch, gate):  # noqa: F811
+def test_a_run_that_ends_for_another_reason_has_its_save(make_trainer, monkeypatch, gate):
     """Defends: a thread that is left to itself, or ended, when a step is not fit to be learned from."""
     trainer = make_trainer("run", "train.steps=8", *AT)
     clip = one_step.clip

@@ -20,7 +20,7 @@ from sigma_train.growth_pieces import Growth
 from sigma_train.model import LanguageModel, flops_per_token
 from support import assert_one_sentence, sigma
 from test_train_export import make_run
-from test_train_init import SMALL, base, losses  # noqa: F401 - fixtures, and settings of make_trainer
+from test_train_init import SMALL, base, losses  # noqa: F401 - fixtures
 
 GROWTH = Growth(LayerGrowthPlan.interposition(2), 2)
 

@@ -21,7 +21,7 @@ from sigma_train.config import GuardConfig, load_config
 from sigma_train.guard import Diverged, Guard, spike
 from sigma_train.metrics import read_metrics
 from sigma_train.selfcheck import Corrupted
-from test_train_learning import make_trainer  # noqa: F401 - a fixture
+from test_train_learning import SMALL  # noqa: F401 - of make_trainer
 
 backends = import_module("sigma_kernels.backends")  # the package's attribute of that name is the function
 EIGHT = ("train.steps=8", "train.save_every=3", "train.eval_every=100")
@@ -52,7 +52,7 @@ def weights(trainer: loop.Trainer) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_a_step_without_a_number_is_left_out(make_trainer, monkeypatch, policy):  # noqa: F811
+def test_a_step_without_a_number_is_left_out(make_trainer, monkeypatch, policy):
     """Defends: a NaN in weights or moments, a step repeated that is not to be, one left out that is.
 
     Leaving the fifth step out and going back to the third and leaving it out then end in the same weights.
@@ -76,7 +76,7 @@ def test_a_step_without_a_number_is_left_out(make_trainer, monkeypatch, policy):
     )
 
 
-def test_a_run_that_left_a_step_out_resumes_as_if_it_had_not_ended(make_trainer, monkeypatch):  # noqa: F811
+def test_a_run_that_left_a_step_out_resumes_as_if_it_had_not_ended(make_trainer, monkeypatch):
     """Defends: what the guard knows lost with the process: steps left out, a lower rate."""
     settings = (*EIGHT, "guard.on_nonfinite=lower_rate")
     whole = make_trainer("whole", *settings)
@@ -97,7 +97,7 @@ def test_a_run_that_left_a_step_out_resumes_as_if_it_had_not_ended(make_trainer,
     assert rows(whole.out, "lr")[8] == pytest.approx(0.5 * loop.learning_rate(7, whole.config))
 
 
-def test_a_step_that_never_gets_better_ends_the_run(make_trainer, monkeypatch):  # noqa: F811
+def test_a_step_that_never_gets_better_ends_the_run(make_trainer, monkeypatch):
     """Defends: a run that goes back for ever."""
     trainer = make_trainer("run", *EIGHT, "guard.on_nonfinite=rollback", "guard.most=2")
     clip = one_step.clip
@@ -115,7 +115,7 @@ def test_a_step_that_never_gets_better_ends_the_run(make_trainer, monkeypatch): 
     assert load_checkpoint(latest_checkpoint(trainer.checkpoints)).step == 6
 
 
-def test_without_a_checkpoint_there_is_no_way_back(make_trainer, monkeypatch):  # noqa: F811
+def test_without_a_checkpoint_there_is_no_way_back(make_trainer, monkeypatch):
     trainer = make_trainer("run", *EIGHT, "guard.on_nonfinite=rollback")
     poison(monkeypatch, trainer, 1, math.nan)
     with pytest.raises(Diverged, match=r"^step 2: there is no checkpoint to go back to"):
@@ -123,7 +123,7 @@ def test_without_a_checkpoint_there_is_no_way_back(make_trainer, monkeypatch):  
 
 
 @pytest.mark.parametrize("policy, left_out", [("keep", set()), ("skip", {24})])
-def test_a_spike_is_told(make_trainer, monkeypatch, policy, left_out):  # noqa: F811
+def test_a_spike_is_told(make_trainer, monkeypatch, policy, left_out):
     """Defends: a spike that passes unseen, or widens what is usual."""
     trainer = make_trainer("run", "train.steps=26", "train.eval_every=100", f"guard.on_spike={policy}")
     poison(monkeypatch, trainer, 24, 1e4)
@@ -177,7 +177,7 @@ def test_a_number_that_one_rank_lacks_is_met_by_all(cache, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_a_sound_machine_is_not_accused(make_trainer, dtype):  # noqa: F811
+def test_a_sound_machine_is_not_accused(make_trainer, dtype):
     """Defends: a bound that the dtype exceeds; each expert of each layer has its turn."""
     trainer = make_trainer(dtype, "train.steps=2", "guard.check_every=1", f"train.dtype={dtype}")
     trainer.run()
@@ -201,7 +201,7 @@ def faulty() -> Iterator[Callable[[str, Callable], None]]:
         backends.register_table(op, rows_before)
 
 
-def test_a_flipped_sign_in_one_experts_output_is_found(make_trainer, faulty):  # noqa: F811
+def test_a_flipped_sign_in_one_experts_output_is_found(make_trainer, faulty):
     def hurt(out, x, index, *rest):
         out[(index == 3).any(1)] *= -1
         return out
@@ -214,7 +214,7 @@ def test_a_flipped_sign_in_one_experts_output_is_found(make_trainer, faulty):  #
 
 
 @pytest.mark.parametrize("place, name", [(0, "of x"), (3, "of down"), (2, "of gate_up")])
-def test_a_wrong_number_in_a_gradient_is_found(make_trainer, faulty, place, name):  # noqa: F811
+def test_a_wrong_number_in_a_gradient_is_found(make_trainer, faulty, place, name):
     def hurt(grads, *_):
         grads[place].view(-1)[7] += 0.1
         return grads
@@ -225,7 +225,7 @@ def test_a_wrong_number_in_a_gradient_is_found(make_trainer, faulty, place, name
     assert f"{name} is off by " in selfcheck.wrong_expert(trainer.model, trainer.config, 0, 0)
 
 
-def test_a_weight_that_is_no_number_is_named(make_trainer, monkeypatch):  # noqa: F811
+def test_a_weight_that_is_no_number_is_named(make_trainer, monkeypatch):
     trainer = make_trainer("run", "train.steps=4", "guard.check_every=1")
     record = trainer._record
 
@@ -240,7 +240,7 @@ def test_a_weight_that_is_no_number_is_named(make_trainer, monkeypatch):  # noqa
         trainer.run()
 
 
-def test_a_rank_that_holds_other_numbers_is_named(make_trainer):  # noqa: F811
+def test_a_rank_that_holds_other_numbers_is_named(make_trainer):
     trainer = make_trainer("run", "router.balance=bias", "guard.check_every=1")
 
     def gathered(own):
@@ -252,7 +252,7 @@ def test_a_rank_that_holds_other_numbers_is_named(make_trainer):  # noqa: F811
         selfcheck.check(trainer.model, trainer.config, 3, SimpleNamespace(size=3, rank=0, gathered=gathered))
 
 
-def test_the_ranks_that_disagree_are_not_named_where_none_is_in_the_majority(make_trainer):  # noqa: F811
+def test_the_ranks_that_disagree_are_not_named_where_none_is_in_the_majority(make_trainer):
     trainer = make_trainer("run", "router.balance=bias", "guard.check_every=1")
 
     def gathered(own):
@@ -264,7 +264,7 @@ def test_the_ranks_that_disagree_are_not_named_where_none_is_in_the_majority(mak
         selfcheck.check(trainer.model, trainer.config, 3, SimpleNamespace(size=2, rank=0, gathered=gathered))
 
 
-def test_a_step_replayed_is_judged_as_it_was_the_first_time(make_trainer, monkeypatch):  # noqa: F811
+def test_a_step_replayed_is_judged_as_it_was_the_first_time(make_trainer, monkeypatch):
     """Defends: sound steps called spikes after a rollback, by what lower steps after them left in the history."""
     settings = (
         "train.steps=60",
@@ -282,7 +282,7 @@ def test_a_step_replayed_is_judged_as_it_was_the_first_time(make_trainer, monkey
     assert trainer.guard.state()["seen"] == other.guard.state()["seen"]
 
 
-def test_nothing_is_saved_that_was_not_checked(make_trainer, monkeypatch):  # noqa: F811
+def test_nothing_is_saved_that_was_not_checked(make_trainer, monkeypatch):
     """Defends: a checkpoint between two checks with what the next check finds."""
     trainer = make_trainer("run", *EIGHT, "guard.check_every=4", "guard.on_nonfinite=skip")
     record = trainer._record
@@ -298,7 +298,7 @@ def test_nothing_is_saved_that_was_not_checked(make_trainer, monkeypatch):  # no
     assert load_checkpoint(latest_checkpoint(trainer.checkpoints)).step == 3
 
 
-def test_a_factor_in_bf16_is_found_and_a_dead_expert_is_not_accused(make_trainer, faulty):  # noqa: F811
+def test_a_factor_in_bf16_is_found_and_a_dead_expert_is_not_accused(make_trainer, faulty):
     trainer = make_trainer("run", "train.steps=4", "guard.check_every=4", "train.dtype=bf16")
     with torch.no_grad():
         for p in trainer.model.moe_layers()[0].experts.parameters():
@@ -308,7 +308,7 @@ def test_a_factor_in_bf16_is_found_and_a_dead_expert_is_not_accused(make_trainer
     assert "the output is off by" in selfcheck.wrong_expert(trainer.model, trainer.config, 1, 0)
 
 
-def test_a_stopped_run_resumes_with_another_policy(make_trainer, monkeypatch):  # noqa: F811
+def test_a_stopped_run_resumes_with_another_policy(make_trainer, monkeypatch):
     stopped = make_trainer("run", *EIGHT)
     poison(monkeypatch, stopped, 4, math.nan, times=2)
     with pytest.raises(Diverged, match=r"resume with another guard.on_nonfinite or guard.on_spike"):

@@ -1,12 +1,13 @@
 """train.init_from: a new run begins with the weights of a checkpoint."""
 
+import forked
 import pytest
+import rank_faults
 import torch
 from sigma_train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from sigma_train.config import ConfigError
 from sigma_train.loop import Trainer
 from sigma_train.metrics import read_metrics
-from support import sigma
 
 SMALL = ["data.max_bytes=200000", "train.batch_size=2", "train.steps=3", "train.save_every=4"]
 
@@ -92,15 +93,14 @@ def test_text_held_out_language_by_language_is_another(make_trainer, tmp_path):
         make_trainer("new", *text, f"train.init_from={base.out}", "data.languages=true")
 
 
-def test_two_ranks_begin_as_one_does(base, tmp_path, cache):
+def test_two_ranks_begin_as_one_does(base, make_trainer, tmp_path, cache):
     """Defends: each rank with another part, experts out of order."""
-    settings = [*SMALL, "train.batch_size=1", f"train.init_from={base.out}", "train.threads=1"]
-    first = {}
-    for ranks, size in ((1, 2), (2, 1)):
-        out = tmp_path / f"of{ranks}"
-        args = ["train", "--preset", "smoke", "--out", str(out), "--steps", "1", "--nproc", str(ranks)]
-        for setting in (*settings, f"train.batch_size={size}"):
-            args += ["--set", setting]
-        assert sigma(*args, env=cache).returncode == 0
-        first[ranks] = next(row["loss"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row)
-    assert first[2] == pytest.approx(first[1], rel=1e-5)
+    begun = ("train.steps=1", "train.threads=1", f"train.init_from={base.out}")
+    one, two = make_trainer("one", *begun), tmp_path / "two"
+    one.run()
+    args = ["train", "--preset", "smoke", "--out", str(two)]
+    for setting in (*SMALL, "train.batch_size=1", *begun):
+        args += ["--set", setting]
+    assert [result.returncode for result in forked.on_ranks(2, args, cache, rank_faults.nothing)] == [0, 0]
+    first = next(row["loss"] for row in read_metrics(two / "metrics.jsonl") if "loss" in row)
+    assert first == pytest.approx(losses(one)[0], rel=1e-5)

@@ -17,7 +17,7 @@ from sigma_train.origin import gradients_backward
 from sigma_train.report import layers_figure, png
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train_guard import rows
-from test_train_learning import make_trainer  # noqa: F401 - a fixture
+from test_train_learning import SMALL  # noqa: F401 - of make_trainer
 from torch import Tensor
 
 OF_ROUTING = {
@@ -93,7 +93,7 @@ class Naive:
     ],
     ids=["f32", "sigmoid", "bf16", "dense", "dense-bf16"],
 )
-def test_statistics_are_those_of_the_definition(make_trainer, monkeypatch, settings, score):  # noqa: F811
+def test_statistics_are_those_of_the_definition(make_trainer, monkeypatch, settings, score):
     """Defends: gradients after clipping, a micro-batch or a layer left out, probabilities of another score."""
     trainer = make_trainer("run", *TWO, *settings, "guard.stats_every=1")
     naive = Naive(trainer, monkeypatch)
@@ -104,7 +104,7 @@ def test_statistics_are_those_of_the_definition(make_trainer, monkeypatch, setti
         assert got[name] == pytest.approx([float(value) for value in values], rel=1e-5), name
 
 
-def test_loads_are_of_the_whole_interval(make_trainer):  # noqa: F811
+def test_loads_are_of_the_whole_interval(make_trainer):
     """Defends: the loads of the last step alone; steps of before going back counted twice."""
     trainer = make_trainer("run", "train.steps=7", "train.save_every=100", "guard.stats_every=3")
     trainer.run()
@@ -129,7 +129,7 @@ def hooks(trainer: Trainer) -> int:
     return sum(len(module._forward_hooks) for module in trainer.model.modules())
 
 
-def test_hooks_are_there_in_steps_that_are_due_alone(make_trainer, monkeypatch):  # noqa: F811
+def test_hooks_are_there_in_steps_that_are_due_alone(make_trainer, monkeypatch):
     trainer = make_trainer("run", "train.steps=5", "train.eval_every=2", "guard.stats_every=2")
     seen, cross_entropy = {}, trainer.one_step._cross_entropy
 
@@ -147,7 +147,7 @@ def test_hooks_are_there_in_steps_that_are_due_alone(make_trainer, monkeypatch):
     assert hooks(trainer) == 0
 
 
-def test_a_run_is_the_same_with_statistics_and_may_resume_with_others(make_trainer):  # noqa: F811
+def test_a_run_is_the_same_with_statistics_and_may_resume_with_others(make_trainer):
     """Defends: a number of the run that statistics change."""
     plain = make_trainer("plain", "train.steps=4", "train.save_every=2")
     plain.run()
@@ -162,7 +162,7 @@ def test_a_run_is_the_same_with_statistics_and_may_resume_with_others(make_train
     assert again.step == 4
 
 
-def test_statistics_are_on_the_board_and_in_the_report(make_trainer):  # noqa: F811
+def test_statistics_are_on_the_board_and_in_the_report(make_trainer):
     trainer = make_trainer("run", "train.steps=4", "guard.stats_every=2")
     trainer.run()
     board = EventAccumulator(str(trainer.out / "tensorboard")).Reload()
@@ -183,7 +183,7 @@ def test_statistics_are_on_the_board_and_in_the_report(make_trainer):  # noqa: F
 
 
 @pytest.mark.parametrize("rms", [[None, 0.0], [None, None], [1.0, 1.0]])
-def test_values_that_have_no_colour_are_drawn(make_trainer, rms):  # noqa: F811
+def test_values_that_have_no_colour_are_drawn(make_trainer, rms):
     """No number, and zero, which has no logarithm; of one row."""
     trainer = make_trainer("run", "model.num_experts=1", "guard.stats_every=1")
     row = trainer._train_step()
@@ -214,7 +214,7 @@ def told(trainer: Trainer) -> str:
 
 
 @pytest.mark.parametrize("every", [0, 1])
-def test_a_weight_that_is_infinite_is_named_with_its_layer(make_trainer, every):  # noqa: F811
+def test_a_weight_that_is_infinite_is_named_with_its_layer(make_trainer, every):
     """Defends: the last place that is not finite, or the first layer after it, named in place of the first."""
     trainer = make_trainer("run", "model.num_layers=4", f"guard.stats_every={every}")
     moe = trainer.model.layers[2].mlp
@@ -238,13 +238,13 @@ def test_a_weight_that_is_infinite_is_named_with_its_layer(make_trainer, every):
         ("post_attention_layernorm.weight", math.nan, "router's logits in layer 1 (rank 0, micro-batch 1), and so"),
     ],
 )  # fmt: skip
-def test_the_place_is_named_where_each_weight_is_a_number_too(make_trainer, name, value, words):  # noqa: F811
+def test_the_place_is_named_where_each_weight_is_a_number_too(make_trainer, name, value, words):
     trainer = make_trainer("run")
     trainer.model.layers[1].get_parameter(name).data.fill_(value)
     assert words in told(trainer)
 
 
-def test_the_mlp_of_a_dense_model_is_named_in_bf16(make_trainer):  # noqa: F811
+def test_the_mlp_of_a_dense_model_is_named_in_bf16(make_trainer):
     trainer = make_trainer("run", "model.num_experts=1", "train.dtype=bf16")
     trainer.model.layers[0].mlp.down_proj.weight.data[0, 0] = math.nan
     message = told(trainer)
@@ -254,7 +254,7 @@ def test_the_mlp_of_a_dense_model_is_named_in_bf16(make_trainer):  # noqa: F811
     )
 
 
-def test_the_micro_batch_is_named(make_trainer):  # noqa: F811
+def test_the_micro_batch_is_named(make_trainer):
     """Of a token that the first micro-batch does not have."""
     trainer = make_trainer("run", *TWO, "model.tie_embeddings=false")
     t = trainer.config.train
@@ -278,7 +278,7 @@ def hurt_gradients(monkeypatch: pytest.MonkeyPatch, hurt) -> None:
     monkeypatch.setattr(one_step, "clip", first_hurt)
 
 
-def test_a_gradient_is_named_where_the_forward_is_finite(make_trainer, monkeypatch):  # noqa: F811
+def test_a_gradient_is_named_where_the_forward_is_finite(make_trainer, monkeypatch):
     """Defends: the first in the order of the forward; all of them NaN after clipping by a norm that is none."""
 
     def hurt(of):
@@ -295,7 +295,7 @@ def test_a_gradient_is_named_where_the_forward_is_finite(make_trainer, monkeypat
     assert " layers.1.self_attn.o_proj.weight (rank 0); no checkpoint" in message
 
 
-def test_gradients_come_in_the_order_of_the_backward(make_trainer):  # noqa: F811
+def test_gradients_come_in_the_order_of_the_backward(make_trainer):
     """As torch itself accumulates them, in what lies on one path."""
     trainer = make_trainer("run")
     order = []
@@ -314,7 +314,7 @@ def test_gradients_come_in_the_order_of_the_backward(make_trainer):  # noqa: F81
     assert place["layers.0.self_attn.k_norm.weight"] < place["layers.0.self_attn.q_proj.weight"]
 
 
-def test_what_has_passed_is_said_to_have(make_trainer, monkeypatch):  # noqa: F811
+def test_what_has_passed_is_said_to_have(make_trainer, monkeypatch):
     """As of a machine that computes wrong once."""
     trainer = make_trainer("run")
     cross_entropy, calls = trainer.one_step._cross_entropy, []
@@ -326,7 +326,7 @@ def test_what_has_passed_is_said_to_have(make_trainer, monkeypatch):  # noqa: F8
     assert "; computed again the loss is finite, so that what was wrong has passed; " in told(trainer)
 
 
-def test_the_largest_gradient_is_named_where_each_is_a_number(make_trainer, monkeypatch):  # noqa: F811
+def test_the_largest_gradient_is_named_where_each_is_a_number(make_trainer, monkeypatch):
     """A norm that overflows, and a spike."""
     trainer = make_trainer("run")
     trainer.one_step.gradients(0)
@@ -345,7 +345,7 @@ def test_the_largest_gradient_is_named_where_each_is_a_number(make_trainer, monk
     assert "gradient of layers.1.mlp.router.weight; " in message
 
 
-def test_a_spike_that_is_kept_says_of_what_it_is(make_trainer, monkeypatch):  # noqa: F811
+def test_a_spike_that_is_kept_says_of_what_it_is(make_trainer, monkeypatch):
     trainer = make_trainer("run")
     monkeypatch.setattr(trainer.guard, "trouble", lambda loss, norm: ("keep", f"loss {loss:.6g}"))
     assert "% of its square are the gradient of " in trainer._train_step()["guard"]

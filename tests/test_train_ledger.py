@@ -20,7 +20,7 @@ from sigma_train.model import LanguageModel, flops_per_token
 from support import SIGMA, assert_one_sentence, sigma
 from test_train_account import NS, at, begin, check, end, steps
 from test_train_guard import poison, rows
-from test_train_learning import make_trainer  # noqa: F401 - a fixture
+from test_train_learning import SMALL  # noqa: F401 - of make_trainer
 
 
 def write(folder: Path, *parts: Event | list[Event] | bytes) -> Path:
@@ -214,7 +214,7 @@ def test_flops_of_a_token_by_hand():
     assert flops_per_token(LanguageModel(config), config) == 6 * active + 12 * 2 * 64 * 64
 
 
-def test_a_run_that_goes_back(make_trainer, monkeypatch):  # noqa: F811
+def test_a_run_that_goes_back(make_trainer, monkeypatch):
     """Step 5 is not fit, so the run goes from 4 to 3 and leaves it out; 4 is computed twice."""
     trainer = make_trainer(
         "run", "train.steps=8", "train.save_every=3", "train.eval_every=100", "guard.on_nonfinite=rollback"

@@ -14,7 +14,7 @@ from sigma_train.metrics import deviations
 from sigma_train.progress import RunLine, in_lines, lowest_and_worst
 from sigma_train.routing_statistics import of_limits, of_loads, of_routers, sharpness, top1_sums
 from test_train_guard import rows
-from test_train_sparsity import make_trainer  # noqa: F401 - a fixture
+from test_train_sparsity import SMALL  # noqa: F401 - of make_trainer
 
 from sigma_kernels.nn import load_balancing_loss, top1_balancing_loss
 
@@ -90,7 +90,7 @@ def test_floors_are_what_chance_leaves(E, T, k):
     assert most_floor(E, T, k) == pytest.approx(shares.max(1).mean() - 1, rel=0.08)
 
 
-def test_the_commonest_token(make_trainer):  # noqa: F811
+def test_the_commonest_token(make_trainer):
     """Defends: a share of one block; a row at every start."""
     trainer = make_trainer("run", *SHORT, "guard.stats_every=2")
     _, counts = np.unique(np.asarray(trainer.data.train.tokens), return_counts=True)
@@ -102,7 +102,7 @@ def test_the_commonest_token(make_trainer):  # noqa: F811
     assert rows(trainer.out, "layers")[6]["load_most_bound"] == pytest.approx([bound] * 2, rel=1e-4)
 
 
-def test_the_commonest_token_by_blocks(make_trainer, monkeypatch):  # noqa: F811
+def test_the_commonest_token_by_blocks(make_trainer, monkeypatch):
     data = make_trainer("run", *SHORT).data.val
     monkeypatch.setattr("sigma_train.dataset.COUNT_BLOCK", 1000)
     assert data.num_tokens > 2000
@@ -110,7 +110,7 @@ def test_the_commonest_token_by_blocks(make_trainer, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("balance", ["top1", "loss"])
-def test_losses_are_the_functions_of_the_whole_step(make_trainer, balance):  # noqa: F811
+def test_losses_are_the_functions_of_the_whole_step(make_trainer, balance):
     """Defends: a mean over micro-batches, the counts of the interval, the loss at another temperature."""
     settings = ("train.grad_accum=2", "router.top1_temperature=0.3", f"router.balance={balance}")
     trainer = make_trainer("run", *SHORT, *settings, "guard.stats_every=2")
@@ -133,7 +133,7 @@ def test_losses_are_the_functions_of_the_whole_step(make_trainer, balance):  # n
             assert "top1_loss" not in row["layers"]
 
 
-def test_how_far_biases_are_apart(make_trainer):  # noqa: F811
+def test_how_far_biases_are_apart(make_trainer):
     trainer = make_trainer("run", *SHORT, "router.balance=bias", "guard.stats_every=1")
     for _ in range(3):
         row = trainer._train_step()
@@ -156,7 +156,7 @@ def test_changed_choices(now, last, want):
     assert probe.changed(torch.tensor(now), torch.tensor(last)) == want
 
 
-def test_changes_are_of_fixed_tokens_since_the_last_look(make_trainer, tmp_path):  # noqa: F811
+def test_changes_are_of_fixed_tokens_since_the_last_look(make_trainer, tmp_path):
     """Defends: a probe of the step's own tokens; choices at the first look; changes over a restart or going back."""
     trainer = make_trainer("run", *SHORT, "guard.stats_every=1", "optim.lr=0.05")
     trainer.run()
@@ -186,7 +186,7 @@ def test_changes_are_of_fixed_tokens_since_the_last_look(make_trainer, tmp_path)
     assert back["layers"]["routing_changes"] == [None, None]
 
 
-def test_the_probe_is_spread_over_the_validation_text(make_trainer):  # noqa: F811
+def test_the_probe_is_spread_over_the_validation_text(make_trainer):
     trainer = make_trainer("run", *SHORT)
     tokens, t = trainer.layers._probe._tokens, trainer.config.train
     windows = trainer.data.val.num_windows(t.seq_len)
@@ -206,7 +206,7 @@ def test_the_probe_is_spread_over_the_validation_text(make_trainer):  # noqa: F8
     ],
     ids=["plain", "top1-bf16", "sampled", "bias"],
 )
-def test_a_run_is_the_same_with_looks_and_without(make_trainer, settings):  # noqa: F811
+def test_a_run_is_the_same_with_looks_and_without(make_trainer, settings):
     """Defends: a probe that draws, that leaves k or a gradient behind, that moves a bias."""
     runs = [make_trainer(f"run{every}", *SHORT, *settings, f"guard.stats_every={every}") for every in (0, 1)]
     for trainer in runs:
@@ -219,7 +219,7 @@ def test_a_run_is_the_same_with_looks_and_without(make_trainer, settings):  # no
     assert all(torch.equal(of_plain[name], of_looked[name]) for name in of_plain)
 
 
-def test_a_dense_model_has_no_routing(make_trainer, monkeypatch):  # noqa: F811
+def test_a_dense_model_has_no_routing(make_trainer, monkeypatch):
     """Defends: a probe of a model that has no router."""
     trainer = make_trainer("run", *SHORT, "model.num_experts=1", "guard.stats_every=1")
     monkeypatch.setattr(probe.Probe, "changes", lambda *_: pytest.fail("a probe of a dense model"))
@@ -228,7 +228,7 @@ def test_a_dense_model_has_no_routing(make_trainer, monkeypatch):  # noqa: F811
     assert "commonest_token" not in row
 
 
-def test_limits_are_of_the_k_of_the_interval(make_trainer):  # noqa: F811
+def test_limits_are_of_the_k_of_the_interval(make_trainer):
     """Defends: the k of the end for an interval in which it has changed."""
     phases = "sparsity.phases=[[0, [4, 2]], [0.5, [1, 1]]]"
     trainer = make_trainer("run", *SHORT, phases, "guard.stats_every=2")

@@ -5,7 +5,7 @@ import pytest
 from matplotlib import pyplot as plt
 from sigma_train.report import png, write_report
 from sigma_train.routing_view import MAPS, deviations, loads, looks, maps
-from test_train_sparsity import make_trainer  # noqa: F401 - a fixture
+from test_train_sparsity import SMALL  # noqa: F401 - of make_trainer
 
 SETTINGS = ("train.steps=2", "train.save_every=100", "train.eval_every=100", "guard.stats_every=1")
 
@@ -103,7 +103,7 @@ def test_one_look_and_a_collapse_are_drawn():
         assert png(figure).startswith(b"\x89PNG")
 
 
-def test_the_report_has_both_figures_where_there_is_a_router(make_trainer):  # noqa: F811
+def test_the_report_has_both_figures_where_there_is_a_router(make_trainer):
     for name, experts, has_any in (("sparse", 8, True), ("dense", 1, False)):
         trainer = make_trainer(name, *SETTINGS, f"model.num_experts={experts}")
         trainer.run()
