@@ -1,7 +1,9 @@
-"""What growth adds to a process's peak of memory; in a process of its own, which a small growth has warmed."""
+"""What growth adds to a process's peak of memory; in a process of its own, which a small growth has warmed.
+
+In a module, as a forked process imports it.
+"""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -30,14 +32,11 @@ def growth(n: int) -> Growth:
     return Growth(LayerGrowthPlan.interposition(n), 2)
 
 
-def main(kind: str, small: Path, large: Path, out: Path) -> None:
+def measure(_: int, kind: str, folder: Path) -> None:
+    """`large` grown after `small`, both in `folder`: peak_bytes to peak.json."""
     torch.set_num_threads(1)
     load_config(None, None, [])
-    grow(kind, small, out / "small")
+    grow(kind, folder / "small", folder / "small-grown")
     before = peak_kb()
-    grow(kind, large, out / "large")
-    print(json.dumps({"peak_bytes": (peak_kb() - before) * 1024}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], *map(Path, sys.argv[2:]))
+    grow(kind, folder / "large", folder / "large-grown")
+    (folder / "peak.json").write_text(json.dumps({"peak_bytes": (peak_kb() - before) * 1024}))

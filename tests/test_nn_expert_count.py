@@ -2,8 +2,6 @@
 
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 from itertools import pairwise
 
@@ -14,14 +12,10 @@ from sigma_kernels.nn import ExpertCountSampler
 from sigma_kernels.nn.expert_count import within_budget
 
 LAYERWISE = ExpertCountSampler([1, 2, 3, 4, 5, 6], seed=7)
-SCRIPT = """
-from sigma_kernels.nn import ExpertCountSampler
-print(*ExpertCountSampler([1, 2, 3, 4, 5, 6], seed=7).sample(3, 1, 8))
-"""
 
 
 def test_draws_are_these():
-    """Defends: another numpy, another platform, another way to count: a run would go on with other draws."""
+    """Defends: another process, numpy, platform or way to count, with which a run would go on with other draws."""
     assert LAYERWISE.sample(0, 0, 8) == (6, 2, 3, 3, 1, 5, 2, 4)
     assert LAYERWISE.sample(3, 1, 8) == (1, 3, 4, 1, 3, 1, 3, 6)
     last = ExpertCountSampler([1, 2, 4, 8], "micro-batch", "capacity", 2.0, seed=2**64 - 1)
@@ -31,7 +25,7 @@ def test_draws_are_these():
 
 
 def test_a_draw_depends_on_its_place_alone():
-    """Defends: state, orders of calls, processes, ranks that hold fewer layers."""
+    """Defends: state, orders of calls, ranks that hold fewer layers."""
     places = [(step, micro) for step in range(20) for micro in range(3)]
     want = {place: LAYERWISE.sample(*place, 8) for place in places}
     random.Random(0).shuffle(places)
@@ -39,8 +33,6 @@ def test_a_draw_depends_on_its_place_alone():
     assert {place: again.sample(*place, 8) for place in places} == want
     assert all(again.sample(*place, 3) == want[place][:3] for place in places)
     assert len(set(want.values())) == len(places)
-    other = subprocess.run([sys.executable, "-P", "-c", SCRIPT], capture_output=True, text=True, check=True)
-    assert tuple(map(int, other.stdout.split())) == want[3, 1]
     assert ExpertCountSampler([1, 2, 3, 4, 5, 6], seed=8).sample(3, 1, 8) != want[3, 1]
 
 
@@ -135,6 +127,8 @@ def test_draws_keep_to_the_budget():
          "distribution must be 'uniform' or 'capacity', found 'log'"),
         (lambda: ExpertCountSampler([1], temperature=0), ValueError,
          "temperature must be a finite number above 0, found 0"),
+        (lambda: ExpertCountSampler([1], temperature="1"), ValueError,
+         "temperature must be a finite number above 0, found '1'"),
         (lambda: ExpertCountSampler([1], seed=-1), ValueError, f"seed must lie in 0..{2**64 - 1}, found -1"),
         (lambda: ExpertCountSampler([2, 4], budget=1), ValueError, "budget must be at least 2, found 1"),
         (lambda: ExpertCountSampler([1], "global", budget=8), ValueError,

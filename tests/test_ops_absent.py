@@ -223,6 +223,17 @@ def test_limit_mass_is_the_experts_that_stay(normalize):
     assert_close(grad, want_grad, 100 * tolerance(torch.float32, depth=H))
 
 
+def test_limit_mass_counts_what_is_there():
+    """Defends: the weight of a choice that was dropped, by which its token would have none of its others."""
+    routing = sk.route(torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log(), 4)
+    routing = group_where_present(torch.tensor([[4, 1, 2, 3]], dtype=torch.int32), 4, routing.weights, 3)
+    got = sk.limit_mass(routing, 0.4, normalize=True)
+    assert got.indices.tolist() == [[4, 1, 2, 4]]
+    assert got.weights[0].tolist() == pytest.approx([0, 2 / 3, 1 / 3, 0])
+    none = routing._replace(indices=torch.full((1, 4), 4, dtype=torch.int32), weights=routing.weights.half())
+    assert not sk.limit_mass(none, 0.4, normalize=True).weights.any()
+
+
 def test_limit_mass_keeps_what_was_left_out_and_refuses():
     routing, _ = sk.limit_rows(sk.route(torch.randn(40, 3), 2), 5)
     got = sk.limit_mass(routing, 1.0)
@@ -235,6 +246,8 @@ def test_limit_mass_keeps_what_was_left_out_and_refuses():
         told = f"limit_mass: mass must be a number above 0 and at most 1, found {mass!r}"
         with pytest.raises(ValueError, match=re.escape(told)):
             sk.limit_mass(routing, mass)
+    with pytest.raises(TypeError, match="limit_mass: weights must be"):
+        sk.limit_mass(routing._replace(weights=routing.indices), 0.5)
 
 
 def test_a_layer_of_limited_capacity():

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from sigma_train import elastic_view, loop
 from sigma_train.config import ConfigError, load_config
 from sigma_train.elastic_allocation import allocate
 from sigma_train.elastic_search import even, front, search, walk
+from sigma_train.errors import WrongInput
 from sigma_train.expert_counts import ExpertCounts
 from sigma_train.export import export_to_transformers
 from sigma_train.folder import claimed
 from sigma_train.loop import Trainer
 from sigma_train.metrics import read_metrics
 from sigma_train.model import LanguageModel, flops_per_token
+from test_train_export import make_run
 from typer.testing import CliRunner
 
 SMALL = [
@@ -116,12 +119,13 @@ def test_set_top_k_of_one_number_and_of_a_list():
 
 def test_one_k_to_draw_from_is_a_fixed_k(train):
     """Bit for bit: the draws of a single k change nothing of the run."""
-    fixed, drawn = train("fixed", "model.top_k=2"), train("drawn", "model.top_k=2", "sparsity.sample=[2]")
+    short = ("train.steps=4", "train.eval_every=4", "model.num_layers=2", "model.top_k=2")
+    fixed, drawn = train("fixed", *short), train("drawn", *short, "sparsity.sample=[2]")
     losses = [
         [row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
         for run in (fixed, drawn)
     ]
-    assert len(losses[0]) == 10
+    assert len(losses[0]) == 4
     assert losses[0] == losses[1]
 
 
@@ -190,6 +194,15 @@ def test_measure_is_the_runs_own_validation(matryoshka):
     assert at[2].nats[0] == pytest.approx(-told.sum().item(), rel=1e-5)
     mixed = el.measure(elastic, (1, 4, 2), text)
     assert mixed.counts.sum(1).tolist() == [tokens, 4 * tokens, 2 * tokens]
+
+
+def test_a_loss_that_is_no_number_is_named(matryoshka):
+    """Defends: a table of NaN, or a JSON file that no number fits in, after minutes of measuring."""
+    elastic = el.load(matryoshka)
+    with torch.no_grad():
+        elastic.model.layers[1].mlp.experts.down_proj[3] = math.nan
+    with pytest.raises(WrongInput, match="step-00000010 has no finite loss at k = 8,8,8, found nan"):
+        el.measure(elastic, (8, 8, 8), elastic.batches(1))
 
 
 def test_load_by_hand():
@@ -311,12 +324,21 @@ def test_wrong_arguments_are_a_sentence_and_write_nothing(matryoshka, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_runs_that_cannot_be_judged_are_named(train, tmp_path):
-    assert "elastic wants a model with experts" in refused(
-        "elastic", "eval", train("dense", "model.num_experts=1")
-    )
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_is_named_first(tmp_path, option):
+    """Defends: minutes of measuring whose file cannot be written; there is no run here to measure."""
+    told = f"{option}: cannot write in {tmp_path / 'none'}: No such file or directory; name another folder"
+    command = ["search", tmp_path, "--mean-k", 2] if option == "--plot" else ["eval", tmp_path]
+    assert refused("elastic", *command, option, tmp_path / "none" / "file") == told
+    assert refused("elastic", *command, option, tmp_path) == f"{option}: {tmp_path} is a folder; name a file"
+
+
+def test_runs_that_cannot_be_judged_are_named(matryoshka, tmp_path):
+    make_run(tmp_path / "dense", "model.num_experts=1")
+    assert "elastic wants a model with experts" in refused("elastic", "eval", tmp_path / "dense")
     assert "must be a run or a checkpoint, found neither there" in refused("elastic", "eval", tmp_path)
-    run = train("moved", "model.top_k=2")
+    run = tmp_path / "moved"
+    shutil.copytree(matryoshka, run)
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("max_bytes = 200000", "max_bytes = 100000"))
     assert f"the text of data.paths is not what {run} was trained on" in refused("elastic", "eval", run)
@@ -338,12 +360,13 @@ def test_export_at_a_chosen_k(matryoshka, tmp_path, top_k):
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-3, atol=1e-4)
 
 
-def test_exports_that_cannot_be(matryoshka, train, tmp_path):
+def test_exports_that_cannot_be(matryoshka, tmp_path):
     told = refused("export", matryoshka, tmp_path / "out", "--top-k", "4,4,1")
     assert told == "export: Qwen3 has one top_k for all layers, found [4, 4, 1]"
     assert "export: --top-k must lie in 1..8, found 9" in refused(
         "export", matryoshka, tmp_path / "out", "--top-k", 9
     )
-    dense = train("dense", "model.num_experts=1")
-    assert "--top-k is of a model with experts" in refused("export", dense, tmp_path / "out", "--top-k", 2)
-    assert not list(tmp_path.iterdir())
+    make_run(tmp_path / "dense", "model.num_experts=1")
+    told = refused("export", tmp_path / "dense", tmp_path / "out", "--top-k", 2)
+    assert "--top-k is of a model with experts" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]

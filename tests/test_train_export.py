@@ -4,7 +4,9 @@ import pytest
 import torch
 from sigma_train.checkpoint import save_checkpoint
 from sigma_train.config import ConfigError, load_config
+from sigma_train.errors import WrongInput
 from sigma_train.export import export_to_transformers
+from sigma_train.files import atomic_folder
 from sigma_train.model import LanguageModel
 from sigma_train.tokenizer import train_tokenizer
 
@@ -69,5 +71,22 @@ def test_what_qwen3_cannot_express_is_named(tmp_path, setting, message):
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):
-    with pytest.raises(ConfigError, match="exists; name a new folder"):
-        export_to_transformers(tmp_path, tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for out in (tmp_path, tmp_path / "link"):
+        with pytest.raises(WrongInput, match=f"^export: {out} exists; name a new folder$"):
+            export_to_transformers(tmp_path, out)
+
+
+def test_a_folder_that_appears_meanwhile_is_left_alone(tmp_path):
+    """Defends: a rename over the work of another, or a temporary folder in its name."""
+    out = tmp_path / "out"
+
+    def write() -> None:
+        with atomic_folder(out, "--out") as temporary:
+            (temporary / "mine").touch()
+            out.mkdir()
+            (out / "another's").touch()
+
+    with pytest.raises(OSError, match=f"^cannot write {out}: Directory not empty$"):
+        write()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "another's"]

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import growth_memory
 import pytest
 import torch
@@ -16,7 +15,7 @@ from sigma_train.errors import Stopped, WrongInput
 from sigma_train.export import export_to_transformers
 from sigma_train.grow_folder import Folder, active_parameters, grow_folder
 from sigma_train.grow_run import Base, grow_run
-from sigma_train.growth_families import FAMILIES, family_of
+from sigma_train.growth_families import FAMILIES, family_of, grown_settings
 from sigma_train.growth_layers import LayerGrowthPlan
 from sigma_train.growth_pieces import Growth
 from sigma_train.tensor_files import stored_tensors
@@ -92,32 +91,25 @@ def test_every_known_family_is_tried():
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_wider_model_computes_the_same(tmp_path, name):
-    """Defends: names, numbers of experts in config.json, gates, groups, biases: for each family that is claimed."""
+def test_a_grown_model_computes_the_same(tmp_path, name):
+    """Defends, for each family that is claimed: names, numbers of experts in config.json, gates, groups, biases; layers
+    that are dense or sparse, or of another kind of attention, where their origin is not.
+    """
     save(tmp_path / "a", name)
-    want = logits(tmp_path / "a")
-    for factor in (2, 3):
-        out = tmp_path / str(factor)
-        grow_folder(
-            Folder.read(tmp_path / "a"), growth_of(tmp_path / "a", PLAN.none, factor, 0.0), 0, 1 << 30, out
-        )
-        assert (logits(out) - want).abs().max() < 1e-5 * want.abs().max()
-    noisy = growth_of(tmp_path / "a", PLAN.none, 2, 0.1)
-    grow_folder(Folder.read(tmp_path / "a"), noisy, 0, 1 << 30, tmp_path / "noisy")
-    assert (logits(tmp_path / "noisy") - want).abs().max() > 1e-3
+    folder, want = Folder.read(tmp_path / "a"), logits(tmp_path / "a")
 
+    def grown(plan: LayerGrowthPlan, *how: object, **more: object) -> torch.Tensor:
+        growth = Growth(plan, *how, **more, score=family_of(folder.settings).score)
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        grow_folder(folder, growth, 0, 1 << 30, out)
+        made = json.loads((out / "config.json").read_text())["num_hidden_layers"]
+        assert made == len(plan.sources)
+        return logits(out)
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_deeper_model_whose_copies_add_nothing_computes_the_same(tmp_path, name):
-    """Defends: layers that are dense or sparse, or of another kind of attention, where their origin is not."""
-    save(tmp_path / "a", name)
-    want = logits(tmp_path / "a")
-    for kind, skip in (("interposition", 0), ("stack", 1)):
-        plan = getattr(PLAN, kind)(3, 2, skip)
-        growth = Growth(plan, zero_outputs=True, score=family_of(Folder.read(tmp_path / "a").settings).score)
-        grow_folder(Folder.read(tmp_path / "a"), growth, 0, 1 << 30, tmp_path / kind)
-        assert torch.equal(logits(tmp_path / kind), want)
-        assert json.loads((tmp_path / kind / "config.json").read_text())["num_hidden_layers"] == 6 - skip
+    assert (grown(PLAN.none(3), 3, 0.0) - want).abs().max() < 1e-5 * want.abs().max()
+    assert (grown(PLAN.none(3), 2, 0.1) - want).abs().max() > 1e-3
+    for plan in (PLAN.interposition(3), PLAN.stack(3, 2, 1)):
+        assert torch.equal(grown(plan, zero_outputs=True), want)
 
 
 def test_without_zeros_a_deeper_model_is_its_plan(tmp_path):
@@ -126,6 +118,10 @@ def test_without_zeros_a_deeper_model_is_its_plan(tmp_path):
     from transformers import AutoModelForCausalLM
 
     save(tmp_path / "a", "olmoe")
+    stale = {
+        "weight_map": {"model.gone": "gone.safetensors"}
+    }  # which transformers does not read beside a whole file
+    (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(stale))
     plan = PLAN.stack(3, 2, 1)
     grow_folder(Folder.read(tmp_path / "a"), Growth(plan), 0, 1 << 30, tmp_path / "b")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", experts_implementation="eager")
@@ -253,6 +249,21 @@ def broken(folder: Path, what: str) -> None:
             settings.write_text(json.dumps(told | {"num_hidden_layers": "3"}))
         case "list":
             settings.write_text(json.dumps(told | {"layer_types": ["full_attention"]}))
+        case "layer":
+            settings.write_text(json.dumps(told | {"num_hidden_layers": 4, "layer_types": None}))
+        case "gates":
+            without = {key: value for key, value in told.items() if key != "norm_topk_prob"}
+            gates = {"first_k_dense_replace": 0, "n_group": 1, "routed_scaling_factor": 2.5}
+            settings.write_text(json.dumps(without | gates | {"model_type": "deepseek_v3"}))
+        case "kind":
+            settings.write_text(json.dumps(told | {"model_type": ["olmoe"]}))
+        case "none":
+            settings.write_text(json.dumps(told | {"num_experts": 0}))
+        case "ledger":
+            (folder / "growth.json").write_text(json.dumps({"flops": 1.0}))
+        case "map":
+            weights.rename(folder / "model-1.safetensors")
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}}))
         case "json":
             settings.write_text("{")
         case "no weights":
@@ -266,8 +277,11 @@ def broken(folder: Path, what: str) -> None:
             name = "model.layers.0.mlp.experts.0.up_proj.weight"
             save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, weights)
         case "index":
-            index = {"weight_map": {"model.gone": "model.safetensors"}}
+            weights.rename(folder / "model-1.safetensors")
+            index = {"weight_map": {"model.gone": "model-1.safetensors"}}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "complex":
+            save_file(load_file(weights) | {"model.phase": torch.ones(1, dtype=torch.complex64)}, weights)
         case "unknown":
             save_file(load_file(weights) | {"model.layers.0.mlp.experts.bias": torch.ones(6)}, weights)
 
@@ -277,14 +291,23 @@ BROKEN = {
     "deepseek_v3, glm4_moe, dots1, minimax_m2, whose gates are known here, found 'llama'",
     "quantised": "config.json: quantization_config: weights must be floating-point numbers, not quantised",
     "count": "config.json has 5 experts, the tensors of layer 0 are of 6",
-    "layers": "config.json: num_hidden_layers must be an integer of at least 0, found '3'",
+    "layers": "config.json: num_hidden_layers must be an integer of at least 1, found '3'",
     "list": "config.json: layer_types must have one entry for each of 3 layers, found ['full_attention']",
+    "layer": "config.json has 4 layers, no tensor is of layer 3",
+    "gates": "config.json: norm_topk_prob must be given for a deepseek_v3, found none",
+    "kind": "config.json: model_type must be one of qwen2_moe, qwen3_moe, mixtral, olmoe, flex_olmo, deepseek_v2, "
+    "deepseek_v3, glm4_moe, dots1, minimax_m2, whose gates are known here, found ['olmoe']",
+    "none": "config.json: num_experts must be an integer of at least 1, found 0",
+    "ledger": "a/growth.json must hold flops and history, as sigma grow writes them",
+    "map": "a/model.safetensors.index.json must have a weight_map, the file of each tensor",
     "json": "a/config.json is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
     "no weights": "a/model.safetensors is missing; weights must be safetensors",
     "cut": "a/model.safetensors is no sound safetensors file: {} lies beyond its end",
     "header": "a/model.safetensors is no sound safetensors file: its header lies beyond its end",
     "dtype": "model.layers.0.mlp.experts.0.up_proj.weight is F8_E4M3; what changes must be one of F64, F32, BF16, F16",
     "index": "a/model.safetensors.index.json names model.gone, which is in none of its files",
+    "complex": "a/model.safetensors: model.phase must be one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2, I64, I32, I16, "
+    "I8, U8, BOOL, found 'C64'",
     "unknown": "growth: model.layers.0.mlp.experts.bias is no tensor of experts whose layout is known",
 }
 
@@ -297,6 +320,21 @@ def test_a_folder_that_cannot_grow_is_named(cache, tmp_path, what):
     last = result.stderr.partition("file: ")[2].partition(" ")[0]
     assert_one_sentence(result, 2, BROKEN[what].format(last))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("settings, told", [
+    ({"decoder_sparse_step": 0}, "decoder_sparse_step must be an integer of at least 1, found 0"),
+    ({"mlp_only_layers": 1}, "mlp_only_layers must be a list of layers, found 1"),
+    ({"num_local_experts": 0}, "num_local_experts must be an integer of at least 1, found 0"),
+    ({"num_experts_per_tok": None}, "num_experts_per_tok must be an integer of at least 1, found None"),
+])  # fmt: skip
+def test_settings_of_no_model_are_named(settings, told):
+    sound = {"model_type": "qwen3_moe", "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 1}
+    growth = Growth(PLAN.stack(2), 2)
+    grown = grown_settings(sound | {"num_local_experts": None}, growth)
+    assert (grown["num_experts"], grown["num_local_experts"], grown["num_experts_per_tok"]) == (8, None, 2)
+    with pytest.raises(WrongInput, match=f"^config.json: {told}$"):
+        grown_settings(sound | settings, growth)
 
 
 def test_a_plan_that_config_json_cannot_say_is_named(tmp_path):
@@ -352,17 +390,11 @@ def test_memory_is_that_of_a_few_matrices(tmp_path):
             "num_experts_per_tok": 1,
         }
         (tmp_path / name / "config.json").write_text(json.dumps(settings))
-    (tmp_path / "out").mkdir()
-    program = [
-        sys.executable,
-        growth_memory.__file__,
-        "folder",
-        *(str(tmp_path / x) for x in ("small", "large", "out")),
-    ]
-    result = subprocess.run(program, capture_output=True, text=True, check=True)
-    grown = tmp_path / "out" / "large" / "model.safetensors"
+    forked.spawn(growth_memory.measure, ("folder", tmp_path), 1)
+    peak = json.loads((tmp_path / "peak.json").read_text())["peak_bytes"]
+    grown = tmp_path / "large-grown" / "model.safetensors"
     one_expert = 2 * 1024 * 640 * 4  # of gate and up, f32
     assert grown.stat().st_size > 240e6
-    assert json.loads(result.stdout)["peak_bytes"] < 6 * one_expert < grown.stat().st_size / 7
+    assert peak < 6 * one_expert < grown.stat().st_size / 7
     tensors = stored_tensors(grown)
     assert tensors["model.layers.3.mlp.experts.down_proj"].shape == (16, 640, 1024)

@@ -110,6 +110,14 @@ def test_a_plan_is_that_of_the_paper(plan, sources):
             "tensors of layer 0 disagree in the number of experts",
         ),
         (
+            lambda: grow_experts({"layers.0.mlp.experts.down_proj": torch.full((2, 1, 1), math.nan)}),
+            "layers.0.mlp.experts.down_proj with noise 0.01 has numbers that are not finite",
+        ),
+        (
+            lambda: grow_experts({"layers.0.mlp.experts.down_proj": torch.randn(2, 3, 4).half()}, noise=1e6),
+            r"layers.0.mlp.experts.down_proj with noise 1e\+06 has numbers that are not finite",
+        ),
+        (
             lambda: grow_depth({"layers.0.mlp.down_proj.weight": torch.ones(1, 1)}, PLAN.stack(1), True),
             "not found in layer 1",
         ),
@@ -352,6 +360,8 @@ def test_settings_grow_with_the_weights():
     assert grown.sparsity.phases[1][2] == 0.75
     config = load_config("smoke", None, [*SMALL, "sparsity.sample=[1,2]"])
     assert grown_config(config, Growth(PLAN.none(3), 3)).sparsity.sample == (3, 6)
+    drawn = load_config("smoke", None, [*SMALL, "sparsity.sample=[1,2]", "sparsity.budget=5"])
+    assert grown_config(drawn, Growth(plan, 3)).sparsity.budget == 5 * 3 * 5 // 3
     deeper = grown_config(config, Growth(plan))
     assert (deeper.model.top_k, deeper.model.num_experts, deeper.sparsity.sample) == (2, 6, (1, 2))
     dense = load_config("smoke", None, [*SMALL, "model.num_experts=1"])
@@ -369,3 +379,12 @@ def test_one_expert_alone_keeps_its_gate():
     mixed = load_config("smoke", None, [*SMALL, "router.normalize=true", "model.top_k=[1,2,2]"])
     with pytest.raises(WrongInput, match=r"found \[1, 2\] experts a token"):
         grown_config(mixed, Growth(PLAN.none(3), 2))
+
+
+@pytest.mark.parametrize("top_k", ["model.top_k=1", "model.top_k=[1,2,2]"])
+def test_one_expert_whose_gate_is_one_shares_it(top_k):
+    """Defends: `normalize_one`, with which a layer of one expert is like any other: copies have 1/f, not p/f."""
+    settings = ("router.normalize=true", "router.normalize_one=true", top_k)
+    model, tokens = make_model(*settings), torch.randint(0, 300, (2, 20))
+    grown = grown_model(model, Growth(PLAN.none(3), 3, 0.0), *settings)
+    assert (grown(tokens) - model(tokens)).abs().max() < 1e-5 * model(tokens).abs().max()

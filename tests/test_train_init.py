@@ -70,7 +70,7 @@ def test_a_run_that_goes_on_reads_its_own_checkpoint(base, make_trainer, tmp_pat
         (
             ("train.init_from={out}", "data.val_fraction=0.3"),
             ConfigError,
-            "held out data.val_fraction = .* 0.3$",
+            r"held out other text: data.val_fraction was .* and is 0.3$",
         ),
         (("train.init_optimizer=true",), ConfigError, "train.init_optimizer wants train.init_from"),
     ],
@@ -79,6 +79,18 @@ def test_what_does_not_fit_is_told(base, make_trainer, settings, error, told):
     """Defends: a run that silently begins with what it would have had anyway."""
     with pytest.raises(error, match=told):
         make_trainer("new", *(text.format(out=base.out) for text in settings))
+
+
+def test_text_held_out_language_by_language_is_another(make_trainer, tmp_path):
+    """Defends: validation on text that the weights were trained on, and another vocabulary."""
+    for name in ("aa", "bb"):  # two documents each
+        content = torch.tensor(list(b"abcdef\n"))[torch.randint(7, (72_000,))]
+        (tmp_path / f"{name}.txt").write_bytes(bytes(content.tolist()))
+    text = (f"data.paths=['{tmp_path}/*.txt']", "train.steps=1")
+    base = make_trainer("base", *text)
+    base.run()
+    with pytest.raises(ConfigError, match=r"held out other text: data.languages was False and is True$"):
+        make_trainer("new", *text, f"train.init_from={base.out}", "data.languages=true")
 
 
 def test_two_ranks_begin_as_one_does(base, make_trainer, tmp_path, cache):

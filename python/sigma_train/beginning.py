@@ -43,8 +43,7 @@ def record_of_own(
     """
     record, out = read_record(path), config.train.out
     extra = record["extra"]
-    # A setting that is younger than the checkpoint had its default.
-    then, now = shaping_settings(Config()) | extra["settings"], settings
+    then, now = _settings_of(extra), settings
     if same_past(then, now, record["step"]):  # what comes may be another schedule
         then |= {key: now[key] for key in ("sparsity.phases", "model.top_k")}
     if changed := [key for key in now | then if now.get(key) != then.get(key)]:
@@ -67,12 +66,18 @@ def sunk_in_others(path: Path, config: Config, digest: str, model: nn.Module) ->
     extra = read_record(path)["extra"]
     if extra.get("corpus_digest") != digest:
         raise ConfigError(f"train.init_from: {path} was trained on another text, with another vocabulary")
-    held_out, wanted = extra["settings"]["data.val_fraction"], config.data.val_fraction
-    if held_out != wanted:  # another vocabulary too, which is of the rest
-        raise ConfigError(
-            f"train.init_from: {path} held out data.val_fraction = {held_out:g} of the text, wanted is {wanted:g}"
-        )
+    then, now = _settings_of(extra), shaping_settings(config)
+    for key in ("data.val_fraction", "data.languages"):  # another vocabulary too, which is of the rest
+        if then[key] != now[key]:
+            raise ConfigError(
+                f"train.init_from: {path} held out other text: {key} was {then[key]} and is {now[key]}"
+            )
     must_fit(model, path)
     if config.train.init_optimizer and not holds_moments(path):
         raise ConfigError(f"train.init_optimizer: {path} holds no moments of an optimizer")
     return ledger_of(path).begun_with()
+
+
+def _settings_of(extra: dict[str, Any]) -> dict[str, Any]:
+    """A setting that is younger than the checkpoint had its default."""
+    return shaping_settings(Config()) | extra["settings"]

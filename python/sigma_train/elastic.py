@@ -137,18 +137,22 @@ def load(place: Path) -> Elastic:
 
 
 def measure(elastic: Elastic, plan: Plan, batches: Sequence[Batch]) -> Measured:
-    """The model is left at the plan."""
+    """The model is left at the plan.
+
+    Raises: WrongInput if it has no finite loss there.
+    """
     model, config = elastic.model, elastic.config
     model.set_top_k(plan)
-    nats, num_bytes, counts = (
-        [],
-        0,
-        torch.zeros(elastic.num_layers, config.model.num_experts, dtype=torch.int64),
-    )
+    nats, num_bytes = [], 0
+    counts = torch.zeros(elastic.num_layers, config.model.num_experts, dtype=torch.int64)
     for inputs, targets in batches:
         nats.append(batch_nats(model, inputs, targets, config))
         num_bytes += elastic.validation.count_bytes(targets)
         counts += torch.stack([moe.last_routing.counts for moe in model.moe_layers()])
+    if not math.isfinite(math.fsum(nats)):
+        raise WrongInput(
+            f"{elastic.checkpoint} has no finite loss at k = {in_words(plan)}, found {math.fsum(nats)}"
+        )
     forward = flops_per_token(model, config) // 3  # a training step is one forward and twice as much again
     return Measured(plan, tuple(nats), num_bytes, counts, model.active_parameters(), forward)
 

@@ -29,6 +29,7 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Show loss, load and cost of a model at each k, and at k of each layer."""
+    _must_be_places(json_file)
     uniform = numbers("--top-k", top_k)
     listed = [numbers("--plan", plan) for plan in plans or []]
 
@@ -69,6 +70,7 @@ def search(
     from sigma_train.errors import WrongInput
     from sigma_train.files import atomic_file, must_be_writable
 
+    _must_be_places(json_file, plot)
     elastic = el.load(place)
     most = elastic.most if most is None else most
     el.check(elastic, elastic.uniform(most), "--most")
@@ -86,6 +88,22 @@ def search(
         content = elastic_view.picture(found)
         with must_be_writable("--plot", plot.parent), atomic_file(plot) as file:
             file.write(content)
+
+
+def _must_be_places(json_file: Path | None, plot: Path | None = None) -> None:
+    """Raises: WrongInput, before minutes of measuring, if a file cannot be written where it is wanted."""
+    from tempfile import TemporaryFile
+
+    from sigma_train.errors import WrongInput
+    from sigma_train.files import must_be_writable
+
+    for option, path in (("--json", json_file), ("--plot", plot)):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise WrongInput(f"{option}: {path} is a folder; name a file")
+        with must_be_writable(option, path.parent), TemporaryFile(dir=path.parent):
+            pass
 
 
 def numbers(option: str, text: str | None) -> list[int]:

@@ -1,7 +1,6 @@
 """A run's model as a Hugging Face folder: config.json, model.safetensors, tokenizer.json."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sigma_train.config import Config, ConfigError
-from sigma_train.files import failed_writes_are_oserrors, must_be_writable, temporary_name, write_text
+from sigma_train.files import atomic_folder, failed_writes_are_oserrors, must_be_new, sync, write_text
 from sigma_train.generate import load_run
 from sigma_train.model import LanguageModel
 from sigma_train.tokenizer import END_OF_TEXT
@@ -21,29 +20,23 @@ def export_to_transformers(run: Path, out: Path, top_k: int | Sequence[int] | No
 
     A token goes to `top_k` experts, or to model.top_k.  The constant output scale is folded into the down projections.
     The folder appears whole or not at all.
-    Raises: ConfigError if `out` exists or the model is not expressible as Qwen3; CheckpointError if there is no run.
+    Raises: WrongInput if `out` exists; ConfigError if the model is not expressible as Qwen3; CheckpointError if there
+        is no run.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists; name a new folder")
+    must_be_new(out, "export")
     config, model, tokenizer = load_run(run)
     if top_k is not None:
         _turn_to(model, config, top_k)
     settings = transformers_config(config, model, tokenizer.eos_id)
-    temporary = temporary_name(out)
-    with must_be_writable("export", out.parent):
-        temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(out, "export") as temporary:
         weights = transformers_state(model, config)
         with failed_writes_are_oserrors(out):
             save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+            sync(temporary / "model.safetensors")
         write_text(temporary / "config.json", json.dumps(settings, indent=2))
         tokenizer.save(temporary / "tokenizer.json")
         tokenizer_settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
         write_text(temporary / "tokenizer_config.json", json.dumps(tokenizer_settings, indent=2))
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _turn_to(model: LanguageModel, config: Config, top_k: int | Sequence[int]) -> None:

@@ -1,9 +1,10 @@
-"""Files that are either whole or absent: written beside their place, synced, then renamed into it."""
+"""Files and folders that are either whole or absent: written beside their place, synced, then renamed into it."""
 
 import contextlib
 import hashlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,31 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, setting: str) -> Iterator[Path]:
+    """Make a temporary folder that takes the place of `path` if the block ends well, and vanishes if not.
+
+    Raises: WrongInput if it can't be made there.
+    """
+    temporary = temporary_name(path)
+    with must_be_writable(setting, path.parent):
+        temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        with failed_writes_are_oserrors(path):
+            temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync(path.parent)
+
+
+def must_be_new(path: Path, setting: str) -> None:
+    """Raises: WrongInput if anything has that name, a link to nothing too."""
+    if os.path.lexists(path):
+        raise WrongInput(f"{setting}: {path} exists; name a new folder")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -77,6 +77,7 @@ def grow(
     import math
 
     from sigma_train.errors import WrongInput
+    from sigma_train.files import must_be_new
 
     if depth is Depth.none and experts == 1:
         raise WrongInput("--depth or --experts must be given, what is to grow")
@@ -84,12 +85,13 @@ def grow(
         raise WrongInput(f"--noise must be a number of at least 0, found {noise}")
     if not (math.isfinite(shard_gb) and shard_gb > 0):
         raise WrongInput(f"--shard-gb must be a number above 0, found {shard_gb}")
-    if depth is Depth.none and (zero_outputs or skip_first or skip_last):
+    if depth is Depth.none and (zero_outputs or skip_first or skip_last or depth_factor != 2):
         raise WrongInput(
-            "--zero-outputs, --skip-first and --skip-last are options of --depth, which was not given"
+            "--depth-factor, --zero-outputs, --skip-first and --skip-last are options of --depth, which was not given"
         )
-    if out.exists():
-        raise WrongInput(f"--out: {out} exists; name a new folder")
+    if experts == 1 and (interleave or balance_bias is BalanceBias.zero):
+        raise WrongInput("--interleave and --balance-bias are options of --experts, which was not given")
+    must_be_new(out, "--out")
 
     from sigma_train.growth_layers import LayerGrowthPlan
     from sigma_train.growth_pieces import Growth

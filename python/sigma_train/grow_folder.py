@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from sigma_train.errors import WrongInput
-from sigma_train.files import failed_writes_are_oserrors, must_be_writable, sync, temporary_name, write_text
+from sigma_train.files import atomic_folder, failed_writes_are_oserrors, must_be_new, sync, write_text
 from sigma_train.growth_cost import SunkCostLedger
 from sigma_train.growth_families import grown_settings, num_experts, top_k
 from sigma_train.growth_names import Kind, parse
 from sigma_train.growth_pieces import Grown, Growth, Piece, expert_counts, grown_tensors
 from sigma_train.tensor_files import Stored, header_of, size_of, stored_tensors, sync_file
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
 NOISY = ("F64", "F32", "BF16", "F16")
 LEDGER = "growth.json"
@@ -37,14 +37,15 @@ class Folder:
     path: Path
     settings: dict[str, Any]
     tensors: dict[str, Stored]
-    growth: dict[str, Any] | None
+    ledger: SunkCostLedger
 
     @classmethod
     def read(cls, path: Path) -> "Folder":
         """Raises: WrongInput for a file that is missing, damaged or of no use here."""
         settings = _json(path / "config.json")
-        index = _json(path / INDEX)["weight_map"] if (path / INDEX).exists() else None
-        files = ["model.safetensors"] if index is None else sorted(set(index.values()))
+        is_sharded = (path / INDEX).exists() and not (path / WHOLE).exists()  # as transformers chooses
+        index = _weight_map(path / INDEX) if is_sharded else None
+        files = [WHOLE] if index is None else sorted(set(index.values()))
         tensors: dict[str, Stored] = {}
         for name in files:
             if not (path / name).is_file():
@@ -52,8 +53,7 @@ class Folder:
             tensors |= stored_tensors(path / name)
         if index is not None and (missing := index.keys() - tensors.keys()):
             raise WrongInput(f"{path / INDEX} names {min(missing)}, which is in none of its files")
-        growth = _json(path / LEDGER) if (path / LEDGER).exists() else None
-        return cls(path, settings, tensors, growth)
+        return cls(path, settings, tensors, _ledger(path / LEDGER))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -99,31 +99,27 @@ def grow_folder(
         shard_bytes: the most of a file of several tensors.
     Raises: WrongInput if `out` is there, or the growth does not fit the model.
     """
-    if out.exists():
-        raise WrongInput(f"--out: {out} exists; name a new folder")
+    must_be_new(out, "--out")
     settings = grown_settings(folder.settings, growth)
     made = _made(folder, growth)
     ledger = _grown_ledger(folder, growth, sunk_tokens)
-    temporary = temporary_name(out)
-    with must_be_writable("--out", out.parent):
-        temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(out, "--out") as temporary:
         with failed_writes_are_oserrors(out):
             _carry(folder.path, temporary)
             _write_shards(folder, made, temporary, shard_bytes)
         write_text(temporary / LEDGER, json.dumps(ledger.record(), indent=2) + "\n")
         write_text(temporary / "config.json", json.dumps(settings, indent=2) + "\n")
-        temporary.rename(out)
-        sync(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return ledger
 
 
 def _made(folder: Folder, growth: Growth) -> dict[str, Grown]:
     """Raises: WrongInput if config.json and the tensors disagree, or noise would be lost in a dtype's rounding."""
     made = grown_tensors(folder.shapes, growth)
+    layers = {parse(name).layer for name in folder.shapes}
+    if missing := set(range(growth.layers.num_layers)) - layers:
+        raise WrongInput(
+            f"config.json has {growth.layers.num_layers} layers, no tensor is of layer {min(missing)}"
+        )
     counts, E = expert_counts(folder.shapes), num_experts(folder.settings)
     for layer, count in counts.items():
         if count != E:
@@ -148,7 +144,7 @@ def _write_shards(folder: Folder, made: Mapping[str, Grown], out: Path, shard_by
     described = {name: (folder.tensors[x.pieces[0].source].dtype, x.shape) for name, x in made.items()}
     shards = _shards(described, shard_bytes)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = names if len(shards) > 1 else ["model.safetensors"]
+    names = names if len(shards) > 1 else [WHOLE]
     with ExitStack() as stack:
         source = Open(folder, stack)
         for file_name, shard in zip(names, shards, strict=True):
@@ -192,15 +188,8 @@ def _bytes(x: Tensor) -> bytes:
 def _grown_ledger(folder: Folder, growth: Growth, tokens: int) -> SunkCostLedger:
     """6 FLOPs a token and active parameter: attention's scores, which depend on the sequence, are left out."""
     spent = 6.0 * active_parameters(folder) * tokens
-    how = {
-        "from": str(folder.path),
-        "tokens": tokens,
-        "layers": list(growth.layers.sources),
-        "experts": growth.experts,
-        "noise": growth.noise,
-        "seed": growth.seed,
-    }
-    return replace(SunkCostLedger.of_record(folder.growth), extra_flops=spent).grown(how)
+    how = {"from": str(folder.path), "tokens": tokens, **growth.record()}
+    return replace(folder.ledger, extra_flops=spent).grown(how)
 
 
 def active_parameters(folder: Folder) -> float:
@@ -211,6 +200,22 @@ def active_parameters(folder: Folder) -> float:
         math.prod(shape) * (share if parse(name).kind in of_experts else 1.0)
         for name, shape in folder.shapes.items()
     )
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Of each tensor its file."""
+    found = _json(path).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise WrongInput(f"{path} must have a weight_map, the file of each tensor")
+    return found
+
+
+def _ledger(path: Path) -> SunkCostLedger:
+    told = _json(path) if path.exists() else None
+    try:
+        return SunkCostLedger.of_record(told)
+    except (KeyError, TypeError, ValueError):
+        raise WrongInput(f"{path} must hold flops and history, as sigma grow writes them") from None
 
 
 def _json(path: Path) -> dict[str, Any]:

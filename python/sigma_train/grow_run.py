@@ -5,7 +5,6 @@ OUT/config.toml       the run's settings, of the grown model, with train.init_fr
     checkpoints/step-00000000/
 """
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +26,8 @@ from sigma_train.checkpoint import (
     read_record,
     unprefixed,
 )
-from sigma_train.config import Config, ConfigError, load_config, shaping_settings
-from sigma_train.files import must_be_writable, sync, temporary_name, write_text
+from sigma_train.config import Config, load_config, shaping_settings
+from sigma_train.files import atomic_folder, must_be_new, temporary_name, write_text
 from sigma_train.growth import assembled, grown_moments, must_have_layers
 from sigma_train.growth_config import grown_config
 from sigma_train.growth_cost import KEY, SunkCostLedger, ledger_of
@@ -113,8 +112,7 @@ def grow_run(base: Base, growth: Growth, optimizer: Literal["reset", "inherit"],
 
     Raises: WrongInput if `out` is there, the growth does not fit the model, or there are no moments to inherit.
     """
-    if out.exists():
-        raise ConfigError(f"--out: {out} exists; name a new folder")
+    must_be_new(out, "--out")
     source = Reading(base.checkpoint)
     weights, moments = source.shapes(MODEL), source.shapes(OPTIMIZER)
     if optimizer == "inherit" and not moments:
@@ -126,18 +124,11 @@ def grow_run(base: Base, growth: Growth, optimizer: Literal["reset", "inherit"],
     config = _beginning_with(grown_config(base.config, growth), out, optimizer == "inherit")
     ledger = ledger_of(base.checkpoint).grown(_told(base.checkpoint, growth, optimizer))
     tokenizer = read_tokenizer(base.run / "tokenizer.json")
-    temporary = temporary_name(out)
-    with must_be_writable("--out", out.parent):
-        (temporary / "checkpoints").mkdir(parents=True)
-    try:
+    with atomic_folder(out, "--out") as temporary:
+        (temporary / "checkpoints").mkdir()
         write_text(temporary / "config.toml", config.to_toml())
         tokenizer.save(temporary / "tokenizer.json")
         _write(temporary / "checkpoints", source, made, _extra(base, config, ledger))
-        temporary.rename(out)
-        sync(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return ledger
 
 
@@ -187,9 +178,6 @@ def _told(checkpoint: Path, growth: Growth, optimizer: str) -> dict[str, Any]:
         "from": str(checkpoint),
         "step": record["step"],
         "tokens": record["extra"].get("tokens_seen", 0),
-        "layers": list(growth.layers.sources),
-        "experts": growth.experts,
-        "noise": growth.noise,
-        "seed": growth.seed,
+        **growth.record(),
         "optimizer": optimizer,
     }

@@ -8,7 +8,7 @@ from sigma_train.growth_pieces import Growth
 
 
 def grown_config(config: Config, growth: Growth) -> Config:
-    """E and every k times `growth.experts`, lists of layers by the plan.
+    """E and every k times `growth.experts`, lists of layers by the plan, a budget of draws with both.
 
     Gates that a softmax makes fall to 1/f by themselves, and so do those that are divided by their sum.  What is
     neither is divided by f in `router.output_scale`.
@@ -27,6 +27,8 @@ def grown_config(config: Config, growth: Growth) -> Config:
         [begin, _grown(top_k, growth.layers, f), *end] for begin, top_k, *end in config.sparsity.phases
     ]
     sparsity["sample"] = [k * f for k in config.sparsity.sample]
+    if config.sparsity.budget is not None:
+        sparsity["budget"] = config.sparsity.budget * f * model["num_layers"] // config.model.num_layers
     return Config.from_dict(settings)
 
 
@@ -39,11 +41,12 @@ def _grow_router(config: Config, router: dict[str, Any], f: int) -> None:
         raise ConfigError("growth: model.num_experts is 1, a dense model has no experts to grow")
     s = config.sparsity
     numbers = {k for phase in s.phases for k in phase[1]} | set(s.sample) or set(config.model.layer_top_k)
-    if config.router.normalize and 1 in numbers and len(numbers) > 1:
+    leaves_one = 1 in numbers and not config.router.normalize_one  # as it is, where others are divided
+    if config.router.normalize and leaves_one and len(numbers) > 1:
         raise ConfigError(
             "growth: with router.normalize = true a layer's one expert keeps its gate and several share 1, "
             f"which {f} times as many cannot; found {sorted(numbers)} experts a token"
         )
-    router["normalize"] = config.router.normalize and numbers != {1}
+    router["normalize"] = config.router.normalize and not leaves_one
     if config.router.score == "sigmoid" and not router["normalize"]:
         router["output_scale"] /= f

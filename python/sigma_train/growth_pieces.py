@@ -1,8 +1,8 @@
 """What each tensor of a grown model is made of: pieces of the former's, so that none need be whole in memory."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -53,6 +53,10 @@ class Growth:
         f = self.experts
         return [expert * f + c if self.interleave else c * num_experts + expert for c in range(f)]
 
+    def record(self) -> dict[str, Any]:
+        """As JSON, for the history of what was grown."""
+        return asdict(self) | {"layers": list(self.layers.sources)}
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -66,9 +70,17 @@ class Piece:
     is_gate_up: bool = False
 
     def of(self, x: Tensor) -> Tensor:
-        """What becomes of what was read; memory of its own only where it changes."""
+        """What becomes of what was read; memory of its own only where it changes.
+
+        Raises: WrongInput if noise makes what is no finite number, or was none before.
+        """
         if self.noise:
-            return noisy(x, self.noise, self.key, self.is_gate_up)
+            made = noisy(x, self.noise, self.key, self.is_gate_up)
+            if not made.isfinite().all():  # nor is its std where one of the former's is not
+                raise WrongInput(
+                    f"growth: {self.source} with noise {self.noise:g} has numbers that are not finite"
+                )
+            return made
         if self.scale == 0:
             return x.new_zeros(x.shape)
         return x if self.scale == 1 else x * self.scale

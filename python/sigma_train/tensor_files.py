@@ -59,14 +59,18 @@ class Stored:
 
 
 def stored_tensors(path: Path) -> dict[str, Stored]:
-    """All of a file, in the order of their bytes.  Raises: WrongInput if it is damaged."""
+    """All of a file, in the order of their bytes.  Raises: WrongInput if it is damaged, or of a dtype unknown here."""
     try:
         found, size = _described(path), path.stat().st_size
         for name, x in found.items():
-            if x.dtype not in DTYPES or x.end - x.begin != size_of(x.dtype, x.shape):
+            if x.dtype not in DTYPES:
+                raise WrongInput(f"{path}: {name} must be one of {', '.join(DTYPES)}, found {x.dtype!r}")
+            if x.end - x.begin != size_of(x.dtype, x.shape):
                 raise ValueError(f"{name} is {x.dtype} {list(x.shape)} in {x.end - x.begin} bytes")
             if not 0 <= x.begin <= x.end <= size:
                 raise ValueError(f"{name} lies beyond its end")
+    except WrongInput:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise WrongInput(f"{path} is no sound safetensors file: {error}") from None
     return dict(sorted(found.items(), key=lambda item: item[1].begin))

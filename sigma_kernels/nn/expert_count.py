@@ -57,7 +57,8 @@ class ExpertCountSampler:
             raise ValueError(
                 f"{op}: distribution must be 'uniform' or 'capacity', found {self.distribution!r}"
             )
-        if not 0 < self.temperature < math.inf:
+        is_number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
+        if not (is_number and 0 < self.temperature < math.inf):
             raise ValueError(f"{op}: temperature must be a finite number above 0, found {self.temperature!r}")
         check_integer(op, "seed", self.seed, 0, 2**64 - 1)
         if self.budget is not None:
