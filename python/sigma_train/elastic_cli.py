@@ -105,9 +105,7 @@ def _row(elastic: "Elastic", figures: dict[str, Any]) -> dict[str, Any]:
 def _write(path: Path | None, elastic: "Elastic", batches: int, **figures: Any) -> None:
     if path is None:
         return
-    import json
-
-    from sigma_train.files import must_be_writable, write_text
+    from sigma_train.files import must_be_writable, write_json
 
     about = {
         "schema_version": 1,
@@ -117,4 +115,4 @@ def _write(path: Path | None, elastic: "Elastic", batches: int, **figures: Any) 
         "trained_at": [sorted(layer) for layer in elastic.seen],
     }
     with must_be_writable("--json", path.parent):
-        write_text(path, json.dumps(about | figures, indent=1, allow_nan=False) + "\n")
+        write_json(path, about | figures)
