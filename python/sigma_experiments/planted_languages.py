@@ -9,14 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from sigma_neurons.ablation import Deactivation, deactivation_matrix
 from sigma_neurons.identified import Identified, identify
 from sigma_neurons.matrices import own_others_random
 from sigma_neurons.measured import load
+from sigma_neurons.pictures import kinds_figure, matrix_figure
 from sigma_neurons.planting import found_and_right, plant
 from sigma_neurons.scores import lape
 from sigma_neurons.taxonomy import KINDS
@@ -68,7 +67,11 @@ def run(lab: Lab) -> Page:
     with ThreadPoolExecutor(lab.jobs) as pool:
         seen = [*pool.map(lambda each: look(each, lab.is_short), trained.values())]
     bits = [each.validation[-1][1] for each in trained.values()]
-    figures = {"layers": layers_figure(seen), "matrix": matrix_figure(seen)}
+    shown = "specific and related"
+    figures = {
+        "layers": kinds_figure([one.found.profile().numpy() for one in seen]),
+        "matrix": matrix_figure(shown, rises(seen, shown)),
+    }
     return Page("Language neurons of four invented languages", text(seen, bits), figures, data(seen, bits))
 
 
@@ -148,47 +151,15 @@ Found is one that is selected and given to its own language. Neurons and languag
 """
 
 
-def layers_figure(seen: Sequence[Seen]) -> Figure:
-    profiles = np.stack([one.found.profile().numpy() for one in seen])  # [seeds, L, 3]
-    figure, grid = plt.subplots(1, 3, figsize=(11, 3.2))
-    for axes, (i, kind), color in zip(
-        grid, enumerate(KINDS), ("tab:red", "tab:orange", "tab:blue"), strict=True
-    ):
-        values = profiles[:, :, i]
-        mean = values.mean(0)
-        error = np.abs(np.stack([values.min(0), values.max(0)]) - mean)
-        axes.bar(np.arange(len(mean)), mean, yerr=error, color=color, capsize=2)
-        axes.set(title=kind, xlabel="layer", ylim=(0, max(values.max(), 1) * 1.1))
-        axes.grid(alpha=0.3, axis="y")
-    grid[0].set_ylabel("neurons, mean of seeds")
-    figure.tight_layout()
-    return figure
-
-
-def matrix_figure(seen: Sequence[Seen]) -> Figure:
-    name = "specific and related"
-    rise, at_random = (
-        np.mean([getattr(one.matrices[name], field).numpy() for one in seen], axis=0)
-        for field in ("rise", "random")
-    )
-    limit = max(np.abs(rise).max(), np.abs(at_random).max(), 1e-6)
-    figure, grid = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axes, values, title in (
-        (grid[0], rise, f"without {name}"),
-        (grid[1], at_random, "as many random neurons"),
-    ):
-        image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-        axes.set_xticks(range(len(LANGUAGES)), LANGUAGES)
-        axes.set_yticks(range(len(LANGUAGES)), LANGUAGES)
-        axes.set(title=title, xlabel="loss of")
-        for (i, j), value in np.ndenumerate(values):
-            color = "white" if abs(value) > 0.6 * limit else "black"
-            axes.text(
-                j, i, f"{round(float(value), 3) + 0.0:.3f}", ha="center", va="center", fontsize=8, color=color
-            )
-    grid[0].set_ylabel("neurons of")
-    figure.colorbar(image, ax=grid, label="rise, bits per byte")
-    return figure
+def rises(seen: Sequence[Seen], name: str) -> dict[str, Any]:
+    """Of one of SETS, as means of the seeds."""
+    of_seeds = [one.matrices[name] for one in seen]
+    return {
+        "languages": LANGUAGES,
+        "neurons": dict(zip(LANGUAGES, np.mean([m.sizes for m in of_seeds], axis=0), strict=True)),
+        "rise": np.mean([m.rise.numpy() for m in of_seeds], axis=0),
+        "random": np.mean([m.random.numpy() for m in of_seeds], axis=0),
+    }
 
 
 def data(seen: Sequence[Seen], bits: Sequence[float]) -> dict[str, Any]:
