@@ -227,7 +227,7 @@ class Cache:
 
     def build(self, key: str, files: Sequence[Path], config: Config) -> PreparedData:
         corpus = read_corpus(files, config.data.max_bytes)
-        cut = split_each if config.data.languages else split
+        cut = functools.partial(split_each, files) if config.data.languages else split
         train, val = cut(corpus.documents, config.data.val_fraction)
         tokenizer_path, tokenizer = self._tokenizer(train, config.model.vocab_size)
         tokens_key = _key(digest_of(train), digest_of(val), tokenizer.digest)

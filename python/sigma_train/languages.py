@@ -53,14 +53,21 @@ def language_of(document: Document) -> str:
     return document.path.stem
 
 
-def split_each(documents: Sequence[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
+def split_each(
+    files: Sequence[Path], documents: Sequence[Document], val_fraction: float
+) -> tuple[list[Document], list[Document]]:
     """`split` of each language by itself, so that each is in both.
 
-    Raises: CorpusError naming a language of a single document.
+    Raises: CorpusError naming a language of a single document, or a file that gave none.
     """
-    by_language: dict[str, list[Document]] = {}
+    by_language: dict[str, list[Document]] = {path.stem: [] for path in files}
     for document in documents:
-        by_language.setdefault(language_of(document), []).append(document)
+        by_language[language_of(document)].append(document)
+    if missing := [language for language, own in by_language.items() if not own]:
+        raise CorpusError(
+            f"data.languages: no text is left of {', '.join(missing)}; the file is empty, not UTF-8, all found in "
+            "another language or beyond data.max_bytes"
+        )
     val: set[str] = set()
     for language, own in by_language.items():
         try:
