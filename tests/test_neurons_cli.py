@@ -149,7 +149,7 @@ def test_overlap_compares_two_results(run, tmp_path):
 
 
 def test_a_number_that_is_none_is_refused_before_any_work(tmp_path):
-    with pytest.raises(WrongInput, match="^--lambda must be a number, found inf"):
+    with pytest.raises(WrongInput, match=r"^--lambda must be a number, found inf"):
         sigma("identify", tmp_path / "nowhere", "--lambda", "inf")
 
 

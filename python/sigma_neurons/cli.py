@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from sigma_train.options import Place
 
-app = typer.Typer(no_args_is_help=True, help="Which neurons of a model belong to which language.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Which neurons of a model belong to which language, of runs with data.languages.",
+)
 
-Place = Annotated[
-    Path, typer.Argument(help="folder of a run with data.languages, or of one checkpoint of it")
-]
 Out = Annotated[Path | None, typer.Option(help="folder of the results; neurons in the run's where not given")]
 
 COUNTS = "counts.safetensors"

@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sigma_train.options import JsonFile, Place
+
 if TYPE_CHECKING:
     from sigma_train.elastic import Elastic
 
 app = typer.Typer(no_args_is_help=True, help="One model at several numbers of experts a token.")
 
-Place = Annotated[Path, typer.Argument(help="folder of a run, or of one checkpoint of it")]
 Batches = Annotated[
     int | None,
     typer.Option(min=1, help="batches of the validation split; as many as the run's own where not given"),
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="file of all figures to write")]
 
 
 @app.command(name="eval")
