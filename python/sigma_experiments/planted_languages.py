@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from sigma_neurons.ablation import Deactivation, deactivation_matrix
-from sigma_neurons.identified import Identified, identify
+from sigma_neurons.identified import LEAST_ROUTED, Identified, identify
 from sigma_neurons.matrices import own_others_random
 from sigma_neurons.measured import load
 from sigma_neurons.pictures import kinds_figure, matrix_figure
 from sigma_neurons.planting import found_and_right, plant
-from sigma_neurons.scores import lape
-from sigma_neurons.taxonomy import KINDS
+from sigma_neurons.scores import lape, quantile
+from sigma_neurons.stats import ActivationStats
+from sigma_neurons.taxonomy import KINDS, classify_neurons, fit_lambda
+from torch import Tensor
 
 from sigma_experiments.invented import LANGUAGES, write_texts
 from sigma_experiments.lab import SHORT, Lab, Run, Trained
@@ -27,6 +29,7 @@ from sigma_experiments.page import Page, spread, table
 LAYERS, EXPERTS = 6, 8
 TOP_RATE = 0.05  # of 4,608 neurons: 1 % would be 46
 PLANTED = 2  # neurons a language and layer
+HALF = 0.5  # a bar that is the same for every model: active more often than not
 CHARACTERS, SHORT_CHARACTERS = 4_000_000, 500_000
 BASE = {
     "model.vocab_size": 1024,
@@ -53,7 +56,9 @@ class Seen:
 
     found: Identified
     matrices: Mapping[str, Deactivation]  # of SETS
-    planted: Mapping[str, tuple[float, float]]  # of the score and of LAPE: recall, precision
+    planted: Mapping[
+        str, tuple[float, float, float]
+    ]  # of each search: recall, precision, share above its bar
     chance: float  # recall and precision of as many random neurons and languages
 
 
@@ -93,13 +98,33 @@ def look(trained: Trained, is_short: bool) -> Seen:
     }
     probed = [(LANGUAGES.index(name), tokens) for name, tokens in one.batches("train", min(batches, 4))]
     truth = plant(one.model, probed, len(LANGUAGES), PLANTED, trained.run.seed)
-    again = identify(one.count("train", batches), TOP_RATE)
-    chosen = torch.stack([again.mask(k, "specific", "related") for k in range(len(LANGUAGES))], dim=1)
     planted = {
-        "score": found_and_right(chosen, truth),
-        "LAPE": found_and_right(lape(again.p, TOP_RATE), truth),
+        name: (*found_and_right(chosen, truth), found_and_right(above, truth)[0])
+        for name, (chosen, above) in searches(one.count("train", batches)).items()
     }
     return Seen(found, matrices, planted, int(truth.sum()) / truth.numel())
+
+
+def searches(stats: ActivationStats) -> dict[str, tuple[Tensor, Tensor]]:
+    """[N, K] bool of each: which neurons it gives to which language, and which are active enough to be given to it."""
+    joint, conditional = stats.joint(), stats.conditional(LEAST_ROUTED)
+    lam = fit_lambda(joint, TOP_RATE)
+
+    def finer(p: Tensor, tau: float | None = None) -> tuple[Tensor, Tensor]:
+        kinds = classify_neurons(p, lam, TOP_RATE, tau)
+        own = [kinds.of_language(k, "specific", "related") for k in range(len(stats.languages))]
+        return torch.stack(own, dim=1), kinds.above
+
+    def coarser(p: Tensor) -> tuple[Tensor, Tensor]:
+        return lape(p, TOP_RATE), p > quantile(p, 0.95)
+
+    return {
+        "H - lambda max p, joint": finer(joint),
+        "LAPE, joint": coarser(joint),
+        "H - lambda max p, conditional": finer(conditional),
+        "LAPE, conditional": coarser(conditional),
+        f"H - lambda max p, conditional, tau = {HALF}": finer(conditional, HALF),
+    }
 
 
 def text(seen: Sequence[Seen], bits: Sequence[float]) -> str:
@@ -110,12 +135,8 @@ def text(seen: Sequence[Seen], bits: Sequence[float]) -> str:
         sizes = [sum(one.matrices[name].sizes) / len(LANGUAGES) for one in seen]
         rows.append([name, spread(sizes, 1), spread(own, 4), spread(others, 4), spread(at_random, 4)])
     planted = [
-        [
-            name,
-            spread([one.planted[key][0] for one in seen], 2),
-            spread([one.planted[key][1] for one in seen], 2),
-        ]
-        for name, key in (("H - lambda max p", "score"), ("LAPE", "LAPE"))
+        [name, *(spread(values, 2) for values in zip(*(one.planted[name] for one in seen), strict=True))]
+        for name in seen[0].planted
     ]
     kinds = [
         [name, *(spread([float(one.found.mask(k, kind).sum()) for one in seen], 0) for kind in KINDS)]
@@ -143,11 +164,15 @@ language itself without as many random neurons of the same layers (two masks).
 
 ## Planted neurons
 
-{PLANTED} neurons of each language in each layer get the gate of a linear probe for it; the search does not know them.
-Found is one that is selected and given to its own language. Neurons and languages drawn at random have a precision of
-{seen[0].chance:.4f}; neurons that training itself made specific count against precision here.
+{PLANTED} neurons of each language in each layer, in experts drawn at random, get the gate of a linear probe for it;
+the search does not know them. Found is one that is selected and given to its own language. Neurons and languages drawn
+at random have a precision of {seen[0].chance:.4f}; neurons that training made specific count against precision here.
 
-{table(["search", "recall", "precision"], planted)}
+{table(["search", "recall", "precision", "planted ones above tau"], planted)}
+
+Only what is above tau in its own language can be found. The joint probability of an expert's neuron is at most the
+expert's share of the language's tokens, however sure its gate is; the conditional one is of the gate alone. tau is the
+top 5 % of all probabilities where no other is said.
 """
 
 
