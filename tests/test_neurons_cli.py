@@ -153,6 +153,11 @@ def test_a_number_that_is_none_is_refused_before_any_work(tmp_path):
         sigma("identify", tmp_path / "nowhere", "--lambda", "inf")
 
 
+def test_a_checkpoint_is_named_from_inside_too(run, monkeypatch):
+    monkeypatch.chdir(run / "checkpoints" / "step-00000012")
+    assert measured.load(Path(".")).step == 12
+
+
 def test_a_run_without_languages_or_its_text_is_refused(run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)
