@@ -38,6 +38,12 @@ def config(tmp_path, **data) -> Config:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Config:
+    """Of text that no test changes: its tokens are made once."""
+    return config(tmp_path_factory.mktemp("languages"))
+
+
 def languages_by_letters(data: PreparedData, tokens: np.ndarray) -> set[str]:
     text = set(data.tokenizer.decode(tokens.tolist()).replace("<|endoftext|>", ""))
     return {name for name, letters in LETTERS.items() if text & set(letters)}
@@ -54,9 +60,9 @@ def test_every_language_is_in_both_splits_and_every_token_knows_its_own(tmp_path
                 assert languages_by_letters(data, split.tokens[of_tokens == number]) == {name}
 
 
-def test_batches_of_a_language_are_all_its_windows_and_no_other(tmp_path):
+def test_batches_of_a_language_are_all_its_windows_and_no_other(settings):
     """Defends: a window over the end of a document, the last target forgotten, the limit counted in windows."""
-    data = prepare(config(tmp_path))
+    data = prepare(settings)
     starts = []
     for name in languages_of(data.train).names:
         for inputs, targets in batches_of_language(data.train, name, 4, 32):
@@ -89,9 +95,8 @@ def test_languages_of_known_documents():
     assert languages.of_windows(np.array([0]), 5).tolist() == [-1]  # the last target alone is of another
 
 
-def test_evaluation_by_language_adds_up_to_the_whole(tmp_path):
+def test_evaluation_by_language_adds_up_to_the_whole(settings):
     """Over windows of one language each, weighed by bytes.  Defends: bytes of the wrong tokens, a limit ignored."""
-    settings = config(tmp_path)
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"batch_size": 64})})
     data, model = prepare(settings).val, LanguageModel(settings)
     found = evaluate_by_language(model, data, settings)
@@ -121,10 +126,9 @@ def test_evaluation_by_language_adds_up_to_the_whole(tmp_path):
         ({"paths": "README.md"}, r"data.languages wants files LANG.txt, found none in 1 files"),
     ],
 )
-def test_wrong_use_is_named(tmp_path, change, message):
-    settings = config(tmp_path)
+def test_wrong_use_is_named(settings, change, message):
     if "paths" in change:
-        change = {"paths": (str(tmp_path / "text" / change["paths"]),)}
+        change = {"paths": (f"{settings.data.paths[0]}/{change['paths']}",)}
     settings = settings.model_copy(update={"data": settings.data.model_copy(update=change)})
     with pytest.raises(CorpusError, match=message):
         list(batches_of_language(prepare(settings).val, "aa", 4, 32))
@@ -152,8 +156,8 @@ def test_a_language_without_text_is_named(tmp_path, content):
         prepare(settings)
 
 
-def test_a_language_that_is_not_there_is_named(tmp_path):
-    data = prepare(config(tmp_path)).val
+def test_a_language_that_is_not_there_is_named(settings):
+    data = prepare(settings).val
     with pytest.raises(CorpusError, match="the language must be one of aa, bb, cc, found 'dd'"):
         list(batches_of_language(data, "dd", 4, 32))
 
