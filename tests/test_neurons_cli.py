@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from language_texts import write_texts
 from rich.console import Console
 from sigma_cli.commands import app
 from sigma_neurons import measured
 from sigma_neurons.ablation import deactivate
 from sigma_neurons.identified import identify
+from sigma_neurons.overlap import overlaps
 from sigma_neurons.page import write_page
 from sigma_train.by_language import batches_of_language
 from sigma_train.config import Config
@@ -19,8 +21,6 @@ from sigma_train.errors import WrongInput
 from sigma_train.folder import claimed
 from sigma_train.loop import Trainer
 from typer.testing import CliRunner
-
-LETTERS = {"aa": "abcdef", "bb": "ghijkl", "cc": "mnopqr"}
 
 
 def settings(folder: Path) -> Config:
@@ -41,11 +41,7 @@ def settings(folder: Path) -> Config:
 
 
 def trained(folder: Path) -> Path:
-    (folder / "text").mkdir()
-    rng = np.random.default_rng(0)
-    for name, letters in LETTERS.items():
-        words = ["".join(rng.choice(list(letters), 5)) for _ in range(12_000)]
-        (folder / "text" / f"{name}.txt").write_text("\n".join(words))
+    write_texts(folder / "text")
     config = settings(folder)
     with claimed(folder / "run"):
         trainer = Trainer(config, Console(quiet=True), resume=False)
@@ -130,6 +126,36 @@ def test_a_checkpoint_that_was_not_counted_is_refused(run, tmp_path):
     (tmp_path / "neurons.json").write_text(json.dumps({"schema_version": 2}))
     with pytest.raises(WrongInput, match="must be of schema_version 1"):
         write_page(tmp_path)
+
+
+def test_overlap_compares_two_results(run, tmp_path):
+    """Defends: neurons of equal unit in other experts taken for the same, results of other models compared."""
+    folders = [tmp_path / name for name in ("few", "many")]
+    for folder, rate in zip(folders, (0.1, 0.2), strict=True):
+        sigma(
+            "identify", run, "--out", folder, "--batches", 1, "--top-rate", rate, "--lambda", 0, "--tau", 0.3
+        )
+    few, many = (json.loads((folder / "neurons.json").read_text()) for folder in folders)
+    found = overlaps(few, many)
+    assert [(o.first, o.both) for o in found.values()] == [(len(few["named"][n]),) * 2 for n in found]
+    assert sum(o.second for o in found.values()) > sum(o.first for o in found.values()) > 0
+    assert "100.0%" in sigma("overlap", *folders)
+    moved = {name: [[site, (e + 1) % 4, unit] for site, e, unit in own] for name, own in few["named"].items()}
+    assert sum(o.both for o in overlaps(few, few | {"named": moved}).values()) < sum(
+        o.both for o in overlaps(few, few).values()
+    )
+    with pytest.raises(WrongInput, match="both results must be of the same sites, found others"):
+        overlaps(few, many | {"sites": []})
+
+
+def test_a_number_that_is_none_is_refused_before_any_work(tmp_path):
+    with pytest.raises(WrongInput, match=r"^--lambda must be a number, found inf"):
+        sigma("identify", tmp_path / "nowhere", "--lambda", "inf")
+
+
+def test_a_checkpoint_is_named_from_inside_too(run, monkeypatch):
+    monkeypatch.chdir(run / "checkpoints" / "step-00000012")
+    assert measured.load(Path(".")).step == 12
 
 
 def test_a_run_without_languages_or_its_text_is_refused(run, tmp_path):

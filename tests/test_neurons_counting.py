@@ -71,7 +71,6 @@ def test_joint_and_conditional_probability_of_an_expert():
     assert stats.conditional().tolist() == [[0.75], [0.0]]
     assert stats.routing().tolist() == [[0.4], [0.6]]
     assert stats.conditional(least=5).tolist() == [[0.0], [0.0]]
-    assert stats.expert_of_neurons().tolist() == [0, 1]
 
 
 def test_an_expert_that_one_language_hardly_visits_says_nothing():
@@ -247,7 +246,8 @@ def test_what_was_counted_survives_a_file(tmp_path):
     "language, rows, message",
     [
         ("fr", 4, "language must be one of de, en, ja, found 'fr'"),
-        (torch.zeros(4), 4, r"language must be \[4, 32\] as tokens are, found \[4\]"),
+        (torch.zeros(4).long(), 4, r"language must be \[4, 32\] of integers .* found \[4\] int64"),
+        (torch.zeros(4, 32), 4, r"language must be \[4, 32\] of integers .* found \[4, 32\] float32"),
         (torch.full((4, 32), 3), 4, "language must have indices from -1 to 2"),
         ("de", 2, "computes 64 tokens of a batch of 128"),
     ],
@@ -260,6 +260,17 @@ def test_a_wrong_batch_is_named(language, rows, message):
         with counter.batch("de", inputs):  # and the next one counts
             model(inputs)
     assert equal(counter.stats, counted(model, [("de", inputs)]))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, dtype=torch.bool), torch.ones(4, 32)], ids=["shape", "dtype"])
+def test_a_wrong_mask_is_named(mask):
+    """Defends: one entry taken for all tokens."""
+    with (
+        ActivationCounter(ours(), LANGUAGES) as counter,
+        pytest.raises(WrongInput, match=r"mask must be \[4, 32\] bool on cpu as tokens are, found \["),
+        counter.batch("de", tokens(), mask),
+    ):
+        pass
 
 
 def test_a_batch_is_one_forward():
@@ -293,6 +304,13 @@ def test_layouts_that_would_be_counted_wrongly_are_refused():
     model = theirs("eager")
     model.model.layers[1].mlp.experts.is_transposed = True
     with pytest.raises(WrongInput, match=r"layers.1.mlp.experts \(Qwen3MoeExperts\) has is_transposed=True"):
+        find_sites(model)
+    model = theirs("eager")
+    experts = model.model.layers[1].mlp.experts
+    experts.gate_up_proj, experts.down_proj = (
+        nn.Parameter(p.transpose(1, 2)) for p in (experts.gate_up_proj, experts.down_proj)
+    )  # as Llama4TextExperts, of which no flag says so
+    with pytest.raises(WrongInput, match=r"gate_up_proj \[6, 16, 24\] beside down_proj \[6, 12, 16\]"):
         find_sites(model)
     model = theirs()
     model.model.layers[0].mlp.act_fn = nn.Tanhshrink()

@@ -4,9 +4,12 @@ import pytest
 import torch
 from neuron_models import ours
 from sigma_experiments.invented import LANGUAGES, SHARES, translate
+from sigma_experiments.planted_languages import searches
 from sigma_neurons.counting import ActivationCounter
 from sigma_neurons.planting import found_and_right, plant, probes
 from sigma_neurons.scores import lape
+from sigma_neurons.sites import Site
+from sigma_neurons.stats import ActivationStats
 from sigma_neurons.taxonomy import classify_neurons
 
 
@@ -82,6 +85,28 @@ def test_both_searches_find_what_is_planted():
     recall, precision = found_and_right(lape(p, top_rate=0.1), truth & known)
     assert recall > 0.3
     assert precision > 0.2
+
+
+def test_the_joint_probability_misses_a_sure_gate_in_an_expert_that_is_seldom_visited():
+    """Defends: planted neurons counted as missed by the score where routing alone keeps them under the bar."""
+    site = Site("experts", 0, 2, 20, "ours")
+    routed = torch.tensor([[900, 100], [900, 100]])
+    fired = routed[:, :, None].expand(2, 2, 20) * 2 // 5
+    fired[:, 1, 0] = torch.tensor([100, 0])  # of language 0 always, of language 1 never
+    stats = ActivationStats(("a", "b"), (site,), torch.tensor([1000, 1000]), (routed,), (fired,))
+    truth = torch.zeros(40, 2, dtype=torch.bool)
+    truth[20, 0] = True
+    told = {
+        name: (found_and_right(own, truth), found_and_right(above, truth)[0])
+        for name, (own, above) in searches(stats).items()
+    }
+    assert told == {
+        "H - lambda max p, joint": ((0, 0), 0),
+        "LAPE, joint": ((0, 0), 0),
+        "H - lambda max p, conditional": ((1, 1), 1),
+        "LAPE, conditional": ((1, 1), 1),
+        "H - lambda max p, conditional, tau = 0.5": ((1, 1), 1),
+    }
 
 
 def test_recall_and_precision_want_the_right_language():

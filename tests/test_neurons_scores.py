@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sigma_neurons.overlap import overlap
 from sigma_neurons.scores import entropy, language_neuron_score, lape, paper_lambda, quantile, released_score
-from sigma_neurons.taxonomy import NeuronTaxonomy, classify_neurons, fit_lambda, overlap_ratio, stage_profile
+from sigma_neurons.taxonomy import NeuronTaxonomy, classify_neurons, fit_lambda, stage_profile
 from sigma_train.errors import WrongInput
 
 
@@ -137,11 +138,13 @@ def test_without_universal_neurons_lambda_is_the_bound_and_with_them_alone_there
         fit_lambda(p[97:].repeat(2, 1), top_rate=0.5, tau=0.25)
 
 
-def test_layers_and_overlap():
+def test_kinds_by_layer():
     above = torch.tensor([[1, 0], [1, 1], [0, 1], [1, 1]], dtype=torch.bool)
     kinds = NeuronTaxonomy(torch.tensor([True, False, True, True]), above, 0.0, 0.5)
     assert stage_profile(kinds, torch.tensor([0, 0, 2, 2])).tolist() == [[1, 0, 1], [0, 0, 0], [1, 0, 1]]
-    a, b = torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([0, 1, 1, 0]).bool()
-    assert overlap_ratio(a, b) == 1
-    assert overlap_ratio(a, torch.tensor([1, 0, 0, 1]).bool()) == 0.5
-    assert math.isnan(overlap_ratio(a, torch.zeros(4).bool()))
+
+
+def test_overlap_is_of_the_smaller_set():
+    assert overlap({0, 1, 2}, {1, 2}).ratio == 1
+    assert overlap({0, 1, 2}, {0, 3}).ratio == 0.5
+    assert math.isnan(overlap({0, 1, 2}, set()).ratio)

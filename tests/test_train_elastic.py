@@ -341,7 +341,10 @@ def test_runs_that_cannot_be_judged_are_named(matryoshka, tmp_path):
     shutil.copytree(matryoshka, run)
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("max_bytes = 200000", "max_bytes = 100000"))
-    assert f"the text of data.paths is not what {run} was trained on" in refused("elastic", "eval", run)
+    checkpoint = run / "checkpoints/step-00000010"
+    assert f"the text of data.paths is not what {checkpoint} was trained on" in refused(
+        "elastic", "eval", run
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own

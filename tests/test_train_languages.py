@@ -9,6 +9,7 @@ import stat
 import numpy as np
 import pytest
 import torch
+from language_texts import LETTERS, write_texts
 from sigma_train import guide
 from sigma_train.by_language import batch_languages, batches_of_language, evaluate_by_language, languages_of
 from sigma_train.config import Config
@@ -16,20 +17,14 @@ from sigma_train.corpus import CorpusError
 from sigma_train.dataset import PreparedData, TokenDataset, prepare
 from sigma_train.errors import Failure, WrongInput
 from sigma_train.evaluate import evaluate
-from sigma_train.guide import CorpusWarning, prepare_guide, translated, untranslated
+from sigma_train.guide import CorpusWarning, decoded, prepare_guide, translated, untranslated
 from sigma_train.languages import Languages
 from sigma_train.model import LanguageModel
-
-LETTERS = {"aa": "abcdef", "bb": "ghijkl", "cc": "mnopqr"}  # of languages that share none
 
 
 def config(tmp_path, **data) -> Config:
     folder = tmp_path / "text"
-    folder.mkdir(exist_ok=True)
-    rng = np.random.default_rng(0)
-    for name, letters in LETTERS.items():
-        words = ["".join(rng.choice(list(letters), 5)) for _ in range(12_000)]
-        (folder / f"{name}.txt").write_text("\n".join(words))  # 72 kB: two documents
+    write_texts(folder)
     (folder / "README.md").write_text("no language")
     return Config.from_dict(
         {
@@ -41,6 +36,12 @@ def config(tmp_path, **data) -> Config:
             "train": {"seq_len": 32, "batch_size": 4, "threads": 1},
         }
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Config:
+    """Of text that no test changes: its tokens are made once."""
+    return config(tmp_path_factory.mktemp("languages"))
 
 
 def languages_by_letters(data: PreparedData, tokens: np.ndarray) -> set[str]:
@@ -59,9 +60,9 @@ def test_every_language_is_in_both_splits_and_every_token_knows_its_own(tmp_path
                 assert languages_by_letters(data, split.tokens[of_tokens == number]) == {name}
 
 
-def test_batches_of_a_language_are_all_its_windows_and_no_other(tmp_path):
+def test_batches_of_a_language_are_all_its_windows_and_no_other(settings):
     """Defends: a window over the end of a document, the last target forgotten, the limit counted in windows."""
-    data = prepare(config(tmp_path))
+    data = prepare(settings)
     starts = []
     for name in languages_of(data.train).names:
         for inputs, targets in batches_of_language(data.train, name, 4, 32):
@@ -94,9 +95,8 @@ def test_languages_of_known_documents():
     assert languages.of_windows(np.array([0]), 5).tolist() == [-1]  # the last target alone is of another
 
 
-def test_evaluation_by_language_adds_up_to_the_whole(tmp_path):
+def test_evaluation_by_language_adds_up_to_the_whole(settings):
     """Over windows of one language each, weighed by bytes.  Defends: bytes of the wrong tokens, a limit ignored."""
-    settings = config(tmp_path)
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"batch_size": 64})})
     data, model = prepare(settings).val, LanguageModel(settings)
     found = evaluate_by_language(model, data, settings)
@@ -126,13 +126,18 @@ def test_evaluation_by_language_adds_up_to_the_whole(tmp_path):
         ({"paths": "README.md"}, r"data.languages wants files LANG.txt, found none in 1 files"),
     ],
 )
-def test_wrong_use_is_named(tmp_path, change, message):
-    settings = config(tmp_path)
+def test_wrong_use_is_named(settings, change, message):
     if "paths" in change:
-        change = {"paths": (str(tmp_path / "text" / change["paths"]),)}
+        change = {"paths": (f"{settings.data.paths[0]}/{change['paths']}",)}
     settings = settings.model_copy(update={"data": settings.data.model_copy(update=change)})
     with pytest.raises(CorpusError, match=message):
         list(batches_of_language(prepare(settings).val, "aa", 4, 32))
+
+
+def test_chance_leaves_no_language_without_training_text(tmp_path):
+    data = prepare(config(tmp_path, val_fraction=0.99))
+    for side in (data.train, data.val):
+        assert set(side.languages.of_windows(np.arange(side.num_windows(32)), 32)) >= {0, 1, 2}
 
 
 def test_a_language_of_one_document_is_named(tmp_path):
@@ -142,7 +147,22 @@ def test_a_language_of_one_document_is_named(tmp_path):
         prepare(settings)
 
 
-def test_a_sidecar_without_documents_is_damage(tmp_path):
+@pytest.mark.parametrize("content", [b"", "é".encode("latin-1") * 99, b"nul\0"])
+def test_a_language_without_text_is_named(tmp_path, content):
+    """Defends: a language that is not there without a word, as other text that cannot be read is left out."""
+    settings = config(tmp_path)
+    (tmp_path / "text" / "dd.txt").write_bytes(content)
+    with pytest.raises(CorpusError, match="no text is left of dd; the file is empty, not UTF-8"):
+        prepare(settings)
+
+
+def test_a_language_that_is_not_there_is_named(settings):
+    data = prepare(settings).val
+    with pytest.raises(CorpusError, match="the language must be one of aa, bb, cc, found 'dd'"):
+        list(batches_of_language(data, "dd", 4, 32))
+
+
+def test_documents_that_are_not_all_of_the_tokens_are_damage(tmp_path):
     """Defends: ends of documents taken on trust."""
     settings = config(tmp_path)
     want = prepare(settings).val.languages.ends
@@ -210,6 +230,22 @@ def test_another_version_is_refused_or_told(package, tmp_path, monkeypatch):
     with pytest.warns(CorpusWarning, match="differs in de, xx"):
         prepare_guide(tmp_path / "guide", any_version=True)
     assert (tmp_path / "guide" / "de.txt").exists()
+
+
+def test_another_version_may_be_in_another_encoding():
+    """Defends: Russian in UTF-8 taken for KOI8-R, a traceback for what is neither."""
+    for encoding in ("utf-8", "koi8-r"):
+        assert decoded("ru", TEXTS["ru"].encode(encoding)) == TEXTS["ru"]
+    with pytest.raises(Failure, match=r"install\.ja\.txt .* is not UTF-8"):
+        decoded("ja", "手引き".encode("euc-jp"))
+
+
+def test_another_version_may_have_its_texts_elsewhere(package, tmp_path):
+    for path in (tmp_path / "package").rglob("*.gz"):
+        path.unlink()
+    with pytest.raises(Failure, match=r"1\.0 holds no install\.LANG\.txt\.gz"):
+        prepare_guide(tmp_path / "guide", any_version=True)
+    assert not (tmp_path / "guide").exists()
 
 
 def test_a_full_folder_is_left_alone(package, tmp_path):

@@ -10,6 +10,7 @@ from sigma_neurons import cli as neurons_cli
 from sigma_noise import cli as noise_cli
 from sigma_train import cli as train_cli
 from sigma_train import data_cli, elastic_cli, grow_cli, ledger_cli, plan_cli, teacher_cli
+from sigma_train.options import JsonFile
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(train_cli.train)
@@ -122,7 +123,7 @@ def bench(
     output: Annotated[
         Path | None, typer.Option(help="markdown page to write, with its plots beside it")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="file of all figures to write")] = None,
+    json_file: JsonFile = None,
     aot: Annotated[
         bool, typer.Option("--aot", help="no race: compile the Triton kernels for five GPUs and judge them")
     ] = False,

@@ -9,17 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from sigma_neurons.ablation import Deactivation, deactivation_matrix
-from sigma_neurons.identified import Identified, identify
+from sigma_neurons.identified import LEAST_ROUTED, Identified, identify
 from sigma_neurons.matrices import own_others_random
 from sigma_neurons.measured import load
+from sigma_neurons.pictures import kinds_figure, matrix_figure
 from sigma_neurons.planting import found_and_right, plant
-from sigma_neurons.scores import lape
-from sigma_neurons.taxonomy import KINDS
+from sigma_neurons.scores import lape, quantile
+from sigma_neurons.stats import ActivationStats
+from sigma_neurons.taxonomy import KINDS, classify_neurons, fit_lambda
+from torch import Tensor
 
 from sigma_experiments.invented import LANGUAGES, write_texts
 from sigma_experiments.lab import SHORT, Lab, Run, Trained
@@ -28,6 +29,7 @@ from sigma_experiments.page import Page, spread, table
 LAYERS, EXPERTS = 6, 8
 TOP_RATE = 0.05  # of 4,608 neurons: 1 % would be 46
 PLANTED = 2  # neurons a language and layer
+HALF = 0.5  # a bar that is the same for every model: active more often than not
 CHARACTERS, SHORT_CHARACTERS = 4_000_000, 500_000
 BASE = {
     "model.vocab_size": 1024,
@@ -54,7 +56,9 @@ class Seen:
 
     found: Identified
     matrices: Mapping[str, Deactivation]  # of SETS
-    planted: Mapping[str, tuple[float, float]]  # of the score and of LAPE: recall, precision
+    planted: Mapping[
+        str, tuple[float, float, float]
+    ]  # of each search: recall, precision, share above its bar
     chance: float  # recall and precision of as many random neurons and languages
 
 
@@ -68,7 +72,11 @@ def run(lab: Lab) -> Page:
     with ThreadPoolExecutor(lab.jobs) as pool:
         seen = [*pool.map(lambda each: look(each, lab.is_short), trained.values())]
     bits = [each.validation[-1][1] for each in trained.values()]
-    figures = {"layers": layers_figure(seen), "matrix": matrix_figure(seen)}
+    shown = "specific and related"
+    figures = {
+        "layers": kinds_figure([one.found.profile().numpy() for one in seen]),
+        "matrix": matrix_figure(shown, rises(seen, shown)),
+    }
     return Page("Language neurons of four invented languages", text(seen, bits), figures, data(seen, bits))
 
 
@@ -90,13 +98,33 @@ def look(trained: Trained, is_short: bool) -> Seen:
     }
     probed = [(LANGUAGES.index(name), tokens) for name, tokens in one.batches("train", min(batches, 4))]
     truth = plant(one.model, probed, len(LANGUAGES), PLANTED, trained.run.seed)
-    again = identify(one.count("train", batches), TOP_RATE)
-    chosen = torch.stack([again.mask(k, "specific", "related") for k in range(len(LANGUAGES))], dim=1)
     planted = {
-        "score": found_and_right(chosen, truth),
-        "LAPE": found_and_right(lape(again.p, TOP_RATE), truth),
+        name: (*found_and_right(chosen, truth), found_and_right(above, truth)[0])
+        for name, (chosen, above) in searches(one.count("train", batches)).items()
     }
     return Seen(found, matrices, planted, int(truth.sum()) / truth.numel())
+
+
+def searches(stats: ActivationStats) -> dict[str, tuple[Tensor, Tensor]]:
+    """[N, K] bool of each: which neurons it gives to which language, and which are active enough to be given to it."""
+    joint, conditional = stats.joint(), stats.conditional(LEAST_ROUTED)
+    lam = fit_lambda(joint, TOP_RATE)
+
+    def finer(p: Tensor, tau: float | None = None) -> tuple[Tensor, Tensor]:
+        kinds = classify_neurons(p, lam, TOP_RATE, tau)
+        own = [kinds.of_language(k, "specific", "related") for k in range(len(stats.languages))]
+        return torch.stack(own, dim=1), kinds.above
+
+    def coarser(p: Tensor) -> tuple[Tensor, Tensor]:
+        return lape(p, TOP_RATE), p > quantile(p, 0.95)
+
+    return {
+        "H - lambda max p, joint": finer(joint),
+        "LAPE, joint": coarser(joint),
+        "H - lambda max p, conditional": finer(conditional),
+        "LAPE, conditional": coarser(conditional),
+        f"H - lambda max p, conditional, tau = {HALF}": finer(conditional, HALF),
+    }
 
 
 def text(seen: Sequence[Seen], bits: Sequence[float]) -> str:
@@ -107,12 +135,8 @@ def text(seen: Sequence[Seen], bits: Sequence[float]) -> str:
         sizes = [sum(one.matrices[name].sizes) / len(LANGUAGES) for one in seen]
         rows.append([name, spread(sizes, 1), spread(own, 4), spread(others, 4), spread(at_random, 4)])
     planted = [
-        [
-            name,
-            spread([one.planted[key][0] for one in seen], 2),
-            spread([one.planted[key][1] for one in seen], 2),
-        ]
-        for name, key in (("H - lambda max p", "score"), ("LAPE", "LAPE"))
+        [name, *(spread(values, 2) for values in zip(*(one.planted[name] for one in seen), strict=True))]
+        for name in seen[0].planted
     ]
     kinds = [
         [name, *(spread([float(one.found.mask(k, kind).sum()) for one in seen], 0) for kind in KINDS)]
@@ -140,55 +164,27 @@ language itself without as many random neurons of the same layers (two masks).
 
 ## Planted neurons
 
-{PLANTED} neurons of each language in each layer get the gate of a linear probe for it; the search does not know them.
-Found is one that is selected and given to its own language. Neurons and languages drawn at random have a precision of
-{seen[0].chance:.4f}; neurons that training itself made specific count against precision here.
+{PLANTED} neurons of each language in each layer, in experts drawn at random, get the gate of a linear probe for it;
+the search does not know them. Found is one that is selected and given to its own language. Neurons and languages drawn
+at random have a precision of {seen[0].chance:.4f}; neurons that training made specific count against precision here.
 
-{table(["search", "recall", "precision"], planted)}
+{table(["search", "recall", "precision", "planted ones above tau"], planted)}
+
+Only what is above tau in its own language can be found. The joint probability of an expert's neuron is at most the
+expert's share of the language's tokens, however sure its gate is; the conditional one is of the gate alone. tau is the
+top 5 % of all probabilities where no other is said.
 """
 
 
-def layers_figure(seen: Sequence[Seen]) -> Figure:
-    profiles = np.stack([one.found.profile().numpy() for one in seen])  # [seeds, L, 3]
-    figure, grid = plt.subplots(1, 3, figsize=(11, 3.2))
-    for axes, (i, kind), color in zip(
-        grid, enumerate(KINDS), ("tab:red", "tab:orange", "tab:blue"), strict=True
-    ):
-        values = profiles[:, :, i]
-        mean = values.mean(0)
-        error = np.abs(np.stack([values.min(0), values.max(0)]) - mean)
-        axes.bar(np.arange(len(mean)), mean, yerr=error, color=color, capsize=2)
-        axes.set(title=kind, xlabel="layer", ylim=(0, max(values.max(), 1) * 1.1))
-        axes.grid(alpha=0.3, axis="y")
-    grid[0].set_ylabel("neurons, mean of seeds")
-    figure.tight_layout()
-    return figure
-
-
-def matrix_figure(seen: Sequence[Seen]) -> Figure:
-    name = "specific and related"
-    rise, at_random = (
-        np.mean([getattr(one.matrices[name], field).numpy() for one in seen], axis=0)
-        for field in ("rise", "random")
-    )
-    limit = max(np.abs(rise).max(), np.abs(at_random).max(), 1e-6)
-    figure, grid = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axes, values, title in (
-        (grid[0], rise, f"without {name}"),
-        (grid[1], at_random, "as many random neurons"),
-    ):
-        image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-        axes.set_xticks(range(len(LANGUAGES)), LANGUAGES)
-        axes.set_yticks(range(len(LANGUAGES)), LANGUAGES)
-        axes.set(title=title, xlabel="loss of")
-        for (i, j), value in np.ndenumerate(values):
-            color = "white" if abs(value) > 0.6 * limit else "black"
-            axes.text(
-                j, i, f"{round(float(value), 3) + 0.0:.3f}", ha="center", va="center", fontsize=8, color=color
-            )
-    grid[0].set_ylabel("neurons of")
-    figure.colorbar(image, ax=grid, label="rise, bits per byte")
-    return figure
+def rises(seen: Sequence[Seen], name: str) -> dict[str, Any]:
+    """Of one of SETS, as means of the seeds."""
+    of_seeds = [one.matrices[name] for one in seen]
+    return {
+        "languages": LANGUAGES,
+        "neurons": dict(zip(LANGUAGES, np.mean([m.sizes for m in of_seeds], axis=0), strict=True)),
+        "rise": np.mean([m.rise.numpy() for m in of_seeds], axis=0),
+        "random": np.mean([m.random.numpy() for m in of_seeds], axis=0),
+    }
 
 
 def data(seen: Sequence[Seen], bits: Sequence[float]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def random_like(
 class Deactivation:
     """[K, K] f64 each: by how much the loss of language j rises without the neurons of language i.
 
-    random: the mean over masks of the same number of neurons in each layer; spread: their largest less their least.
+    random: the mean over masks of as many neurons in each layer, or expert; spread: their largest less their least.
     """
 
     masks: tuple[str, ...]
@@ -83,7 +83,7 @@ def deactivation_matrix(
     seed: int = 0,
     within: Literal["layer", "expert"] = "layer",
 ) -> Deactivation:
-    """`losses` evaluates the model as it is, by language; it is called once, and 1 + `controls` times for each mask."""
+    """`losses` evaluates the model as it is, by language: once, and 1 + `controls` (1 or more) times for each mask."""
     sites, generator = find_sites(model), torch.Generator().manual_seed(seed)
     languages = tuple(base := losses())
     whole = _row(base, languages)
@@ -97,12 +97,9 @@ def deactivation_matrix(
     rows, means, spreads = [], [], []
     for mask in masks.values():
         rows.append(rise(mask))
-        drawn = [rise(random_like(mask, sites, generator, within)) for _ in range(controls)]
-        stacked = (
-            torch.stack(drawn) if drawn else torch.full((1, len(languages)), torch.nan, dtype=torch.float64)
-        )
-        means.append(stacked.mean(0))
-        spreads.append(stacked.amax(0) - stacked.amin(0))
+        drawn = torch.stack([rise(random_like(mask, sites, generator, within)) for _ in range(controls)])
+        means.append(drawn.mean(0))
+        spreads.append(drawn.amax(0) - drawn.amin(0))
     sizes = tuple(int(mask.sum()) for mask in masks.values())
     return Deactivation(tuple(masks), sizes, languages, whole, *map(torch.stack, (rows, means, spreads)))
 

@@ -1,16 +1,17 @@
-"""`sigma neurons identify`, `ablate` and `report`: the language neurons of a run."""
+"""`sigma neurons identify`, `ablate`, `report` and `overlap`: the language neurons of a run."""
 
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from sigma_train.options import Place
 
-app = typer.Typer(no_args_is_help=True, help="Which neurons of a model belong to which language.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Which neurons of a model belong to which language, of runs with data.languages.",
+)
 
-Place = Annotated[
-    Path, typer.Argument(help="folder of a run with data.languages, or of one checkpoint of it")
-]
 Out = Annotated[Path | None, typer.Option(help="folder of the results; neurons in the run's where not given")]
 
 COUNTS = "counts.safetensors"
@@ -52,7 +53,14 @@ def identify(
     ] = None,
 ) -> None:
     """Count activations by language and find the neurons that are specific to one, related to some, general."""
+    import math
+
+    from sigma_train.errors import WrongInput
     from sigma_train.files import must_be_writable, sha256_file
+
+    for option, value in (("--top-rate", top_rate), ("--lambda", lam), ("--tau", tau)):
+        if value is not None and not math.isfinite(value):  # min= lets inf pass, of an older typer NaN too
+            raise WrongInput(f"{option} must be a number, found {value}")
 
     from sigma_neurons import measured, view
     from sigma_neurons.identified import identify as found_in
@@ -90,8 +98,8 @@ def ablate(
     found = _identified(folder, run.about())
     done = matrices.ablate(run, found, batches, controls, seed, within.value)
     of = {"neurons_sha256": sha256_file(folder / "neurons.json")}
-    about = run.about() | of | {"batches": batches, "controls": controls, "within": within.value}
-    _write(folder / "ablation.json", about | {"sets": matrices.figures(done)})
+    how = {"batches": batches, "controls": controls, "within": within.value, "seed": seed}
+    _write(folder / "ablation.json", run.about() | of | how | {"sets": matrices.figures(done)})
     view.show_matrices(done, folder)
 
 
@@ -106,8 +114,24 @@ def report(place: Place, out: Out = None) -> None:
     typer.echo(f"wrote {write_page(folder)}")
 
 
+@app.command()
+def overlap(
+    first: Annotated[Path, typer.Argument(help="folder that identify wrote")],
+    second: Annotated[Path, typer.Argument(help="another, as of a later checkpoint or of other text")],
+) -> None:
+    """Show how many of each language's specific and related neurons two results share."""
+    from sigma_neurons import view
+    from sigma_neurons.overlap import overlaps
+    from sigma_neurons.page import read
+
+    told = [read(folder / "neurons.json", "identify") for folder in (first, second)]
+    view.show_overlaps(overlaps(*told))
+
+
 def _folder(out: Path | None, checkpoint: Path) -> Path:
-    return checkpoint.parent.parent / "neurons" if out is None else out
+    from sigma_train.checkpoint import run_of
+
+    return run_of(checkpoint) / "neurons" if out is None else out
 
 
 def _identified(folder: Path, about: dict[str, Any]) -> Any:
@@ -124,18 +148,16 @@ def _identified(folder: Path, about: dict[str, Any]) -> Any:
         raise WrongInput(
             f"{folder / 'neurons.json'} is of {told['checkpoint']}; run identify on {about['checkpoint']} first"
         )
-    stats = ActivationStats.read(folder / COUNTS)
-    if sha256_file(folder / COUNTS) != told["counts_sha256"]:
-        raise WrongInput(
-            f"{folder / COUNTS} is not what {folder / 'neurons.json'} was made of; run identify again"
-        )
-    return found_in(stats, told["top_rate"], told["probability"], told["lambda"], told["tau"])
+    counts = folder / COUNTS
+    if not counts.is_file() or sha256_file(counts) != told["counts_sha256"]:
+        raise WrongInput(f"{counts} is not what {folder / 'neurons.json'} was made of; run identify again")
+    return found_in(
+        ActivationStats.read(counts), told["top_rate"], told["probability"], told["lambda"], told["tau"]
+    )
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    import json
-
-    from sigma_train.files import must_be_writable, write_text
+    from sigma_train.files import must_be_writable, write_json
 
     with must_be_writable("--out", path.parent):
-        write_text(path, json.dumps({"schema_version": 1} | content, indent=1, allow_nan=False) + "\n")
+        write_json(path, {"schema_version": 1} | content)

@@ -49,10 +49,11 @@ class ActivationCounter:
         """One forward of the model on `tokens` [...], all in `language`, or each in the one whose index it has there.
 
         Tokens with the index -1, or False in `mask`, are not counted: padding, a prompt.
-        Raises: WrongInput for an unknown language, another shape, or if the block was not one forward.
+        Raises: WrongInput for an unknown language, another shape or dtype, or if the block was not one forward.
         """
         ids = self._indices(language, tokens)
         if mask is not None:
+            _check_as(tokens, "mask", mask, mask.dtype == torch.bool, "bool")
             ids = torch.where(mask.reshape(-1), ids, -1)
         self._ids, self._seen = ids, []  # what is seen counts when the forward is whole
         first = int(ids[0]) if len(ids) else -1
@@ -78,11 +79,8 @@ class ActivationCounter:
             if language not in names:
                 raise WrongInput(f"neurons: language must be one of {', '.join(names)}, found {language!r}")
             return torch.full((tokens.numel(),), names.index(language), device=tokens.device)
-        if language.shape != tokens.shape:
-            raise WrongInput(
-                f"neurons: language must be [{', '.join(map(str, tokens.shape))}] as tokens are, "
-                f"found {list(language.shape)}"
-            )
+        is_integer = not language.dtype.is_floating_point and language.dtype != torch.bool
+        _check_as(tokens, "language", language, is_integer, "of integers")
         if language.numel() and not -1 <= int(language.min()) <= int(language.max()) < len(names):
             raise WrongInput(f"neurons: language must have indices from -1 to {len(names) - 1}")
         return language.reshape(-1).long()
@@ -135,6 +133,14 @@ class ActivationCounter:
         if self._one is not None:
             return ends, None
         return ends, keys.argsort(stable=True)[int((keys < 0).sum()) :]
+
+
+def _check_as(tokens: Tensor, name: str, found: Tensor, is_kind: bool, kind: str) -> None:
+    if found.shape != tokens.shape or found.device != tokens.device or not is_kind:
+        raise WrongInput(
+            f"neurons: {name} must be {list(tokens.shape)} {kind} on {tokens.device} as tokens are, found "
+            f"{list(found.shape)} {str(found.dtype).removeprefix('torch.')} on {found.device}"
+        )
 
 
 def count_segments(positive: Tensor, ends: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import torch
 from sigma_train.by_language import batches_of_language, evaluate_by_language, languages_of
-from sigma_train.checkpoint import RECORD, named_checkpoint, read_record
+from sigma_train.checkpoint import RECORD
 from sigma_train.config import Config
-from sigma_train.dataset import PreparedData, prepare
+from sigma_train.dataset import PreparedData
 from sigma_train.errors import WrongInput
 from sigma_train.files import sha256_file
-from sigma_train.generate import load_model
 from sigma_train.model import LanguageModel, precision
+from sigma_train.trained import load_trained
 from torch import Tensor
 
 from sigma_neurons.counting import ActivationCounter
@@ -74,14 +74,12 @@ class Run:
 def load(place: Path) -> Run:
     """The newest model of a run, or one checkpoint of it, and its text.
 
-    Raises: WrongInput if the text is not there as it was or has no languages; CheckpointError if there is no model.
+    Raises: WrongInput if the text is not there as it was, or not in languages; CheckpointError if there is no model.
     """
-    checkpoint = named_checkpoint(place)
-    record = read_record(checkpoint)
-    config, model, _ = load_model(checkpoint.parent.parent, checkpoint)
-    if not config.data.languages:
+    found = load_trained(place)
+    if not found.config.data.languages:
         raise WrongInput(f"neurons wants a run with data.languages = true, {place} has false")
-    data = prepare(config)
-    if record["extra"].get("corpus_digest") != data.stats["corpus_digest"]:
-        raise WrongInput(f"the text of data.paths is not what {place} was trained on; have it there again")
-    return Run(checkpoint, record["step"], config, model.eval(), data)
+    run = Run(found.checkpoint, found.step, found.config, found.model.eval(), found.text())
+    if len(run.languages) < 2:
+        raise WrongInput(f"neurons wants text in at least 2 languages, found {run.languages[0]} alone")
+    return run

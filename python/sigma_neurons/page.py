@@ -62,7 +62,7 @@ def _of_neurons(neurons: dict[str, Any], folder: Path) -> list[str]:
             ["language", *KINDS],
             [[name, *(f"{own[kind]:,}" for kind in KINDS)] for name, own in neurons["of_language"].items()],
         ),
-        _picture("Kinds by layer", "kinds", pictures.kinds_figure(neurons), folder),
+        _picture("Kinds by layer", "kinds", pictures.kinds_figure([neurons["layers"]["kinds"]]), folder),
         _picture("Languages by layer", "languages", pictures.languages_figure(neurons), folder),
     ]  # fmt: skip
     if any(site["experts"] > 1 for site in neurons["sites"]):

@@ -1,5 +1,6 @@
 """Language neurons as pictures, of what is in neurons.json and ablation.json."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -14,25 +15,23 @@ from matplotlib.ticker import MaxNLocator
 from sigma_neurons.taxonomy import KINDS
 
 COLORS = {"specific": "tab:red", "related": "tab:orange", "general": "tab:blue"}
-TOP = 8  # inches
+WIDEST = 8  # inches
 DOUBLINGS = 2  # of a share, either way, that colours tell apart
 
 
-def kinds_figure(neurons: dict[str, Any]) -> Figure:
-    """How many neurons of each kind a layer has."""
-    counts = np.array(neurons["layers"]["kinds"])
-    layers = np.arange(len(counts))
+def kinds_figure(profiles: Any) -> Figure:
+    """[runs, L, 3]: how many neurons of each kind a layer has; of several runs their mean, from least to most."""
+    profiles = np.array(profiles)
+    runs, layers = len(profiles), np.arange(profiles.shape[1])
     figure, grid = plt.subplots(1, 3, figsize=(11, 3.2), sharex=True)
-    for axes, (i, kind) in zip(grid, enumerate(KINDS), strict=True):
-        axes.bar(layers, counts[:, i], color=COLORS[kind])
-        axes.set(
-            title=f"{kind}: {counts[:, i].sum():,}",
-            xlabel="layer",
-            ylim=(0, max(counts[:, i].max(), 1) * 1.1),
-        )
+    for axes, kind, values in zip(grid, KINDS, np.moveaxis(profiles, 2, 0), strict=True):
+        mean = values.mean(0)
+        around = np.stack([mean - values.min(0), values.max(0) - mean]) if runs > 1 else None
+        axes.bar(layers, mean, yerr=around, color=COLORS[kind], capsize=2)
+        axes.set(title=f"{kind}: {mean.sum():,.0f}", xlabel="layer", ylim=(0, max(values.max(), 1) * 1.1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3, axis="y")
-    grid[0].set_ylabel("neurons")
+    grid[0].set_ylabel("neurons" if runs == 1 else "neurons, mean of runs")
     figure.tight_layout()
     return figure
 
@@ -77,8 +76,11 @@ def routing_figure(neurons: dict[str, Any]) -> Figure:
     return figure
 
 
-def matrix_figure(name: str, of_set: dict[str, Any]) -> Figure:
-    """The rise of each language without each language's neurons, and without as many random ones, in one scale."""
+def matrix_figure(name: str, of_set: Mapping[str, Any]) -> Figure:
+    """The rise of each language without each language's neurons, and without as many random ones, in one scale.
+
+    of_set: languages, neurons (how many, by language), rise and random [K, K].
+    """
     rise, at_random = np.array(of_set["rise"]), np.array(of_set["random"])
     limit = max(np.abs(rise).max(), np.abs(at_random).max(), 1e-6)
     K = len(of_set["languages"])
@@ -90,7 +92,7 @@ def matrix_figure(name: str, of_set: dict[str, Any]) -> Figure:
         (grid[1], at_random, "as many random neurons"),
     ):
         image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-        _label(axes, of_set["languages"], [f"{name}: {count}" for name, count in of_set["neurons"].items()])
+        _label(axes, of_set["languages"], [f"{row}: {n:.0f}" for row, n in of_set["neurons"].items()])
         axes.set(title=title, xlabel="loss of")
         if K <= 10:
             _write_values(axes, values, limit)
@@ -114,4 +116,4 @@ def _label(axes: Axes, languages: list[str], rows: Any) -> None:
 
 
 def _width(columns: int) -> float:
-    return min(max(4.0, 0.55 * columns + 1.5), TOP)
+    return min(max(4.0, 0.55 * columns + 1.5), WIDEST)

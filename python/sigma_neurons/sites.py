@@ -90,6 +90,13 @@ def _check(name: str, module: nn.Module, kind: Kind) -> None:
             raise WrongInput(f"{who} has {flag}={not value}, a layout that is not known")
     if kind == "ours" or isinstance(module, MLP):
         return
+    if kind == "experts":
+        E, H, I = module.down_proj.shape
+        if module.gate_up_proj.shape != (E, 2 * I, H):
+            raise WrongInput(
+                f"{who} has gate_up_proj {list(module.gate_up_proj.shape)} beside down_proj {[E, H, I]}, "
+                "a layout that is not known"
+            )
     act = next((getattr(module, a) for a in ("act_fn", "activation_fn", "act") if hasattr(module, a)), None)
     if act is None or not torch.equal(act(PROBE) > 0, PROBE > 0):
         raise WrongInput(f"{who} has an activation that is not positive just where its input is")

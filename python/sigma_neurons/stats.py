@@ -79,11 +79,6 @@ class ActivationStats:
         """[N] int64."""
         return torch.tensor([site.layer for site in self.sites])[self.site_of_neurons()]
 
-    def expert_of_neurons(self) -> Tensor:
-        """[N] int64, numbered through as `routing` has them."""
-        sizes = torch.tensor([site.units for site in self.sites for _ in range(site.experts)])
-        return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-
     def merge(self, other: "ActivationStats") -> "ActivationStats":
         """Of both together, as if counted in one pass.  Raises: WrongInput if they are of other models or languages."""
         return self._with(other, torch.add)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from sigma_train.errors import WrongInput
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sigma_neurons.scores import language_neuron_score, lowest, paper_lambda, quantile
 
-KINDS = ("specific", "related", "general")
 RELEASED_MOST = 0.2  # lambda of the authors' search, on the scale of their code
 GRID = 64  # lambdas that are tried before the search narrows
 Kind = Literal["specific", "related", "general"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,3 @@ def stage_profile(taxonomy: NeuronTaxonomy, layers: Tensor) -> Tensor:
     """[L, 3] int64: of each layer how many neurons are specific, related and general.  layers: [N], of each neuron."""
     number = int(layers.max()) + 1
     return torch.stack([torch.bincount(layers[taxonomy.of_kind(k)], minlength=number) for k in KINDS], dim=1)
-
-
-def overlap_ratio(a: Tensor, b: Tensor) -> float:
-    """|a and b| / min(|a|, |b|) of two sets of neurons [N] bool; nan if one is empty (Szymkiewicz and Simpson)."""
-    least = min(int(a.sum()), int(b.sum()))
-    return int((a & b).sum()) / least if least else math.nan

@@ -1,5 +1,6 @@
 """Language neurons for people who look at a terminal."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from rich.table import Table
 from sigma_neurons.ablation import Deactivation
 from sigma_neurons.identified import Identified
 from sigma_neurons.matrices import own_others_random
+from sigma_neurons.overlap import Overlap
 from sigma_neurons.taxonomy import KINDS
 
 
@@ -48,6 +50,14 @@ def show_matrices(matrices: Mapping[str, Deactivation], folder: Path) -> None:
             f"own language {own:+.4f} bits per byte, others {others:+.4f}; own at random {at_random:+.4f}",
         )
     _say(console, f"wrote {folder / 'ablation.json'}")
+
+
+def show_overlaps(overlaps: Mapping[str, Overlap]) -> None:
+    table = _table("language", "first", "second", "in both", "of the smaller")
+    for name, found in overlaps.items():
+        ratio = "" if math.isnan(found.ratio) else f"{found.ratio:.1%}"
+        table.add_row(name, str(found.first), str(found.second), str(found.both), ratio)
+    Console().print(table)
 
 
 def _table(first: str, *columns: str) -> Table:

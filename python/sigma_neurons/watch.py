@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import sigma_kernels as sk
 from sigma_kernels.nn import Experts
-from sigma_kernels.ops.experts import experts_and_gate_up
 from sigma_kernels.routing import Routing
 from sigma_neurons.sites import Site
 
@@ -61,10 +60,10 @@ def _observing(experts: Experts, site: Site, saw: Saw) -> Callable[..., Tensor]:
 
 
 def _observing_choice(module: Any, site: Site, saw: Saw) -> Callable[..., Tensor]:
+    from sigma_kernels.integrations.transformers import experts_forward_observed
+
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        weights = top_k_weights.to(hidden_states.dtype)
-        routing = sk.group_by_expert(top_k_index, site.experts, weights)
-        out, gate_up = experts_and_gate_up(hidden_states, routing, module.gate_up_proj, module.down_proj)
+        out, routing, gate_up = experts_forward_observed(module, hidden_states, top_k_index, top_k_weights)
         saw(gate_up[:, : site.units], routing)
         return out
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sigma_train.config import Config
 from sigma_train.corpus import CorpusError
-from sigma_train.dataset import TokenDataset, sample_windows
+from sigma_train.dataset import TokenDataset
 from sigma_train.evaluate import batch_nats
 from sigma_train.languages import Languages
 from sigma_train.model import LanguageModel
@@ -31,6 +31,8 @@ def batches_of_language(
     Raises: CorpusError if there is none.
     """
     languages = languages_of(data)
+    if name not in languages.names:
+        raise CorpusError(f"data: the language must be one of {', '.join(languages.names)}, found {name!r}")
     of_windows = languages.of_windows(np.arange(data.num_windows(seq_len)), seq_len)
     windows = np.flatnonzero(of_windows == languages.names.index(name))
     if not len(windows):
@@ -51,9 +53,8 @@ def batch_languages(
     world_size: int = 1,
 ) -> Tensor:
     """The language of each target of `data.batch`, int64 [batch_size, seq_len], as indices into the names."""
-    first = (step * world_size + rank) * batch_size
-    windows = sample_windows(first, batch_size, data.num_windows(seq_len), seed)
-    return torch.from_numpy(languages_of(data).at(windows[:, None] * seq_len + np.arange(1, seq_len + 1)))
+    places = data.target_places(step, batch_size, seq_len, seed, rank, world_size)
+    return torch.from_numpy(languages_of(data).at(places.numpy()))
 
 
 def evaluate_by_language(

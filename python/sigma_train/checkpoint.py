@@ -159,6 +159,11 @@ def named_checkpoint(path: Path, ranks: Ranks = Ranks()) -> Path:  # noqa: B008
     raise CheckpointError(f"{path} must be a run or a checkpoint, found neither there")
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The folder of a run, from wherever its checkpoint is named."""
+    return checkpoint.absolute().parent.parent
+
+
 def prefixed(state: Mapping[str, T], prefix: str) -> dict[str, T]:
     return {f"{prefix}{name}": x for name, x in state.items()}
 

@@ -5,25 +5,19 @@ from typing import Annotated
 
 import typer
 
+from sigma_train.options import ConfigFile, Data, Dtype, Overrides, Preset
+
 Out = Annotated[str | None, typer.Option(help="folder of the run")]
 
 
 def train(
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="named settings: tiny-96, tiny-dense, compare-96, compare-dense, smoke, smoke-dense, "
-            "sigma-moe-tiny, sigma-moe-tiny-cpu, sigma-moe-200b"
-        ),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="file, folder or glob; repeatable")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value; repeatable")
-    ] = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    data: Data = None,
+    overrides: Overrides = None,
     out: Out = None,
     steps: Annotated[int | None, typer.Option(help="same as --set train.steps=N")] = None,
-    dtype: Annotated[str | None, typer.Option(help="f32 or bf16; same as --set train.dtype=...")] = None,
+    dtype: Dtype = None,
     noise: Annotated[
         bool, typer.Option("--noise", help="record step times of every rank; same as --set train.noise=true")
     ] = False,
@@ -107,10 +101,8 @@ def train(
 def compare(
     presets: Annotated[list[str], typer.Argument(help="presets to compare")],
     seeds: Annotated[int, typer.Option(min=1, help="runs of each preset")] = 3,
-    data: Annotated[list[str] | None, typer.Option(help="file, folder or glob; repeatable")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value for all; repeatable")
-    ] = None,
+    data: Data = None,
+    overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs/compare"),
 ) -> None:
     """Train presets on the same tokens with several seeds; continues where it was stopped."""

@@ -115,11 +115,13 @@ def read_corpus(files: Sequence[Path], max_bytes: int | None = None) -> Corpus:
 def split(documents: Sequence[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
     """(train, validation), each document by its own content: adding files moves none to the other side.
 
-    Should chance leave the validation side empty (a handful of documents), the likeliest document goes there.
+    Should chance leave a side empty (a handful of documents), the likeliest document goes there.
     """
     val = {d.sha256 for d in documents if _side(d) < val_fraction}
     if not val and len(documents) > 1:
         val = {min(documents, key=_side).sha256}
+    elif 1 < len(val) == len(documents):
+        val.remove(max(documents, key=_side).sha256)
     train = [d for d in documents if d.sha256 not in val]
     if not train or not val:
         raise CorpusError(

@@ -14,15 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sigma_train.checkpoint import named_checkpoint, read_record
 from sigma_train.config import Config
-from sigma_train.dataset import TokenDataset, prepare
+from sigma_train.dataset import TokenDataset
 from sigma_train.errors import WrongInput
 from sigma_train.evaluate import batch_nats
 from sigma_train.expert_counts import ExpertCounts
-from sigma_train.generate import load_model
 from sigma_train.model import LanguageModel, flops_per_token
 from sigma_train.routing_statistics import of_loads
+from sigma_train.trained import load_trained
 
 Plan = tuple[int, ...]
 Batch = tuple[Tensor, Tensor]
@@ -124,16 +123,11 @@ def load(place: Path) -> Elastic:
 
     Raises: WrongInput if it is dense or its text is not there as it was; CheckpointError if there is no model.
     """
-    checkpoint = named_checkpoint(place)
-    record = read_record(checkpoint)
-    config, model, _ = load_model(checkpoint.parent.parent, checkpoint)
-    if not model.moe_layers():
+    found = load_trained(place)
+    if not found.model.moe_layers():
         raise WrongInput(f"elastic wants a model with experts, {place} holds a dense one")
-    data = prepare(config)
-    if record["extra"].get("corpus_digest") != data.stats["corpus_digest"]:
-        raise WrongInput(f"the text of data.paths is not what {place} was trained on; have it there again")
-    seen = ExpertCounts(config).seen(record["step"])
-    return Elastic(checkpoint, record["step"], config, model, data.val, seen)
+    seen = ExpertCounts(found.config).seen(found.step)
+    return Elastic(found.checkpoint, found.step, found.config, found.model, found.text().val, seen)
 
 
 def measure(elastic: Elastic, plan: Plan, batches: Sequence[Batch]) -> Measured:

@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sigma_train.options import JsonFile, Place
+
 if TYPE_CHECKING:
     from sigma_train.elastic import Elastic
 
 app = typer.Typer(no_args_is_help=True, help="One model at several numbers of experts a token.")
 
-Place = Annotated[Path, typer.Argument(help="folder of a run, or of one checkpoint of it")]
 Batches = Annotated[
     int | None,
     typer.Option(min=1, help="batches of the validation split; as many as the run's own where not given"),
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="file of all figures to write")]
 
 
 @app.command(name="eval")
@@ -123,9 +123,7 @@ def _row(elastic: "Elastic", figures: dict[str, Any]) -> dict[str, Any]:
 def _write(path: Path | None, elastic: "Elastic", batches: int, **figures: Any) -> None:
     if path is None:
         return
-    import json
-
-    from sigma_train.files import must_be_writable, write_text
+    from sigma_train.files import must_be_writable, write_json
 
     about = {
         "schema_version": 1,
@@ -135,4 +133,4 @@ def _write(path: Path | None, elastic: "Elastic", batches: int, **figures: Any) 
         "trained_at": [sorted(layer) for layer in elastic.seen],
     }
     with must_be_writable("--json", path.parent):
-        write_text(path, json.dumps(about | figures, indent=1, allow_nan=False) + "\n")
+        write_json(path, about | figures)

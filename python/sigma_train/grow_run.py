@@ -24,6 +24,7 @@ from sigma_train.checkpoint import (
     must_fit,
     named_checkpoint,
     read_record,
+    run_of,
     unprefixed,
 )
 from sigma_train.config import Config, load_config, shaping_settings
@@ -49,14 +50,14 @@ class Base:
     def named(cls, source: Path) -> "Base":
         """Raises: CheckpointError, ConfigError."""
         checkpoint = named_checkpoint(source)
-        config = load_config(None, checkpoint.parent.parent / "config.toml", [])
+        config = load_config(None, run_of(checkpoint) / "config.toml", [])
         with torch.device("meta"):
             must_fit(LanguageModel(config), checkpoint)
         return cls(checkpoint, config)
 
     @property
     def run(self) -> Path:
-        return self.checkpoint.parent.parent
+        return run_of(self.checkpoint)
 
 
 class Reading(Mapping[str, Tensor]):

@@ -23,7 +23,7 @@ LICENCE = (
     "licensed under the GNU General Public License, version 2, which is an appendix of the guide itself and "
     "/usr/share/common-licenses/GPL-2 on Debian."
 )
-NOT_UTF8 = {"ru": "koi8-r"}  # as the package has it
+NOT_UTF8 = {"ru": "koi8-r"}  # in this version of the package
 SHA256 = {  # of each install.LANG.txt as it comes out of the package
     "ca": "66a2234892e206f46e902fb014446509f0234d0c79b76742bde98a59c51f5267",
     "cs": "b27bc5479b1e84afa8aa7fa4aa3c18e3b9aab5f2155dc32a04e32125c49020a6",
@@ -67,7 +67,7 @@ def prepare_guide(out: Path, any_version: bool = False, without_english: bool = 
     with tempfile.TemporaryDirectory() as scratch:
         version, found = fetch(Path(scratch))
     check(version, found, any_version)
-    texts = {language: content.decode(NOT_UTF8.get(language, "utf-8")) for language, content in found.items()}
+    texts = {language: decoded(language, content) for language, content in found.items()}
     shares = untranslated(texts)
     if without_english:
         texts = translated(texts)
@@ -90,6 +90,8 @@ def fetch(scratch: Path) -> tuple[str, dict[str, bytes]]:
     texts = {}
     for path in sorted((scratch / "content/usr/share/doc" / PACKAGE).glob("*/install.*.txt.gz")):
         texts[path.parent.name] = gzip.decompress(path.read_bytes())
+    if not texts:
+        raise Failure(f"{PACKAGE} {version} holds no install.LANG.txt.gz any more")
     return version, texts
 
 
@@ -119,6 +121,18 @@ def check(version: str, texts: Mapping[str, bytes], any_version: bool) -> None:
     if not any_version:
         raise WrongInput(f"{told}; --any-version takes it")
     warnings.warn(told, CorpusWarning, stacklevel=2)
+
+
+def decoded(language: str, content: bytes) -> str:
+    """UTF-8, or what the text of this language was in.  Raises: Failure, of a version in which it is neither."""
+    for encoding in ("utf-8", NOT_UTF8.get(language, "utf-8")):  # KOI8-R in Russian is never UTF-8 by chance
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise Failure(
+        f"install.{language}.txt of the installation guide is not UTF-8; this version cannot be read"
+    )
 
 
 def untranslated(texts: Mapping[str, str]) -> dict[str, float]:
@@ -177,6 +191,7 @@ def _write(out: Path, texts: Mapping[str, str]) -> None:
             path = temporary / (f"{name}.md" if name == "README" else f"{name}.txt")
             path.write_bytes(text.encode())
             sync(path)
+        sync(temporary)
         temporary.replace(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -5,6 +5,7 @@ language has documents in both splits.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def files_of(data: DataConfig) -> list[Path]:
 def splits_of(files: Sequence[Path], data: DataConfig) -> tuple[Corpus, list[Document], list[Document]]:
     """The corpus, and its documents for training and for validation."""
     corpus = read_corpus(files, data.max_bytes)
-    return corpus, *(split_each if data.languages else split)(corpus.documents, data.val_fraction)
+    cut = functools.partial(split_each, files) if data.languages else split
+    return corpus, *cut(corpus.documents, data.val_fraction)
 
 
 def language_files(files: Sequence[Path]) -> list[Path]:
@@ -66,14 +68,21 @@ def language_of(document: Document) -> str:
     return document.path.stem
 
 
-def split_each(documents: Sequence[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
+def split_each(
+    files: Sequence[Path], documents: Sequence[Document], val_fraction: float
+) -> tuple[list[Document], list[Document]]:
     """`split` of each language by itself, so that each is in both.
 
-    Raises: CorpusError naming a language of a single document.
+    Raises: CorpusError naming a language of a single document, or a file that gave none.
     """
-    by_language: dict[str, list[Document]] = {}
+    by_language: dict[str, list[Document]] = {path.stem: [] for path in files}
     for document in documents:
-        by_language.setdefault(language_of(document), []).append(document)
+        by_language[language_of(document)].append(document)
+    if missing := [language for language, own in by_language.items() if not own]:
+        raise CorpusError(
+            f"data.languages: no text is left of {', '.join(missing)}; the file is empty, not UTF-8, all found in "
+            "another language or beyond data.max_bytes"
+        )
     val: set[str] = set()
     for language, own in by_language.items():
         try:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sigma_train.options import ConfigFile, Dtype, Overrides, Preset
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,17 +18,15 @@ if TYPE_CHECKING:
 
 
 def plan(
-    preset: Annotated[str | None, typer.Option(help="named settings, as of train")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value; repeatable")
-    ] = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option(min=1, max=1 << 20, help="how many devices")] = None,
     expert_ranks: Annotated[
         int | None, typer.Option(min=1, help="ranks that share one set of experts; all where not given")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="same as --set train.batch_size=N")] = None,
-    dtype: Annotated[str | None, typer.Option(help="f32 or bf16; same as --set train.dtype=...")] = None,
+    dtype: Dtype = None,
     accelerator: Annotated[str, typer.Option(help="A100, H100, H200, B200 or MI300X")] = "H200",
     tflops: Annotated[float | None, typer.Option(help="peak of dense products in the run's dtype")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="memory of a device, 1e9 bytes")] = None,

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from sigma_train.options import Data, Overrides
+
 app = typer.Typer(
     no_args_is_help=True, help="What a teacher of any vocabulary loses on a text, token by token."
 )
@@ -22,10 +24,8 @@ def cache(
     out: Annotated[Path, typer.Option(help="file to write, for objective.teacher")],
     preset: Annotated[str | None, typer.Option(help="named settings, of which [data] matters")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings, a run's own")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="file, folder or glob; repeatable")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value; repeatable")
-    ] = None,
+    data: Data = None,
+    overrides: Overrides = None,
     context: Annotated[
         int | None,
         typer.Option(min=1, help="tokens that the teacher reads at once; all it can, at most 2048"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from sigma_kernels.backends import refusal
-from sigma_kernels.ops.experts import moe_experts
+from sigma_kernels.ops.experts import experts_and_gate_up, moe_experts
 from sigma_kernels.ops.grouped_gemm import grouped_gemm
 from sigma_kernels.ops.library import as_weights
 from sigma_kernels.ops.permute import permute, unpermute
@@ -70,14 +70,28 @@ def experts_forward(
     Raises: NotImplementedError naming what is missing: expert parallelism, whose sentinel indices name no expert, or a
         flag of a release that is newer than this code; RuntimeError naming the module if no backend takes its dtype.
     """
-    x = as_weights(hidden_states, self.down_proj)
-    _check(self, x)
-    weights = top_k_weights.to(x.dtype)
+    x, weights = _inputs(self, hidden_states, top_k_weights)
     if is_plain_swiglu(self):
         out = moe_experts(x, top_k_index, weights, self.gate_up_proj, self.down_proj)
     else:
         out = _in_steps(self, x, group_by_expert(top_k_index, self.down_proj.shape[0], weights))
     return out.to(hidden_states.dtype)
+
+
+def experts_forward_observed(
+    self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> tuple[Tensor, Routing, Tensor]:
+    """`experts_forward` of plain SwiGLU, how its rows are ordered, and what the kernel applied SwiGLU to: [R, 2I]."""
+    x, weights = _inputs(self, hidden_states, top_k_weights)
+    routing = group_by_expert(top_k_index, self.down_proj.shape[0], weights)
+    out, gate_up = experts_and_gate_up(x, routing, self.gate_up_proj, self.down_proj)
+    return out.to(hidden_states.dtype), routing, gate_up
+
+
+def _inputs(self: ExpertsModule, hidden_states: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
+    x = as_weights(hidden_states, self.down_proj)
+    _check(self, x)
+    return x, top_k_weights.to(x.dtype)
 
 
 def _in_steps(self: ExpertsModule, x: Tensor, routing: Routing) -> Tensor:
