@@ -262,7 +262,7 @@ def test_every_group_races_and_is_written(tmp_path, monkeypatch):
         "layer/forward", "layer/forward+backward", "sweep-T/forward", "sweep-T/forward+backward", "decode/forward",
         "grouped_gemm/x@W.T", "grouped_gemm/a.T@b", "route/forward", "permute/forward", "unpermute/forward",
         "router_end/forward", "route_and_losses/forward+backward", "dispatch and combine/forward",
-        "varying_k/forward", "align_spans", "aggregate_teacher_loss",
+        "varying_k/forward", "align_spans", "aggregate_teacher_loss", "counting_of_neurons",
     }  # fmt: skip
     for race in found["races"]:
         assert set(race) == {

@@ -20,11 +20,11 @@ from sigma_train.metrics import read_metrics
 from sigma_train.step_noise import FOLDER
 from support import SIGMA
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.live, pytest.mark.timeout(580)]
 
 RANKS, DISTURBED = 4, 2
-# Disturbed, and as long undisturbed before or after each, in turns: four minutes in all.
-TURNS, TURN_S = 26, 3
+# Disturbed, and as long undisturbed before or after each, in turns: five minutes in all.
+TURNS, TURN_S = 40, 3
 LENGTH_NS, PERIOD_NS = 30_000_000, 300_000_000
 
 
