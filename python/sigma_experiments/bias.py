@@ -8,6 +8,7 @@ token alone is many experts' share.
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from sigma_experiments import sparse
 from sigma_experiments.lab import Lab, Trained
@@ -111,7 +112,10 @@ def figure(trained: dict[str, list[Trained]]) -> Figure:
         load.axhline(1 + sparse.bounds(runs[0])[0], color="black", linestyle="--", linewidth=0.8,
                      label="commonest token alone")  # fmt: skip
         load.set(yscale="log", title=f"rate {rate_of(runs):g}")
-        load.grid(alpha=0.3, which="both")
+        load.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        load.yaxis.set_major_formatter(ScalarFormatter())
+        load.yaxis.set_minor_locator(NullLocator())
+        load.grid(alpha=0.3)
         steps, reached = sparse.over_time(runs, "bias_spread")
         bias.plot(steps, reached[:, :, 0].T, color="tab:blue", linewidth=0.6, alpha=0.6)
         bias.plot(steps, reached[:, :, 0].mean(0), color="tab:blue", linewidth=1.8)
