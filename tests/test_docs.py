@@ -13,7 +13,14 @@ from sigma_train.config_words import fields_of, wanted_in
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+OTHERS = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+
+
+def each(pages: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("page", pages, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+every_page = each(PAGES)
 
 PYTHON = re.compile(r"(<!-- not run: [^>]+ -->\n)?```python\n(.*?)```", re.DOTALL)
 NOT_PROSE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
@@ -38,7 +45,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@every_page
+@each(PAGES + OTHERS)
 def test_links_and_named_files_exist(page):
     text = page.read_text()
     for link in re.findall(r"\]\(([^)]+)\)", NOT_PROSE.sub("", text)):

@@ -27,6 +27,8 @@ def import_(
     """Make a measurement of a Chrome trace, of rtla's or the osnoise tracer's text, or of netgauge's detours."""
     from sigma_train.errors import WrongInput
 
+    from sigma_noise.trace import KINDS
+
     files = sorted(f for f in source.iterdir() if f.is_file()) if source.is_dir() else [source]
     if not files:
         raise WrongInput(f"{source}: an empty folder; import wants files")
@@ -36,7 +38,7 @@ def import_(
         raise WrongInput(f"{out}: a measurement is there already; name another place")
     trace = _joined([_read(file, format, {"rank": rank, "events": events or None}) for file in files], files)
     _write(trace, out)
-    kinds = (f"{sum(len(s) for (_, k, _), s in trace.rows.items() if k == kind):,} {kind}" for kind in _KINDS)
+    kinds = (f"{sum(len(s) for (_, k, _), s in trace.rows.items() if k == kind):,} {kind}" for kind in KINDS)
     plural = "s" if len(trace.ranks) != 1 else ""
     typer.echo(f"{out}: {', '.join(f'{each} rows' for each in kinds)} of {len(trace.ranks)} rank{plural}")
 
@@ -88,9 +90,6 @@ def export(
     with must_be_writable("export", to.parent):
         chosen.write(trace, to, **options)
     typer.echo(f"{to}: {to.stat().st_size:,} bytes")
-
-
-_KINDS = ("quantum", "counter", "event")
 
 
 def _read(file: Path, named: str | None, options: dict[str, Any]) -> "Trace":

@@ -64,11 +64,6 @@ class TokenDataset:
     def num_tokens(self) -> int:
         return len(self.tokens)
 
-    @property
-    def bytes_per_token(self) -> float:
-        """Of the whole split, ends of documents counted: bits per byte = nats / ln 2 / bytes_per_token."""
-        return self.num_bytes / self.num_tokens
-
     @functools.cached_property
     def commonest(self) -> float:
         """The share of all tokens that are the commonest one; one pass, less than the digest takes at the start."""

@@ -96,13 +96,12 @@ class Measured:
         And the entropy of the load over log E, 1 where it is even, and how many experts had no token.
         """
         share = self.counts.double() / self.counts.double().mean(1, keepdim=True)
-        f = share / share.shape[1]
         values = of_loads(self.counts)
         return {
             "most": values["load_most"].tolist(),
             "least": values["load_least"].tolist(),
             "mean_deviation": (share - 1).abs().mean(1).tolist(),
-            "entropy": (torch.special.entr(f).sum(1) / math.log(f.shape[1])).tolist(),
+            "entropy": values["load_entropy"].tolist(),
             "dead": values["experts_dead"].tolist(),
         }
 

@@ -6,7 +6,7 @@ import signal
 LACK_OF_MEMORY = re.compile("can't allocate memory|not enough memory|Storage size calculation overflowed")
 
 EXTRAS = {"triton": "triton", "transformers": "hf"} | dict.fromkeys(
-    ("psutil", "pyarrow", "ruptures", "scipy"), "noise"
+    ("pyarrow", "ruptures", "scipy"), "noise"
 )  # else train
 
 

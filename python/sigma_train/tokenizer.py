@@ -42,10 +42,6 @@ class Tokenizer:
         """The text; bytes that are no UTF-8, as where a character was cut, become U+FFFD."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def bytes_per_token(self, text: str) -> float:
-        """UTF-8 bytes of `text` over its tokens: what a token is worth."""
-        return len(text.encode()) / max(len(self.encode(text)), 1)
-
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
         """[vocab_size] int64: bytes of text that each token stands for, 0 for the end of text."""
