@@ -87,8 +87,6 @@ def run(
     arguments = [group, *(["--quick"] if quick else []), "--rounds", str(rounds)]
     arguments += ["--device", device] if device != "cpu" else []
     arguments += ["--threads", str(threads)] if threads else []
-    arguments += ["--output", str(output)] if output else []
-    arguments += ["--json", str(json_file)] if json_file else []
     document = {
         "schema": SCHEMA,
         "environment": environment(shlex.join(["sigma", "bench", *arguments]), threads, device),
