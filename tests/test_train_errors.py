@@ -9,7 +9,9 @@ import time
 import forked
 import pytest
 import rank_faults
+from rich.console import Console
 from sigma_train.config import ConfigError, load_config
+from sigma_train.console import say
 from sigma_train.errors import verdict
 from sigma_train.generate import generate
 from sigma_train.tokenizer import train_tokenizer
@@ -345,3 +347,10 @@ def test_a_signal_that_python_drops_ends_it_all_the_same():
     assert result.stdout == "goes on\n"
     assert result.stderr.endswith("error: stopped by SIGTERM before the work was done\n")
     assert result.returncode == 143
+
+
+def test_a_line_is_told_as_it_is(capsys):
+    """Defends: a folder `runs[bold]` told as `runs`, a path that is broken at the width of a terminal."""
+    line = f"wrote runs[bold]/{'long' * 50}"
+    say(Console(width=40), line)
+    assert capsys.readouterr().out == f"{line}\n"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from sigma_train.console import say
 from sigma_train.errors import Stopped, WrongInput
 from sigma_train.files import atomic_file, write_text
 from sigma_train.markdown import table
@@ -49,9 +50,7 @@ def run(
     """Race, print, write.  Returns the exit code: 0 done, 1 a candidate was wrong or failed, 2 no bench/ here."""
     console = Console()
     if not Path("bench/race.py").exists():
-        console.print(
-            "error: sigma bench runs in a clone of the repository; there is no bench/ here", style="red"
-        )
+        say(console, "error: sigma bench runs in a clone of the repository; there is no bench/ here", "red")
         return 2
     if device == "cuda" and not torch.cuda.is_available():
         raise WrongInput(f"--device cuda: torch {torch.__version__} sees no GPU here")
@@ -97,10 +96,10 @@ def run(
         console.print(rich_table(race))
     if json_file is not None:
         write_text(json_file, json.dumps(document, indent=1) + "\n")
-        console.print(f"wrote {json_file}")
+        say(console, f"wrote {json_file}")
     if output is not None:
         for path in write_page(document, output):
-            console.print(f"wrote {path}")
+            say(console, f"wrote {path}")
     if stopped:
         raise stopped
     return 0 if code == 0 else 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from sigma_train.console import say
 from sigma_train.errors import Failure, WrongInput
 from sigma_train.files import write_text
 from sigma_train.launch import launch
@@ -308,7 +309,7 @@ def told(report: Report, options: Options, took_s: float) -> int:
         write_text(options.json_file, json.dumps(as_json(report, code, verdict), indent=1) + "\n")
     console = Console()
     validate_table.show(console, report.results, report.rates, report.known, report.pairs)
-    console.print(verdict, highlight=False, soft_wrap=True, markup=False)
+    say(console, verdict)
     return code
 
 

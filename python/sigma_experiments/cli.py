@@ -36,6 +36,7 @@ def experiment(
     import time
 
     from rich.console import Console
+    from sigma_train.console import say
     from sigma_train.errors import WrongInput
     from sigma_train.files import must_be_writable
 
@@ -61,4 +62,4 @@ def experiment(
         processor_s = spent.ru_utime + spent.ru_stime
         seconds = time.monotonic() - began
         written = pages.write(found, place, name, command, seconds, processor_s, len(lab.kept))
-    console.print(f"wrote {written}", soft_wrap=True)
+    say(console, f"wrote {written}")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sigma_train.config import Config
+from sigma_train.console import say
 from sigma_train.dataset import prepare
 from sigma_train.evaluate import evaluate
 from sigma_train.generate import load_run
@@ -134,11 +135,7 @@ def read_by(teacher: Trained, lab: Lab, texts: Texts) -> tuple[Path, TeacherLoss
     opened = open_teacher(teacher.folder)
     place = lab.folder / f"losses-{opened.digest[:12]}"
     data = student_config(lab, texts).data
-    lab.console.print(
-        cache_losses(opened, data, place, None, None, 4096, "f16", lab.console),
-        soft_wrap=True,
-        highlight=False,
-    )
+    say(lab.console, cache_losses(opened, data, place, None, None, 4096, "f16", lab.console))
     return place, read_losses(place, "experiment")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from sigma_train.console import say
 
 from sigma_neurons.ablation import Deactivation
 from sigma_neurons.identified import Identified
@@ -28,12 +29,12 @@ def show(found: Identified, folder: Path) -> None:
     )  # fmt: skip
     console.print(table)
     chosen = f"the lowest {found.top_rate:.2%} of {len(found.p)} by H - {found.kinds.lam:.4f} max p"
-    _say(console, f"specific: of one language, related: of some, both of {chosen}; general: of all languages")
-    _say(
+    say(console, f"specific: of one language, related: of some, both of {chosen}; general: of all languages")
+    say(
         console,
         f"a language has a neuron where its {found.probability} p is above tau = {found.kinds.tau:.4f}",
     )
-    _say(console, f"wrote {folder / 'neurons.json'} and counts.safetensors")
+    say(console, f"wrote {folder / 'neurons.json'} and counts.safetensors")
 
 
 def show_matrices(matrices: Mapping[str, Deactivation], folder: Path) -> None:
@@ -42,14 +43,14 @@ def show_matrices(matrices: Mapping[str, Deactivation], folder: Path) -> None:
         table = _table("of", "neurons", *matrix.languages)
         for mask, size, rise in zip(matrix.masks, matrix.sizes, matrix.rise.tolist(), strict=True):
             table.add_row(mask, str(size), *(f"{value:+.3f}" for value in rise))
-        _say(console, f"without {name}: rise of each language, bits per byte")
+        say(console, f"without {name}: rise of each language, bits per byte")
         console.print(table)
         own, others, at_random = own_others_random(matrix)
-        _say(
+        say(
             console,
             f"own language {own:+.4f} bits per byte, others {others:+.4f}; own at random {at_random:+.4f}",
         )
-    _say(console, f"wrote {folder / 'ablation.json'}")
+    say(console, f"wrote {folder / 'ablation.json'}")
 
 
 def show_overlaps(overlaps: Mapping[str, Overlap]) -> None:
@@ -68,4 +69,4 @@ def _table(first: str, *columns: str) -> Table:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    say(console, text)

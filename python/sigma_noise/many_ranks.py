@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from sigma_train.console import say
 
 from sigma_noise import changes, detours
 from sigma_noise.attribution import Claims, claims_of_trace
@@ -145,7 +146,7 @@ def show_regained(cause: str, found: Sequence[Budget]) -> None:
         console.print(table)
         for n, reason in zip(b.ranks, b.refusals, strict=True):
             if reason is not None:
-                console.print(f"{n:,} ranks: {reason}", highlight=False, soft_wrap=True)
+                say(console, f"{n:,} ranks: {reason}")
 
 
 def over_budget(found: Sequence[Projection], budget: float) -> bool | None:
@@ -160,12 +161,11 @@ def show(found: Sequence[Projection]) -> None:
     for p in found:
         error = "" if p.backtest_error is None else f", back-test error {p.backtest_error:+.1%}"
         kappa = "" if p.kappa is None else f", hosts independent to {p.kappa:.2f}"
-        console.print(
+        say(
+            console,
             f"{p.model}: a step of {time_of(p.mean_s)} on one rank, {time_of(p.floor_s)} without noise; "
             f"{count(p.measured_ranks, 'rank')} on "
             f"{count(p.measured_hosts, 'host')}, {p.windows:,} windows worth {p.effective:,.0f}{error}{kappa}",
-            highlight=False,
-            soft_wrap=True,
         )
         table = Table("ranks", "S(N)", "90 %", "over the floor", "a step", "flags")
         for i, n in enumerate(p.ranks):
@@ -179,6 +179,6 @@ def show(found: Sequence[Projection]) -> None:
         console.print(table)
         for n, reason in zip(p.ranks, p.refusals, strict=True):
             if reason is not None:
-                console.print(f"{n:,} ranks: {reason}", highlight=False, soft_wrap=True)
+                say(console, f"{n:,} ranks: {reason}")
     for flag in sorted({flag for p in found for flags in p.flags for flag in flags}):
-        console.print(f"{flag}: {FLAGS[flag]}", highlight=False, soft_wrap=True)
+        say(console, f"{flag}: {FLAGS[flag]}")

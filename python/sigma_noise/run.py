@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from sigma_train.console import say
 from sigma_train.errors import Failure, WrongInput
 from sigma_train.files import must_be_writable
 from sigma_train.ranks import Ranks
@@ -139,12 +140,12 @@ def show(console: Console, told: list[tuple[list[Row], list[str], list[str]]], o
             console.print(table(title, columns, form, shown))
     for _, sentences, _ in told:
         for sentence in sentences:
-            console.print(sentence, highlight=False, soft_wrap=True)
+            say(console, sentence)
     for rank, (_, _, warnings) in enumerate(told):
         for warning in warnings:
-            console.print(f"warning: rank {rank}: {warning}", style="yellow", highlight=False, soft_wrap=True)
+            say(console, f"warning: rank {rank}: {warning}", "yellow")
     files = f"{len(told)} files" if len(told) > 1 else "1 file"
-    console.print(f"wrote {out} ({files})", highlight=False, soft_wrap=True, markup=False)
+    say(console, f"wrote {out} ({files})")
 
 
 def table(title: str, columns: tuple[str, ...], form: Callable[[float], str], shown: list[Row]) -> Table:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from sigma_train.console import say
 from sigma_train.errors import WrongInput
 from sigma_train.files import must_be_writable, write_text
 
@@ -215,10 +216,10 @@ def show(judged: Judged, json_file: Path | None) -> None:
         f"all times, which decide nothing: {differ.wasserstein_log:.2%} apart (Wasserstein-1 of their logarithms, "
         f"p {differ.p:.3g}), {differ.similarity:.3f} similar"
     )
-    console.print(told, highlight=False, soft_wrap=True)
+    say(console, told)
     for reason in found.reasons:
-        console.print(reason, highlight=False, soft_wrap=True, markup=False)
-    console.print(f"verdict: {found.verdict}", highlight=False)
+        say(console, reason)
+    say(console, f"verdict: {found.verdict}")
     if json_file is not None:
         verdict = {"schema_version": 1, "verdict": str(found.verdict), "exit": int(found.exit)}
         with must_be_writable("--json", json_file.parent):

@@ -36,6 +36,7 @@ def train(
     from rich.console import Console
 
     from sigma_train.config import load_config
+    from sigma_train.console import say
 
     named = {"out": out, "steps": steps, "dtype": dtype, "noise": noise or None}
     options = {
@@ -80,22 +81,22 @@ def train(
         trainer.run()
         sample = generate(model, trainer.data.tokenizer, "def ", ranks=ranks)
         if ranks.is_first:
-            console.print("\nsample:\n", style="bold")
+            say(console, "\nsample:\n", "bold")
             typer.echo(sample)
             try:
                 noise = noise_of(trainer.out)
             except (OSError, ValueError) as error:
                 noise = None
                 why = " ".join(str(error).split())
-                console.print(f"noise: not in the report, {why}", style="yellow", soft_wrap=True)
-            console.print(f"\nreport: {write_report(trainer.out, sample, noise)}", style="bold")
+                say(console, f"noise: not in the report, {why}", "yellow")
+            say(console, f"\nreport: {write_report(trainer.out, sample, noise)}", "bold")
             trainer.ledger.turn("unknown")
-            console.print(sentence(trainer.ledger.totals()), highlight=False, soft_wrap=True)
+            say(console, sentence(trainer.ledger.totals()))
             if noise is not None:
                 from sigma_noise import steps_view
 
                 for line in steps_view.lines(*noise):
-                    console.print(line, highlight=False, soft_wrap=True)
+                    say(console, line)
 
 
 def compare(
@@ -111,6 +112,7 @@ def compare(
 
     from sigma_train.compare import COLUMNS
     from sigma_train.compare import compare as run_all
+    from sigma_train.console import say
 
     console = Console()
     runs = run_all(presets, seeds, list(overrides or []), out, console, list(data or []))
@@ -120,7 +122,7 @@ def compare(
     for run in runs:
         table.add_row(*run.line)
     console.print(table)
-    console.print(f"wrote {out / 'compare.png'} and {out / 'compare.md'}")
+    say(console, f"wrote {out / 'compare.png'} and {out / 'compare.md'}")
 
 
 def generate(

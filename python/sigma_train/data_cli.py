@@ -33,6 +33,7 @@ def prepare(
     from rich.console import Console
     from rich.table import Table
 
+    from sigma_train.console import say
     from sigma_train.guide import prepare_guide
 
     shares = prepare_guide(out, any_version, without_english)
@@ -47,4 +48,4 @@ def prepare(
         f"{len(shares)} languages under GPL-2, see {out / 'README.md'}",
         f"train on them: sigma train --data {out} --set data.languages=true",
     ):
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(console, text)

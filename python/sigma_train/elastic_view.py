@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
+from sigma_train.console import say
 from sigma_train.elastic import Elastic, Measured, Plan, in_words
 from sigma_train.elastic_allocation import Allocation
 
@@ -22,12 +23,12 @@ def show(elastic: Elastic, measured: list[Measured]) -> None:
             str(sum(map(int, load["dead"]))),
         )  # fmt: skip
     console.print(table)
-    _say(console, trained_at(elastic))
-    _say(
+    say(console, trained_at(elastic))
+    say(
         console,
         "active: parameters that a token meets; MFLOP: of a token's forward, 2 for each and attention",
     )
-    _say(
+    say(
         console,
         "load of experts, of the layer where it is worst: most above an even share, mean deviation from it, entropy "
         "(1: even); dead: without a token, of all layers",
@@ -50,17 +51,17 @@ def show_search(elastic: Elastic, found: Allocation) -> None:
             name = ""
         table.add_section()
     console.print(table)
-    _say(console, trained_at(elastic))
-    _say(
+    say(console, trained_at(elastic))
+    say(
         console,
         f"found {in_words(found.found.plan)}, of {found.found.tried} plans tried; bits per byte: searched on the half "
         "of the batches on which plans were chosen, held out on the other; front: no plan here has both less cost and "
         "less loss held out",
     )
     for plan, gain, error in found.gains():
-        _say(console, f"held out, {gain:+.4f} ± {error:.4f} bits per byte are saved over {in_words(plan)}")
+        say(console, f"held out, {gain:+.4f} ± {error:.4f} bits per byte are saved over {in_words(plan)}")
     if not found.gains():
-        _say(console, "this is the even spread itself")
+        say(console, "this is the even spread itself")
 
 
 def trained_at(elastic: Elastic) -> str:
@@ -116,4 +117,4 @@ def _active(m: Measured) -> str:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    say(console, text)

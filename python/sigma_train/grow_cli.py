@@ -144,6 +144,7 @@ def _show_norms(tensors: "Iterable[tuple[str, Tensor]]", plan: "LayerGrowthPlan"
     from rich.console import Console
     from rich.table import Table
 
+    from sigma_train.console import say
     from sigma_train.growth_norms import norm_seam, planned_profile, weight_norm_profile
 
     former = weight_norm_profile(tensors)
@@ -155,8 +156,8 @@ def _show_norms(tensors: "Iterable[tuple[str, Tensor]]", plan: "LayerGrowthPlan"
     console.print(table)
     if len(plan.sources) > 1:
         seam = norm_seam(grown)
-        console.print(
+        say(
+            console,
             f"steepest fall: {seam.fall:.5f} from layer {seam.layer} to {seam.layer + 1}, "
             f"{seam.ratio:.1f} times the mean step elsewhere",
-            highlight=False,
         )

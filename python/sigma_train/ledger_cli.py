@@ -49,6 +49,7 @@ def _show(accounts: "dict[str, Account]", total: "Totals") -> None:
     from rich.table import Table
 
     from sigma_train import ledger_view
+    from sigma_train.console import say
 
     console = Console()
     totals = {name: account.totals() for name, account in accounts.items()}
@@ -62,8 +63,8 @@ def _show(accounts: "dict[str, Account]", total: "Totals") -> None:
             table.add_row(*row)
         console.print(table)
         for figure, value in ledger_view.facts(each):
-            console.print(f"  {figure:24} {value}", markup=False, highlight=False)
+            say(console, f"  {figure:24} {value}")
         if name in accounts:
             for line in ledger_view.story(accounts[name]):
-                console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+                say(console, f"  {line}")
         console.print()

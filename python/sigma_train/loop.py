@@ -20,6 +20,7 @@ from sigma_train import beginning, selfcheck, step_noise
 from sigma_train.bound import dense_tokens_per_s, machine, product_flops_per_s
 from sigma_train.checkpoint import latest_checkpoint, read_record
 from sigma_train.config import Config, shaping_settings
+from sigma_train.console import say
 from sigma_train.dataset import PreparedData, prepare
 from sigma_train.errors import WrongInput
 from sigma_train.evaluate import evaluate
@@ -115,14 +116,14 @@ class Trainer:
         if "guard" in record["extra"]:  # of a program that had one
             self.guard.load(record["extra"]["guard"])
         self.sunk = SunkCostLedger.of_record(record["extra"].get(KEY))
-        self.console.print(f"resumed {path} at step {self.step}")
+        say(self.console, f"resumed {path} at step {self.step}")
 
     def _begin_with(self, path: Path) -> None:
         """Begin a new run with the weights of another."""
         digest = self.data.stats["corpus_digest"]
         self.sunk = beginning.sunk_in_others(path, self.config, digest, self.model)
         told = f", with {self.sunk.sunk_flops:.3g} FLOPs sunk in them" if self.sunk.sunk_flops else ""
-        self.console.print(f"begins with the weights of {path}, of step {read_record(path)['step']}{told}")
+        say(self.console, f"begins with the weights of {path}, of step {read_record(path)['step']}{told}")
 
     def _stand_at(self, record: dict[str, Any]) -> None:
         """Step and history of a checkpoint, but for what the guard has met."""
@@ -352,7 +353,7 @@ class Trainer:
         sample = generate(self.model, self.data.tokenizer, "def ", max_tokens=60, ranks=self.ranks)
         self._record(sample=sample)
         self.line.say(f"step {self.step:5d}  sample:")
-        self.console.print(sample, markup=False, highlight=False)
+        say(self.console, sample)
 
     def _check(self) -> None:
         if self._checked != self.step:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sigma_train.accelerators import Accelerator
+    from sigma_train.console import say
     from sigma_train.plan import Plan
     from sigma_train.plan_time import Shares
 
@@ -154,7 +155,7 @@ def show(made: "Plan", console: "Console") -> None:
     if p.crowds:
         _show_crowds(p, console)
     for line in assumptions(p):
-        console.print(f"- {line}", highlight=False, style="dim")
+        say(console, f"- {line}", "dim")
 
 
 def _count(number: int) -> str:
@@ -221,10 +222,10 @@ def _show_time(p: "Plan", console: "Console") -> None:
     rows.append(["a step", _ms(p.times.in_order), _ms(p.times.expected)])
     rows.append(["MFU", f"{p.mfu(p.times.in_order):.1%}", f"{p.mfu(p.times.expected):.1%}"])
     _table(console, "Time, ms", ["part", "nothing hidden", "FSDP hidden: expected"], rows)
-    console.print(
+    say(
+        console,
         f"If everything that can overlap did: {_ms(p.times.overlapped)} ms, "
         f"MFU {p.mfu(p.times.overlapped):.1%}",
-        highlight=False,
     )
 
 

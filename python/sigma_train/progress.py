@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from sigma_train.console import say
 from sigma_train.metrics import deviations
 
 GAP = "  "
@@ -64,7 +65,7 @@ class RunLine:
             self.say(in_lines(parts, self._console.width))
 
     def say(self, text: str, style: str = "") -> None:
-        self._console.print(text, style=style, highlight=False, soft_wrap=True)
+        say(self._console, text, style)
 
 
 def lowest_and_worst(load: Sequence[Sequence[int]]) -> str:
