@@ -18,6 +18,7 @@ WAYS: dict[str, tuple[Probability, float | None]] = {  # probability, tau
     "joint": ("joint", None),
     "conditional": ("conditional", 0.5),
 }
+HALF = "the other half of the text"
 PARTS = ("understanding", "reasoning", "output", "vocabulary")
 CLAIMS = (
     "specific and related: more in understanding than in reasoning",
@@ -50,12 +51,16 @@ def identified(stats: ActivationStats, way: str) -> Identified:
 
 
 class Found:
-    """Of all seeds; `after` by what the trainings went on with."""
+    """Of all seeds; `after` by what the trainings went on with.
+
+    moves: of each way, on the other half of the text and after each arm, `move` of each seed from the first half.
+    """
 
     def __init__(self, before: Sequence[Before], after: Mapping[str, Sequence[After]]) -> None:
         self.before, self.after, self.ways = before, after, tuple(WAYS)
         self.languages = before[0].halves[0].languages
         self._first = {way: [identified(each.halves[0], way) for each in before] for way in WAYS}
+        self.moves = {way: self._moves(way) for way in WAYS}
 
     @property
     def bits(self) -> list[float]:
@@ -66,7 +71,7 @@ class Found:
         return [int(each.found[way].kinds.of_kind(kind).sum()) for each in self.before]
 
     def half_totals(self, way: str, kind: Kind) -> list[int]:
-        """On the first half, of which `moves` are told."""
+        """On the first half of the text."""
         return [int(each.kinds.of_kind(kind).sum()) for each in self._first[way]]
 
     def size(self, way: str, language: int, kind: Kind) -> float:
@@ -108,12 +113,8 @@ class Found:
         mean = torch.stack([distances(each, each).mean(0) for each in of_seeds]).mean(0)
         return [self.languages[i] for i in mean.fill_diagonal_(2).argmin(1).tolist()]
 
-    def moves(self, way: str, half: str) -> dict[str, list[list[float]]]:
-        """Against the first half of before, of each seed: % kept, % that were before, and what each kind gains.
-
-        half: what the other half of before is called, which comes first.
-        """
-        then = {half: [each.halves[1] for each in self.before]}
+    def _moves(self, way: str) -> dict[str, list[list[float]]]:
+        then = {HALF: [each.halves[1] for each in self.before]}
         then |= {name: [one.stats for one in of_arm] for name, of_arm in self.after.items()}
         return {
             name: [

@@ -69,7 +69,7 @@ def run(lab: Lab) -> Page:
         }
         before = [future.result() for future in looks]
         after = {arm: [future.result() for future in futures] for arm, futures in laters.items()}
-    return guide_page.page(trained, before, after, pairs, steps)
+    return guide_page.page(config, before, after, pairs, steps)
 
 
 def look(trained: Trained, batches: int) -> Before:

@@ -9,17 +9,15 @@ from matplotlib.figure import Figure
 from sigma_neurons.matrices import own_others_random
 from sigma_neurons.pictures import COLORS, kinds_figure, matrix_figure, routing_figure
 from sigma_neurons.taxonomy import KINDS
+from sigma_train.config import Config
 
 from sigma_experiments.guide_found import CLAIMS, PARTS, After, Before, Found, parts_of
 from sigma_experiments.guide_texts import Pair, agreement, strangers
-from sigma_experiments.lab import Trained
 from sigma_experiments.page import Page, spread, table
-
-HALF = "the other half of the text"
 
 
 def page(
-    trained: Sequence[Trained],
+    config: Config,
     before: Sequence[Before],
     after: Mapping[str, Sequence[After]],
     pairs: Mapping[str, list[Pair]],
@@ -37,7 +35,7 @@ def page(
     }
     text = "\n\n".join(
         [
-            of_text(trained[0], found),
+            of_text(config, found),
             of_languages(found),
             of_layers(found),
             of_routing(found),
@@ -47,9 +45,9 @@ def page(
     return Page("Language neurons of Debian's installation guide", text, figures, data(found, pairs))
 
 
-def of_text(trained: Trained, found: Found) -> str:
+def of_text(config: Config, found: Found) -> str:
     one = found.before[0].found["joint"]
-    model, t, languages = trained.config.model, trained.config.train, found.languages
+    model, t = config.model, config.train
     rows = [
         [
             way,
@@ -61,7 +59,7 @@ def of_text(trained: Trained, found: Found) -> str:
     ]
     left_out = [100 * float((~each.found["conditional"].p.any(1)).double().mean()) for each in found.before]
     return f"""
-A book in {len(languages)} languages, most of it parallel, without what stands in English elsewhere than in the English
+A book in {len(found.languages)} languages, most of it parallel, without what stands in English elsewhere than in the English
 version. A model of {model.num_layers} layers of {model.num_experts} experts, {model.layer_top_k[0]} a token, learns
 {t.steps * t.batch_size * t.seq_len:,} tokens of it: {spread(found.bits)} bits per byte, the mean of the languages.
 Neurons are counted on {int(one.stats.tokens.min()):,} tokens of each language of the training text;
@@ -167,7 +165,7 @@ def of_going_on(found: Found, pairs: Mapping[str, list[Pair]], steps: int) -> st
     tables = []
     for way in found.ways:
         rows = []
-        for name, moved in found.moves(way, HALF).items():
+        for name, moved in found.moves[way].items():
             kept, were, *changes = np.array(moved, dtype=float).T
             rows.append(
                 [name, spread(kept, 1, " %"), spread(were, 1, " %"), *(spread(each, 0) for each in changes)]
@@ -190,7 +188,8 @@ stranger {apart:.0f} %.
 
 Specific and related neurons of all languages together that are the same ones, both ways, and by how much the
 kinds of neurons grow. All are counted on one half of the text; what the model as it was has on the other half is the
-noise. Lambda is searched anew each time.
+noise. Lambda is searched anew each time. Published of alignment: 92 to 96 % are kept, specific ones become fewer,
+related and general ones more.
 
 {tables[0]}
 
@@ -203,7 +202,7 @@ noise. Lambda is searched anew each time.
 def moves_figure(found: Found) -> Figure:
     figure, grid = plt.subplots(1, len(found.ways), figsize=(11, 3.6), layout="constrained")
     for axes, way in zip(grid, found.ways, strict=True):
-        moves = found.moves(way, HALF)
+        moves = found.moves[way]
         values = np.array([*moves.values()], dtype=float)[:, :, 2:]  # [then, seeds, kinds]
         mean = values.mean(1)
         around = np.stack([mean - values.min(1), values.max(1) - mean])
@@ -237,7 +236,7 @@ def data(found: Found, pairs: Mapping[str, list[Pair]]) -> dict[str, Any]:
             "base": [m.base.tolist() for m in matrices],
             "rise": [m.rise.tolist() for m in matrices],
             "random": [m.random.tolist() for m in matrices],
-            "moves": found.moves(way, HALF),
+            "moves": found.moves[way],
         }
     return {
         "languages": list(found.languages),
