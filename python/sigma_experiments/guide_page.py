@@ -59,8 +59,8 @@ def of_text(config: Config, found: Found) -> str:
     ]
     left_out = [100 * float((~each.found["conditional"].p.any(1)).double().mean()) for each in found.before]
     return f"""
-A book in {len(found.languages)} languages, most of it parallel, without what stands in English elsewhere than in the English
-version. A model of {model.num_layers} layers of {model.num_experts} experts, {model.layer_top_k[0]} a token, learns
+A book in {len(found.languages)} languages, most of it parallel; what a version has in English, word for word, is left
+out of it. A model of {model.num_layers} layers of {model.num_experts} experts, {model.layer_top_k[0]} a token, learns
 {t.steps * t.batch_size * t.seq_len:,} tokens of it: {spread(found.bits)} bits per byte, the mean of the languages.
 Neurons are counted on {int(one.stats.tokens.min()):,} tokens of each language of the training text;
 {one.top_rate:.0%} of {len(one.p):,} are selected. Mean [lowest, highest] of the seeds.
