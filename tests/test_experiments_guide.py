@@ -8,6 +8,7 @@ import pytest
 import torch
 from sigma_experiments import guide_texts
 from sigma_experiments.guide_found import claims, distances, move, parts_of
+from sigma_experiments.invented import ARMENIAN, CYRILLIC
 from sigma_neurons.identified import identify
 from sigma_neurons.sites import Site
 from sigma_neurons.stats import ActivationStats
@@ -68,7 +69,7 @@ def test_pairs_are_of_the_training_split(tmp_path):
         for paragraph, english in own[::50]:
             assert paragraph in text["train"][name]
             assert english in text["train"]["en"]
-            assert guide_texts.translate(english, {"xa": "cyrillic", "xb": "reversed"}[name]) == paragraph
+            assert english.translate({"xa": CYRILLIC, "xb": ARMENIAN}[name]) == paragraph
     stamps = [Path(path).stat().st_mtime_ns for path in paths]
     assert [Path(p).stat().st_mtime_ns for p in guide_texts.write_versions(tmp_path, texts)] == stamps
 

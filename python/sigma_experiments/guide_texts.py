@@ -13,7 +13,7 @@ from sigma_train.guide import LEAST_LETTERS, PIVOT, prepare_guide, translated
 from sigma_train.languages import files_of, language_of, splits_of
 from sigma_train.tokenizer import Tokenizer
 
-from sigma_experiments.invented import translate
+from sigma_experiments.invented import ARMENIAN, CYRILLIC
 
 Pair = tuple[str, str]  # a paragraph, and the English one
 HEADING = re.compile(r"(\d+(?:\.\d+)+)\.\s+\S")  # of a section, alike in all versions: `5.1.2. Booting ...`
@@ -51,8 +51,7 @@ def made_up() -> dict[str, str]:
         parts += [f"{number}.1. {words[number % 300]}"] if number % 3 == 0 else []
         parts.append(" ".join(drawn.choice(words, 8)))
     english = "\n\n".join(parts)
-    others = {"xa": "cyrillic", "xb": "reversed"}
-    return {PIVOT: english} | {name: translate(english, like) for name, like in others.items()}
+    return {PIVOT: english, "xa": english.translate(CYRILLIC), "xb": english.translate(ARMENIAN)}
 
 
 def write_versions(folder: Path, texts: Mapping[str, str]) -> list[str]:
