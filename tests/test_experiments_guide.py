@@ -1,5 +1,6 @@
 """Of `guide-languages`: what stands side by side, how it becomes windows, and the arithmetic of its page."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -7,16 +8,20 @@ import numpy as np
 import pytest
 import torch
 from sigma_experiments import guide_texts
+from sigma_experiments.going_on import go_on
 from sigma_experiments.guide_found import claims, distances, move, parts_of
 from sigma_experiments.invented import ARMENIAN, CYRILLIC
 from sigma_neurons.identified import identify
+from sigma_neurons.measured import Run
 from sigma_neurons.sites import Site
 from sigma_neurons.stats import ActivationStats
 from sigma_train import guide
 from sigma_train.config import DataConfig
+from sigma_train.dataset import TokenDataset
 from sigma_train.errors import Failure, WrongInput, verdict
 from sigma_train.languages import files_of, language_of, splits_of
 
+SMALL = ["data.max_bytes=200000", "train.batch_size=4", "train.steps=4", "train.threads=1"]
 LONG = "a paragraph of more than thirty letters, number {}"
 LANG = "ein Absatz von mehr als dreißig Buchstaben, Nummer {}"
 
@@ -116,6 +121,31 @@ def test_a_guide_that_is_there_is_read(tmp_path, monkeypatch):
     ):
         guide_texts.versions(tmp_path)
     assert guide.PIVOT == "en"
+
+
+def test_what_goes_on_learns_as_sigma_train_does(make_trainer):
+    """Defends: other steps than those of a training; pairs that are not learned from, or left in the run's own text."""
+    trainer = make_trainer("a", "optim.lr=1e-3")
+    run = Run(Path(), 0, trainer.config, copy.deepcopy(trainer.model), trainer.data)
+    other = dataclasses.replace(run, model=copy.deepcopy(trainer.model))
+    trainer.run()
+    go_on(run, {})
+    assert not run.model.training
+    for name, weight in trainer.model.named_parameters():
+        assert torch.equal(weight, run.model.get_parameter(name)), name
+    text = guide_texts.paired(
+        {"de": [("ein Absatz", "a paragraph")] * 40}, trainer.data, trainer.config.train.seq_len
+    )
+    before = loss(other, text)
+    go_on(other, {"optim": {"lr": 3e-3}, "train": {"steps": 6}}, text)
+    assert loss(other, text) < before - 1 < loss(run, text)
+    assert other.data.train.split == "train"
+
+
+@torch.no_grad()
+def loss(run: Run, text: TokenDataset) -> float:
+    inputs, targets = text.windows(np.arange(2), run.config.train.seq_len)
+    return float(torch.nn.functional.cross_entropy(run.model(inputs).flatten(0, 1), targets.flatten()))
 
 
 def test_stages_by_layer():

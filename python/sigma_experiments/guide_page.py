@@ -33,15 +33,14 @@ def page(
         "routing": routing_figure(before[0].found["joint"].figures()),
         "moves": moves_figure(found),
     }
-    text = "\n\n".join(
-        [
-            of_text(config, found),
-            of_languages(found),
-            of_layers(found),
-            of_routing(found),
-            of_going_on(found, pairs, steps),
-        ]
-    )
+    parts = [
+        of_text(config, found),
+        of_languages(found),
+        of_layers(found),
+        of_routing(found),
+        of_going_on(found, pairs, steps),
+    ]
+    text = "\n\n".join(part.strip() for part in parts)
     return Page("Language neurons of Debian's installation guide", text, figures, data(found, pairs))
 
 
@@ -60,9 +59,9 @@ def of_text(config: Config, found: Found) -> str:
     left_out = [100 * float((~each.found["conditional"].p.any(1)).double().mean()) for each in found.before]
     return f"""
 A book in {len(found.languages)} languages, most of it parallel; what a version has in English, word for word, is left
-out of it. A model of {model.num_layers} layers of {model.num_experts} experts, {model.layer_top_k[0]} a token, learns
-{t.steps * t.batch_size * t.seq_len:,} tokens of it: {spread(found.bits)} bits per byte, the mean of the languages.
-Neurons are counted on {int(one.stats.tokens.min()):,} tokens of each language of the training text;
+out. A model of {model.num_layers} layers of {model.num_experts} experts, {model.layer_top_k[0]} a token, learns
+{t.steps * t.batch_size * t.seq_len:,} tokens: {spread(found.bits)} bits per byte, the mean of the languages. Neurons
+are counted on {int(one.stats.tokens.min()):,} tokens of each language of the training text;
 {one.top_rate:.0%} of {len(one.p):,} are selected. Mean [lowest, highest] of the seeds.
 
 {table(["probability", *KINDS, "lambda", "tau"], rows)}
