@@ -28,7 +28,7 @@ from sigma_experiments.page import Page
 
 LAYERS, EXPERTS = 6, 8
 ARMS = ("the same text", "pairs", "strangers")
-AFTER = 1000  # added to a seed: the same text comes in another order
+SEED_AFTER = 1000  # added to a seed: the same text comes in another order
 BASE = {
     "model.vocab_size": 2048,
     "model.num_layers": LAYERS,
@@ -96,13 +96,13 @@ def later(trained: Trained, arm: str, pairs: Mapping[str, list[Pair]], steps: in
     if arm != "the same text":
         chosen = pairs if arm == "pairs" else {name: strangers(own) for name, own in pairs.items()}
         text = guide_texts.paired(chosen, one.data, one.config.train.seq_len)
-    go_on(one, {"optim": OPTIM_AFTER, "train": {"steps": steps, "seed": trained.run.seed + AFTER}}, text)
+    go_on(one, {"optim": OPTIM_AFTER, "train": {"steps": steps, "seed": trained.run.seed + SEED_AFTER}}, text)
     return After(counted(one, 0, batches), statistics.mean(one.losses(JUDGED).values()))
 
 
 @torch.no_grad()
 def counted(one: Measured, half: int, batches: int) -> ActivationStats:
-    """On every other window of each language, from the first or from the second."""
+    """On every other window of each language, from the first (half = 0) or the second."""
     with ActivationCounter(one.model, one.languages) as counter, precision(one.config):
         for language, tokens in one.batches("train", batches):
             with counter.batch(language, tokens[half::2]):
