@@ -180,11 +180,11 @@ def found(p: list[list[int]]) -> object:
 
 def test_what_moved():
     """Defends: shares both ways taken for one, a neuron kept by another language, a loss told as a gain."""
-    before = found([[90, 0], [0, 90], [90, 10], [10, 10], [60, 60], [60, 60]])
-    after = found([[90, 0], [90, 0], [10, 10], [10, 10], [60, 60], [10, 60]])
-    assert before.kinds.specific.tolist() == [True, True, True, False, False, False]
-    assert after.kinds.specific.tolist() == [True, True, False, False, False, True]
-    assert move(before, after) == pytest.approx([100 / 3, 100 / 3, 0, 0, -1])
-    fewer = dataclasses.replace(after, kinds=dataclasses.replace(after.kinds, selected=torch.arange(6) < 1))
-    assert move(before, fewer) == pytest.approx([100 / 3, 100, -2, 0, -1])
-    assert move(fewer, before) == pytest.approx([100, 100 / 3, 2, 0, 1])
+    before = found([[90, 0], [0, 90], [90, 10], [10, 10], [60, 60], [60, 60], [0, 80]])
+    after = found([[90, 0], [90, 0], [10, 10], [10, 10], [60, 60], [10, 60], [0, 70]])
+    assert before.kinds.specific.nonzero().flatten().tolist() == [0, 1, 2, 6]
+    assert after.kinds.specific.nonzero().flatten().tolist() == [0, 1, 5, 6]
+    assert move(before, after) == pytest.approx([50, 50, 0, 0, -1])
+    fewer = dataclasses.replace(after, kinds=dataclasses.replace(after.kinds, selected=torch.arange(7) < 1))
+    assert move(before, fewer) == pytest.approx([25, 100, -3, 0, -1])
+    assert move(fewer, before) == pytest.approx([100, 25, 3, 0, 1])
