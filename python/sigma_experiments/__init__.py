@@ -12,4 +12,5 @@ EXPERIMENTS = {
     "growth": "more layers or experts from a trained model against scratch, by extra and by total FLOPs",
     "matryoshka": "one model for every k: drawn for each step, micro-batch or layer, beside specialists of one k",
     "planted-languages": "neurons of four invented languages, what each loses without its own, and planted ones",
+    "guide-languages": "neurons of 19 languages of one book, what each loses without its own, and what moves them",
 }
