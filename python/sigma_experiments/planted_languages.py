@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from sigma_neurons.ablation import Deactivation, deactivation_matrix
 from sigma_neurons.identified import LEAST_ROUTED, Identified, identify
-from sigma_neurons.matrices import own_others_random
+from sigma_neurons.matrices import mean_of, own_others_random
 from sigma_neurons.measured import load
 from sigma_neurons.pictures import kinds_figure, matrix_figure
 from sigma_neurons.planting import found_and_right, plant
@@ -75,7 +74,7 @@ def run(lab: Lab) -> Page:
     shown = "specific and related"
     figures = {
         "layers": kinds_figure([one.found.profile().numpy() for one in seen]),
-        "matrix": matrix_figure(shown, rises(seen, shown)),
+        "matrix": matrix_figure(shown, mean_of([one.matrices[shown] for one in seen])),
     }
     return Page("Language neurons of four invented languages", text(seen, bits), figures, data(seen, bits))
 
@@ -174,17 +173,6 @@ Only what is above tau in its own language can be found. The joint probability o
 expert's share of the language's tokens, however sure its gate is; the conditional one is of the gate alone. tau is the
 top 5 % of all probabilities where no other is said.
 """
-
-
-def rises(seen: Sequence[Seen], name: str) -> dict[str, Any]:
-    """Of one of SETS, as means of the seeds."""
-    of_seeds = [one.matrices[name] for one in seen]
-    return {
-        "languages": LANGUAGES,
-        "neurons": dict(zip(LANGUAGES, np.mean([m.sizes for m in of_seeds], axis=0), strict=True)),
-        "rise": np.mean([m.rise.numpy() for m in of_seeds], axis=0),
-        "random": np.mean([m.random.numpy() for m in of_seeds], axis=0),
-    }
 
 
 def data(seen: Sequence[Seen], bits: Sequence[float]) -> dict[str, Any]:

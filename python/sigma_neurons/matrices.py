@@ -1,8 +1,9 @@
 """The ablations of a run: by language, of two sets of kinds, and their summary."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,17 @@ def own_others_random(matrix: Deactivation) -> tuple[float, float, float]:
     parts = (matrix.rise[own], matrix.rise[others], matrix.random[own])
     rise, of_others, at_random = (float(part.mean()) if len(part) else 0.0 for part in parts)
     return rise, of_others, at_random
+
+
+def mean_of(matrices: Sequence[Deactivation]) -> dict[str, Any]:
+    """Of several runs with the same languages, as `pictures.matrix_figure` wants it."""
+    sizes = np.mean([m.sizes for m in matrices], axis=0)
+    return {
+        "languages": list(matrices[0].languages),
+        "neurons": dict(zip(matrices[0].masks, sizes, strict=True)),
+        "rise": np.mean([m.rise.numpy() for m in matrices], axis=0),
+        "random": np.mean([m.random.numpy() for m in matrices], axis=0),
+    }
 
 
 def figures(matrices: Mapping[str, Deactivation]) -> dict[str, Any]:
