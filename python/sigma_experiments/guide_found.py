@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 from sigma_neurons.ablation import Deactivation
-from sigma_neurons.identified import Identified, Probability, identify
+from sigma_neurons.identified import LEAST_ROUTED, Identified, Probability, identify
+from sigma_neurons.matrices import mean_of
 from sigma_neurons.overlap import overlap
 from sigma_neurons.stats import ActivationStats
 from sigma_neurons.taxonomy import KINDS, Kind
 from torch import Tensor
 
 TOP_RATE = 0.05
+JUDGED = 1  # batches of validation text of each language
 WAYS: dict[str, tuple[Probability, float | None]] = {  # probability, tau
     "joint": ("joint", None),
     "conditional": ("conditional", 0.5),
@@ -89,14 +91,15 @@ class Found:
         return [each.matrices[way] for each in self.before]
 
     def matrix(self, way: str) -> dict[str, Any]:
-        """Means of the seeds, as a picture wants them."""
-        of_seeds = self.matrices(way)
-        return {
-            "languages": list(self.languages),
-            "neurons": dict(zip(self.languages, np.mean([m.sizes for m in of_seeds], axis=0), strict=True)),
-            "rise": np.mean([m.rise.numpy() for m in of_seeds], axis=0),
-            "random": np.mean([m.random.numpy() for m in of_seeds], axis=0),
-        }
+        return mean_of(self.matrices(way))
+
+    def untold(self) -> np.ndarray:
+        """[seeds, L]: % of the neurons without a conditional probability, as some language seldom goes there."""
+        shares = [
+            [float((routed < LEAST_ROUTED).any(0).double().mean()) for routed in both.stats.routed]
+            for both in (each.found["conditional"] for each in self.before)
+        ]
+        return 100 * np.array(shares)
 
     def routing_distances(self) -> tuple[np.ndarray, np.ndarray]:
         """[seeds, L] both: of two languages on average, of one language on two halves of its text."""

@@ -7,7 +7,6 @@ Published: alignment keeps 92 to 96 % of the neurons, has fewer specific ones, m
 """
 
 import statistics
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -17,17 +16,17 @@ from sigma_neurons.matrices import masks_of
 from sigma_neurons.measured import Run as Measured
 from sigma_neurons.measured import load
 from sigma_neurons.stats import ActivationStats
+from sigma_train.dataset import TokenDataset
 from sigma_train.model import precision
 
 from sigma_experiments import guide_page, guide_texts
 from sigma_experiments.going_on import go_on
-from sigma_experiments.guide_found import WAYS, After, Before, identified
-from sigma_experiments.guide_texts import Pair, strangers
+from sigma_experiments.guide_found import JUDGED, WAYS, After, Before, identified
+from sigma_experiments.guide_texts import strangers
 from sigma_experiments.lab import SHORT, Lab, Run, Trained
 from sigma_experiments.page import Page
 
 LAYERS, EXPERTS = 6, 8
-ARMS = ("the same text", "pairs", "strangers")
 SEED_AFTER = 1000  # added to a seed: the same text comes in another order
 BASE = {
     "model.vocab_size": 2048,
@@ -49,7 +48,7 @@ BASE = {
 }
 BRIEF = {**SHORT, "data.max_bytes": None, "model.num_layers": 4, "data.val_fraction": 0.3}
 OPTIM_AFTER, STEPS_AFTER = {"lr": 1e-3, "warmup_steps": 10}, 120
-BATCHES, JUDGED = 16, 1  # of each language: of training text, both halves together, and of validation text
+BATCHES = 16  # of training text of each language, both halves together
 
 
 def run(lab: Lab) -> Page:
@@ -59,17 +58,21 @@ def run(lab: Lab) -> Page:
     trained = [*lab.train([Run("guide", seed, settings) for seed in range(lab.seeds)]).values()]
     steps, batches = (3, 2) if lab.is_short else (STEPS_AFTER, BATCHES)
     config, data = trained[0].config, load(trained[0].folder).data
-    pairs = guide_texts.pairs_of_training(texts, config.data)
-    pairs = guide_texts.fitting(pairs, data.tokenizer, config.train.seq_len)
+    size = config.train.seq_len
+    pairs = guide_texts.fitting(guide_texts.pairs_of_training(texts, config.data), data.tokenizer, size)
+    together = guide_texts.paired(pairs, data, size)
+    apart = guide_texts.paired({name: strangers(own) for name, own in pairs.items()}, data, size)
+    arms = {"the same text": None, "pairs": together, "strangers": apart}
     torch.set_num_threads(1)
     with ThreadPoolExecutor(lab.jobs) as pool:
         looks = [pool.submit(look, each, batches) for each in trained]
         laters = {
-            arm: [pool.submit(later, each, arm, pairs, steps, batches) for each in trained] for arm in ARMS
+            arm: [pool.submit(later, each, text, steps, batches) for each in trained]
+            for arm, text in arms.items()
         }
         before = [future.result() for future in looks]
         after = {arm: [future.result() for future in futures] for arm, futures in laters.items()}
-    return guide_page.page(config, before, after, pairs, steps)
+    return guide_page.page(config, before, after, pairs, together.num_windows(size), steps)
 
 
 def look(trained: Trained, batches: int) -> Before:
@@ -90,12 +93,9 @@ def look(trained: Trained, batches: int) -> Before:
     return Before(halves, found, matrices)
 
 
-def later(trained: Trained, arm: str, pairs: Mapping[str, list[Pair]], steps: int, batches: int) -> After:
-    """What becomes of it as it goes on by one of ARMS."""
-    one, text = load(trained.folder), None
-    if arm != "the same text":
-        chosen = pairs if arm == "pairs" else {name: strangers(own) for name, own in pairs.items()}
-        text = guide_texts.paired(chosen, one.data, one.config.train.seq_len)
+def later(trained: Trained, text: TokenDataset | None, steps: int, batches: int) -> After:
+    """What becomes of it as it goes on with `text`, or with its own."""
+    one = load(trained.folder)
     go_on(one, {"optim": OPTIM_AFTER, "train": {"steps": steps, "seed": trained.run.seed + SEED_AFTER}}, text)
     return After(counted(one, 0, batches), statistics.mean(one.losses(JUDGED).values()))
 

@@ -6,12 +6,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from sigma_neurons.identified import LEAST_ROUTED
 from sigma_neurons.matrices import own_others_random
 from sigma_neurons.pictures import COLORS, kinds_figure, matrix_figure, routing_figure
 from sigma_neurons.taxonomy import KINDS
 from sigma_train.config import Config
 
-from sigma_experiments.guide_found import CLAIMS, PARTS, After, Before, Found, parts_of
+from sigma_experiments.guide_found import CLAIMS, JUDGED, PARTS, After, Before, Found, parts_of
 from sigma_experiments.guide_texts import Pair, agreement, strangers
 from sigma_experiments.page import Page, spread, table
 
@@ -21,9 +22,10 @@ def page(
     before: Sequence[Before],
     after: Mapping[str, Sequence[After]],
     pairs: Mapping[str, list[Pair]],
+    windows: int,
     steps: int,
 ) -> Page:
-    """steps: of what went on; pairs: that it went on with."""
+    """steps: of what went on; pairs: that it went on with, in so many windows."""
     found = Found(before, after)
     figures = {
         "layers": kinds_figure(found.profiles("joint")),
@@ -38,7 +40,7 @@ def page(
         of_languages(found),
         of_layers(found),
         of_routing(found),
-        of_going_on(found, pairs, steps),
+        of_going_on(config, found, pairs, windows, steps),
     ]
     text = "\n\n".join(part.strip() for part in parts)
     return Page("Language neurons of Debian's installation guide", text, figures, data(found, pairs))
@@ -56,18 +58,18 @@ def of_text(config: Config, found: Found) -> str:
         ]
         for way in found.ways
     ]
-    left_out = [100 * float((~each.found["conditional"].p.any(1)).double().mean()) for each in found.before]
     return f"""
 A book in {len(found.languages)} languages, most of it parallel; what a version has in English, word for word, is left
-out. A model of {model.num_layers} layers of {model.num_experts} experts, {model.layer_top_k[0]} a token, learns
-{t.steps * t.batch_size * t.seq_len:,} tokens: {spread(found.bits)} bits per byte, the mean of the languages. Neurons
-are counted on {int(one.stats.tokens.min()):,} tokens of each language of the training text;
+out, and held out are other chapters in each. A model of {model.num_layers} layers of {model.num_experts} experts,
+{model.layer_top_k[0]} a token, learns {t.steps * t.batch_size * t.seq_len:,} tokens: {spread(found.bits)} bits per
+byte, the mean of the languages, here and below on {JUDGED * t.batch_size * t.seq_len:,} tokens of each one's validation
+text. Neurons are counted on {int(one.stats.tokens.min()):,} tokens of each language of the training text;
 {one.top_rate:.0%} of {len(one.p):,} are selected. Mean [lowest, highest] of the seeds.
 
 {table(["probability", *KINDS, "lambda", "tau"], rows)}
 
-By the conditional probability {spread(left_out, 0, " %")} of the neurons cannot be told: some language goes to their
-expert less than 100 times.
+By the conditional probability {spread(found.untold().mean(1), 0, " %")} of the neurons cannot be told: some language
+goes to their expert less than {LEAST_ROUTED} times.
 """
 
 
@@ -93,7 +95,7 @@ def of_languages(found: Found) -> str:
 ## Without a language's neurons
 
 Its specific and related neurons are taken out: rise in bits per byte on validation text, of the language itself, of the
-others, and of itself without as many random neurons of the same layers.
+others, and of itself without as many random neurons of the same layers (one mask).
 
 {table(["probability", "neurons a language", "own", "others", "own at random"], rows)}
 
@@ -115,7 +117,7 @@ def of_layers(found: Found) -> str:
         for way in found.ways:
             profile = found.profiles(way)[:, layers].mean(1)  # [seeds, 3]
             row += [spread(profile[:, :2].sum(1), 1), spread(profile[:, 2], 1)]
-        rows.append(row)
+        rows.append([*row, spread(found.untold()[:, layers].mean(1), 0, " %")])
     shows = {way: found.claims(way) for way in found.ways}
     seeds = len(found.before)
     claims = [
@@ -128,9 +130,9 @@ def of_layers(found: Found) -> str:
 
 The paper tells four stages apart. Neurons a layer:
 
-{table(["stage", "layers", *columns], rows)}
+{table(["stage", "layers", *columns, "not to be told, conditional"], rows)}
 
-What it says of them, and in how many seeds it shows here:
+What cannot be told is of no kind. What it says of them, and in how many seeds it shows here:
 
 {table(["published", *found.ways], claims)}
 
@@ -157,8 +159,10 @@ equally often, 1 where they share none. Beside it, of one language on two halves
 """
 
 
-def of_going_on(found: Found, pairs: Mapping[str, list[Pair]], steps: int) -> str:
-    number = sum(map(len, pairs.values()))
+def of_going_on(
+    config: Config, found: Found, pairs: Mapping[str, list[Pair]], windows: int, steps: int
+) -> str:
+    counts, read = [len(own) for own in pairs.values() if own], steps * config.train.batch_size
     agree = 100 * np.mean([agreement(own) for own in pairs.values() if own])
     apart = 100 * np.mean([agreement(strangers(own)) for own in pairs.values() if own])
     tables = []
@@ -169,26 +173,27 @@ def of_going_on(found: Found, pairs: Mapping[str, list[Pair]], steps: int) -> st
             rows.append(
                 [name, spread(kept, 1, " %"), spread(were, 1, " %"), *(spread(each, 0) for each in changes)]
             )
-        counts = ", ".join(f"{spread(found.half_totals(way, kind), 0)} {kind}" for kind in KINDS)
+        totals = ", ".join(f"{spread(found.half_totals(way, kind), 0)} {kind}" for kind in KINDS)
         columns = ["then", "of before, kept", "of then, were before", *KINDS]
-        tables.append(f"By the {way} probability, {counts} before:\n\n{table(columns, rows)}")
+        tables.append(f"By the {way} probability, {totals} before:\n\n{table(columns, rows)}")
     after = [[name, spread([one.bits for one in of_arm])] for name, of_arm in found.after.items()]
     return f"""
 ## Further training
 
-Each model goes on from its weights with a new optimizer, for {steps} steps each: with the same text in another order;
-with pairs, a paragraph and then the English one that says the same; with strangers, the same paragraphs, each beside an
-English one of half a book away. Strangers have the languages and shares of the pairs, and not their meaning. There
-are {number:,} pairs in {len(pairs)} languages: of sections that both versions have in as many paragraphs, of training
-text, short enough for a window. Of words with a digit or a slash in one of a pair the English one has {agree:.0f} %, a
-stranger {apart:.0f} %.
+Each model goes on from its weights with a new optimizer, for {steps} steps each: with its training text in another
+order; with pairs, a paragraph and then the English one that says the same; with strangers, the same paragraphs, each
+beside an English one of half a book away. Strangers have the languages and shares of the pairs, and not their meaning.
+There are {sum(counts):,} pairs in {len(counts)} languages, {min(counts):,} to {max(counts):,} in each: of sections that
+both versions have in as many paragraphs, of training text, short enough for a window. They fill {windows:,} windows, no
+pair cut and the rest ends of text; {read:,} are read. Of words with a digit or a slash in one of a pair the English one
+has {agree:.0f} %, a stranger {apart:.0f} %.
 
 {table(["goes on with", "bits per byte, then"], [["nothing", spread(found.bits)], *after])}
 
-Specific and related neurons of all languages together that are the same ones, both ways, and by how much the
-kinds of neurons grow. All are counted on one half of the text; what the model as it was has on the other half is the
-noise. Lambda is searched anew each time. Published of alignment: 92 to 96 % are kept, specific ones become fewer,
-related and general ones more.
+Specific and related neurons of all languages together that are the same ones, both ways, one of several languages once
+for each, and by how much the kinds of neurons grow. All are counted on one half of the text; what the model as it was
+has on the other half is the noise. Lambda, and tau of the joint probability, are found anew each time. Published of
+alignment: 92 to 96 % are kept, specific ones become fewer, related and general ones more.
 
 {tables[0]}
 
@@ -235,13 +240,19 @@ def data(found: Found, pairs: Mapping[str, list[Pair]]) -> dict[str, Any]:
             "base": [m.base.tolist() for m in matrices],
             "rise": [m.rise.tolist() for m in matrices],
             "random": [m.random.tolist() for m in matrices],
+            "before": {kind: found.half_totals(way, kind) for kind in KINDS},
             "moves": found.moves[way],
         }
+    apart, same = found.routing_distances()
     return {
         "languages": list(found.languages),
         "bits_per_byte": found.bits,
         "bits_per_byte_after": {name: [one.bits for one in of_arm] for name, of_arm in found.after.items()},
+        "tokens": [each.found["joint"].stats.tokens.tolist() for each in found.before],
+        "untold": found.untold().tolist(),
         "pairs": {name: len(own) for name, own in pairs.items()},
+        "agreement": {name: [agreement(own), agreement(strangers(own))] for name, own in pairs.items()},
         "routing": [each.found["joint"].stats.routing().tolist() for each in found.before],
+        "routing_apart": {"two languages": apart.tolist(), "two halves": same.tolist()},
         "ways": ways,
     }
