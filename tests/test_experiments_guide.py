@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from sigma_experiments import guide_texts
 from sigma_experiments.going_on import go_on
 from sigma_experiments.guide_found import claims, distances, move, parts_of
+from sigma_experiments.guide_languages import spread_windows
 from sigma_experiments.invented import ARMENIAN, CYRILLIC
 from sigma_neurons.identified import identify
 from sigma_neurons.measured import Run
@@ -19,7 +21,7 @@ from sigma_train import guide
 from sigma_train.config import DataConfig
 from sigma_train.dataset import TokenDataset
 from sigma_train.errors import Failure, WrongInput, verdict
-from sigma_train.languages import files_of, language_of, splits_of
+from sigma_train.languages import Languages, files_of, language_of, splits_of
 
 SMALL = ["data.max_bytes=200000", "train.batch_size=4", "train.steps=4", "train.threads=1"]
 LONG = "a paragraph of more than thirty letters, number {}"
@@ -88,6 +90,19 @@ def test_windows_hold_whole_documents():
         token for block in ([1, 2, 3, 0, 0], [4, 5, 6, 0, 0], *blocks[2:]) for token in block
     ]
     assert guide_texts.packed(documents, 6, 0).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 0]
+
+
+def test_windows_are_of_all_the_text():
+    """Defends: chapters that are counted on in one language and not in another, taken for its neurons."""
+    languages = Languages(("a", "b"), np.array([0, 1]), np.array([80, 201]))
+    data = TokenDataset("train", np.arange(201), 201, np.ones(201, np.int64), languages)
+    settings = SimpleNamespace(train=SimpleNamespace(batch_size=2, seq_len=4))
+    run = SimpleNamespace(config=settings, data=SimpleNamespace(train=data), languages=("a", "b"))
+    found = [(name, tokens[:, 0].tolist()) for name, tokens in spread_windows(run, 3)]
+    assert found == [
+        ("a", [0, 12]), ("a", [24, 36]), ("a", [48, 60]), ("b", [80, 100]), ("b", [120, 140]), ("b", [160, 180]),
+    ]  # fmt: skip
+    assert sum(len(tokens) for name, tokens in spread_windows(run, 100) if name == "b") == 19  # as a has
 
 
 @pytest.mark.parametrize(

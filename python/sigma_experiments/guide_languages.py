@@ -7,6 +7,7 @@ Published: alignment keeps 92 to 96 % of the neurons, has fewer specific ones, m
 """
 
 import statistics
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -16,8 +17,10 @@ from sigma_neurons.matrices import masks_of
 from sigma_neurons.measured import Run as Measured
 from sigma_neurons.measured import load
 from sigma_neurons.stats import ActivationStats
+from sigma_train.by_language import batches_of_language
 from sigma_train.dataset import TokenDataset
 from sigma_train.model import precision
+from torch import Tensor
 
 from sigma_experiments import guide_page, guide_texts
 from sigma_experiments.going_on import go_on
@@ -102,9 +105,25 @@ def later(trained: Trained, text: TokenDataset | None, steps: int, batches: int)
 
 @torch.no_grad()
 def counted(one: Measured, half: int, batches: int) -> ActivationStats:
-    """On every other window of each language, from the first (half = 0) or the second."""
+    """On every other of `spread_windows`, from the first (half = 0) or the second."""
     with ActivationCounter(one.model, one.languages) as counter, precision(one.config):
-        for language, tokens in one.batches("train", batches):
+        for language, tokens in spread_windows(one, batches):
             with counter.batch(language, tokens[half::2]):
                 one.model(tokens[half::2])
     return counter.stats
+
+
+def spread_windows(one: Measured, batches: int) -> Iterator[tuple[str, Tensor]]:
+    """(language, tokens): of each language as many windows, evenly over all of its training text.
+
+    The first of each are other chapters in each: documents of a split are in the order of their digests.
+    """
+    t = one.config.train
+    found = {
+        name: torch.cat([x for x, _ in batches_of_language(one.data.train, name, t.batch_size, t.seq_len)])
+        for name in one.languages
+    }
+    windows = min(batches * t.batch_size, *map(len, found.values()))
+    for name, inputs in found.items():
+        for tokens in inputs[torch.arange(windows) * len(inputs) // windows].split(t.batch_size):
+            yield name, tokens

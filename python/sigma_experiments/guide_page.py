@@ -63,7 +63,7 @@ A book in {len(found.languages)} languages, most of it parallel; what a version 
 out, and held out are other chapters in each. A model of {model.num_layers} layers of {model.num_experts} experts,
 {model.layer_top_k[0]} a token, learns {t.steps * t.batch_size * t.seq_len:,} tokens: {spread(found.bits)} bits per
 byte, the mean of the languages, here and below on {JUDGED * t.batch_size * t.seq_len:,} tokens of each one's validation
-text. Neurons are counted on {int(one.stats.tokens.min()):,} tokens of each language of the training text;
+text. Neurons are counted on {int(one.stats.tokens.min()):,} tokens of each language, evenly over its training text;
 {one.top_rate:.0%} of {len(one.p):,} are selected. Mean [lowest, highest] of the seeds.
 
 {table(["probability", *KINDS, "lambda", "tau"], rows)}
