@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import forked
@@ -104,6 +105,19 @@ def test_a_signal_is_not_raised_again_while_trainings_save():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)
+
+
+def test_after_a_fault_what_waits_is_not_begun(tmp_path):
+    """Defends: minutes of measuring after Ctrl-C or an error, which nothing but SIGKILL ends."""
+    goes_on = threading.Event()
+    one = Lab(tmp_path, 1, True, 1, Console(quiet=True))
+    with contextlib.suppress(KeyboardInterrupt), one.threads() as pool:
+        futures = [pool.submit(goes_on.wait, 10) for _ in range(3)]
+        while not futures[0].running():
+            time.sleep(0.001)
+        threading.Timer(0.1, goes_on.set).start()
+        raise KeyboardInterrupt
+    assert [future.cancelled() for future in futures] == [False, True, True]
 
 
 def test_settings_of_all_are_looked_at_first(make_lab, tmp_path):

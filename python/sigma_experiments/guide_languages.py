@@ -8,7 +8,6 @@ Published: alignment keeps 92 to 96 % of the neurons, has fewer specific ones, m
 
 import statistics
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from sigma_neurons.ablation import deactivation_matrix
@@ -66,8 +65,7 @@ def run(lab: Lab) -> Page:
     together = guide_texts.paired(pairs, data, size)
     apart = guide_texts.paired({name: strangers(own) for name, own in pairs.items()}, data, size)
     arms = {"the same text": None, "pairs": together, "strangers": apart}
-    torch.set_num_threads(1)
-    with ThreadPoolExecutor(lab.jobs) as pool:
+    with lab.threads() as pool:
         looks = [pool.submit(look, each, batches) for each in trained]
         laters = {
             arm: [pool.submit(later, each, text, steps, batches) for each in trained]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sigma_cli import heeded
@@ -148,6 +149,21 @@ class Lab:
                 for done in as_completed(pool.submit(trainings.train, trained) for trained in waiting):
                     advance(done.result().run.name)
         return found
+
+    @contextmanager
+    def threads(self) -> Iterator[ThreadPoolExecutor]:
+        """For what is measured in this process, one core each; after a fault what waits is not begun."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                try:
+                    yield pool
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+        finally:
+            torch.set_num_threads(before)
 
     @contextmanager
     def _held(self) -> Iterator[None]:

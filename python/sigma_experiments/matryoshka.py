@@ -6,12 +6,10 @@ of training as well.
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from sigma_train import elastic as el
 from sigma_train.elastic_allocation import Allocation, allocate
@@ -68,8 +66,7 @@ Curves = dict[str, np.ndarray]  # of each arm [seeds, k]
 def run(lab: Lab) -> Page:
     trained = train(lab)
     work = [(name, run) for name, runs in trained.items() for run in runs]
-    torch.set_num_threads(1)
-    with ThreadPoolExecutor(lab.jobs) as pool:
+    with lab.threads() as pool:
         measured = [*pool.map(lambda item: every_k(item[1], lab.is_short), work)]
         plans = [*pool.map(lambda one: searched(one, lab.is_short), trained["layer"])]
     by_arm: dict[str, list[list[el.Measured]]] = {}

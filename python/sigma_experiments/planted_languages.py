@@ -5,7 +5,6 @@ beside as many random ones; then neurons are planted in it, and both scores sear
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +66,7 @@ def run(lab: Lab) -> Page:
     short = {**SHORT, "data.max_bytes": None, "model.num_layers": 2} if lab.is_short else {}
     settings = {**BASE, **short, "data.paths": [str(text_folder)]}
     trained = lab.train([Run("mixture", seed, settings) for seed in range(lab.seeds)])
-    torch.set_num_threads(1)
-    with ThreadPoolExecutor(lab.jobs) as pool:
+    with lab.threads() as pool:
         seen = [*pool.map(lambda each: look(each, lab.is_short), trained.values())]
     bits = [each.validation[-1][1] for each in trained.values()]
     shown = "specific and related"
