@@ -5,6 +5,7 @@ is constant after its warm-up, so that a point is not one of a decay.  Grown run
 text in the same order, and the small model another order, that of seed + 100.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,15 +84,14 @@ class Curve:
     sunk: float
     begin: float | None = None
 
-    @property
+    @functools.cached_property
     def flops(self) -> list[float]:
         """Extra ones, at each validation."""
         steps = [step for step, _ in self.trained.validation]
-        return [
-            flops_per_step(self.trained.config) * step for step in ([] if self.begin is None else [0]) + steps
-        ]
+        of_step = flops_per_step(self.trained.config)
+        return [of_step * step for step in ([] if self.begin is None else [0]) + steps]
 
-    @property
+    @functools.cached_property
     def bits(self) -> list[float]:
         return ([] if self.begin is None else [self.begin]) + [bits for _, bits in self.trained.validation]
 

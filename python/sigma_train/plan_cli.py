@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sigma_train.console import say
 from sigma_train.options import ConfigFile, Dtype, Overrides, Preset
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sigma_train.accelerators import Accelerator
-    from sigma_train.console import say
     from sigma_train.plan import Plan
     from sigma_train.plan_time import Shares
 
