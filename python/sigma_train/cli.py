@@ -31,6 +31,7 @@ def train(
 ) -> None:
     """Train a sparse mixture-of-experts language model on text."""
     import contextlib
+    import os
     import sys
 
     from rich.console import Console
@@ -62,7 +63,11 @@ def train(
     from sigma_train.ledger import process_start
     from sigma_train.ledger_view import sentence
     from sigma_train.loop import Trainer
+    from sigma_train.mesh import sizes
     from sigma_train.report import noise_of, write_report
+
+    if (size := os.environ.get("WORLD_SIZE", "")).isdigit() and is_launched():
+        sizes(cfg, int(size))  # once they meet, one that refuses is a lost rank to one that is still joining
 
     with joined(cfg.train.rank_timeout_s) as ranks, contextlib.ExitStack() as stack:
         console = Console(quiet=not ranks.is_first)
