@@ -152,8 +152,7 @@ def bounds(gpu: Gpu, shape: Shape, dtype: torch.dtype) -> list[tuple[str, ...]]:
 
 def run(quick: bool, output: Path | None) -> int:
     """Compile all, or bf16 and one of each block size; write the page.  Returns 1 if a kernel is not as it must be."""
-    if output:
-        check_place(output)
+    check_place("--output", output)
     work_list = plan(quick)
     tables: dict[Cell, list[tuple[tuple[str, ...], bool]]] = {cell: [] for cell, _ in work_list}
     with ProcessPoolExecutor(os.cpu_count()) as pool:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from sigma_train.console import say
 from sigma_train.errors import Stopped, WrongInput
-from sigma_train.files import atomic_file, write_text
+from sigma_train.files import atomic_file, must_be_writable, must_take_files, write_text
 from sigma_train.markdown import table
 from sigma_train.processor import processor_name
 
@@ -54,8 +54,8 @@ def run(
         return 2
     if device == "cuda" and not torch.cuda.is_available():
         raise WrongInput(f"--device cuda: torch {torch.__version__} sees no GPU here")
-    for path in filter(None, (output, json_file)):
-        check_place(path)
+    for option, path in (("--output", output), ("--json", json_file)):
+        check_place(option, path)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "races.json"
         command = [sys.executable, "-P", "-m", "pytest", "-q", "bench", "--benchmark-disable-gc", "-k", group]
@@ -105,14 +105,13 @@ def run(
     return 0 if code == 0 else 1
 
 
-def check_place(path: Path) -> None:
-    """Raises: WrongInput if no file can be made there, which an hour of races should not find out."""
-    try:
+def check_place(option: str, path: Path | None) -> None:
+    """Its folder is made.  Raises: WrongInput if no file can be made there."""
+    if path is None:
+        return
+    with must_be_writable(option, path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise WrongInput(f"cannot write {path}: {error.strerror}") from None
+    must_take_files(option, path.parent)
 
 
 def write_page(document: dict[str, Any], output: Path) -> list[Path]:

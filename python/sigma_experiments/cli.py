@@ -38,7 +38,7 @@ def experiment(
     from rich.console import Console
     from sigma_train.console import say
     from sigma_train.errors import WrongInput
-    from sigma_train.files import must_be_writable
+    from sigma_train.files import must_be_writable, must_take_files
 
     if name not in EXPERIMENTS:
         nearest = difflib.get_close_matches(name, EXPERIMENTS, n=1)
@@ -53,6 +53,7 @@ def experiment(
     for option, wanted in (("--out", folder), ("--page", place)):
         with must_be_writable(option, wanted):
             wanted.mkdir(parents=True, exist_ok=True)
+        must_take_files(option, wanted)
     console, began = Console(), time.monotonic()
     lab = Lab(folder, seeds, short, jobs or len(os.sched_getaffinity(0)), console)
     found = module_of(name).run(lab)

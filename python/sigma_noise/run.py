@@ -1,7 +1,6 @@
 """`sigma noise run`: measure, write, and say in a table what was seen."""
 
 import secrets
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from sigma_train.console import say
 from sigma_train.errors import Failure, WrongInput
-from sigma_train.files import must_be_writable
+from sigma_train.files import must_be_writable, must_take_files
 from sigma_train.ranks import Ranks
 
 from sigma_noise.measure import FIXED_TIME, agreed, measure, together
@@ -86,8 +85,7 @@ def free_folder(out: Path) -> None:
     """Raises: WrongInput for a folder that has a measurement or cannot be written, which an hour should not find."""
     with must_be_writable("--out", out):
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+    must_take_files("--out", out)
     if taken := sorted(out.glob("*.parquet")):
         raise WrongInput(f"--out {out} has a measurement already, {taken[0].name}; give each run its folder")
 

@@ -92,18 +92,15 @@ def search(
 
 def _must_be_places(json_file: Path | None, plot: Path | None = None) -> None:
     """Raises: WrongInput, before minutes of measuring, if a file cannot be written where it is wanted."""
-    from tempfile import TemporaryFile
-
     from sigma_train.errors import WrongInput
-    from sigma_train.files import must_be_writable
+    from sigma_train.files import must_take_files
 
     for option, path in (("--json", json_file), ("--plot", plot)):
         if path is None:
             continue
         if path.is_dir():
             raise WrongInput(f"{option}: {path} is a folder; name a file")
-        with must_be_writable(option, path.parent), TemporaryFile(dir=path.parent):
-            pass
+        must_take_files(option, path.parent)
 
 
 def numbers(option: str, text: str | None) -> list[int]:

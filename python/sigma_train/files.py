@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -105,6 +106,12 @@ def must_be_writable(setting: str, folder: Path) -> Iterator[None]:
         raise WrongInput(
             f"{setting}: cannot write in {folder}: {error.strerror or error}; name another folder"
         ) from None
+
+
+def must_take_files(setting: str, folder: Path) -> None:
+    """Raises: WrongInput if no file can be made in a folder that is there, which hours of work should not find out."""
+    with must_be_writable(setting, folder), tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def sync(path: Path) -> None:

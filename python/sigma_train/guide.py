@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sigma_train.errors import Failure, WrongInput
-from sigma_train.files import must_be_writable, sync, temporary_name
+from sigma_train.files import atomic_folder, must_be_writable, write_text
 
 PACKAGE, VERSION = "installation-guide-amd64", "20230508+deb12u1"  # of all architectures, despite its name
 LICENCE = (
@@ -184,16 +184,6 @@ def readme(version: str, shares: Mapping[str, float], without_english: bool) -> 
 
 def _write(out: Path, texts: Mapping[str, str]) -> None:
     """Under a temporary name, then renamed: a rename takes the place of an empty folder."""
-    temporary = temporary_name(out)
-    try:
-        temporary.mkdir()
+    with atomic_folder(out, "--out") as temporary:
         for name, text in texts.items():
-            path = temporary / (f"{name}.md" if name == "README" else f"{name}.txt")
-            path.write_bytes(text.encode())
-            sync(path)
-        sync(temporary)
-        temporary.replace(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync(out.parent)
+            write_text(temporary / (f"{name}.md" if name == "README" else f"{name}.txt"), text)

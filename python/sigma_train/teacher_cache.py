@@ -1,6 +1,5 @@
 """All documents of a training split through a teacher, into the file of `teacher_file`."""
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from sigma_train import reading as read
 from sigma_train.config import DataConfig
 from sigma_train.corpus import Document
 from sigma_train.errors import WrongInput
-from sigma_train.files import must_be_writable
+from sigma_train.files import must_be_writable, must_take_files
 from sigma_train.languages import files_of, splits_of
 from sigma_train.reading import Reading
 from sigma_train.teacher import Teacher
@@ -42,7 +41,7 @@ def cache_losses(
     reading = reading_of(teacher, context, overlap, batch_tokens)
     with must_be_writable("--out", out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()  # now, not when the teacher has read for hours
+    must_take_files("--out", out.parent)
     corpus, documents, _ = splits_of(files_of(data), data)
     num_bytes = sum(document.size for document in documents)
     record = {
