@@ -58,7 +58,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def spread(values: Sequence[float], digits: int = 3, unit: str = "") -> str:
     """Mean and, of several, lowest and highest: '1.234 [1.2, 1.3]'."""
-    text = f"{statistics.mean(values):.{digits}f}{unit}"
+    text = f"{statistics.mean(values):z.{digits}f}{unit}"  # z: a zero has no sign
     if len(values) == 1:
         return text
-    return f"{text} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+    return f"{text} [{min(values):z.{digits}f}, {max(values):z.{digits}f}]"

@@ -159,5 +159,7 @@ def _identified(folder: Path, about: dict[str, Any]) -> Any:
 def _write(path: Path, content: dict[str, Any]) -> None:
     from sigma_train.files import must_be_writable, write_json
 
+    from sigma_neurons.page import SCHEMA
+
     with must_be_writable("--out", path.parent):
-        write_json(path, {"schema_version": 1} | content)
+        write_json(path, {"schema_version": SCHEMA} | content)

@@ -66,7 +66,3 @@ def _table(first: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
-
-
-def _say(console: Console, text: str) -> None:
-    say(console, text)

@@ -114,7 +114,3 @@ def _name(plan: Plan) -> str:
 
 def _active(m: Measured) -> str:
     return f"{m.active_parameters / 1e6:.3f}"
-
-
-def _say(console: Console, text: str) -> None:
-    say(console, text)

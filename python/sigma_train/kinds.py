@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-Aggregate = Literal[
-    "max", "mean", "sum", "first"
-]  # of [objective], which its parts have outside of the trainer too
+# Of [objective], and of its parts outside of the trainer.
+Aggregate = Literal["max", "mean", "sum", "first"]
 Unmapped = Literal["include", "exclude"]
 Scope = Literal["batch", "sequence"]
 
