@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from sigma_neurons.ablation import Deactivation, deactivation_matrix
-from sigma_neurons.identified import LEAST_ROUTED, Identified, identify
+from sigma_neurons.identified import LEAST_ROUTED, Identified, Probability, identify
 from sigma_neurons.matrices import mean_of, own_others_random
 from sigma_neurons.measured import load
 from sigma_neurons.pictures import kinds_figure, matrix_figure
 from sigma_neurons.planting import found_and_right, plant
 from sigma_neurons.scores import lape, quantile
 from sigma_neurons.stats import ActivationStats
-from sigma_neurons.taxonomy import KINDS, classify_neurons, fit_lambda
+from sigma_neurons.taxonomy import KINDS
 from torch import Tensor
 
 from sigma_experiments.invented import LANGUAGES, write_texts
@@ -104,23 +104,21 @@ def look(trained: Trained, is_short: bool) -> Seen:
 
 def searches(stats: ActivationStats) -> dict[str, tuple[Tensor, Tensor]]:
     """[N, K] bool of each: which neurons it gives to which language, and which are active enough to be given to it."""
-    joint, conditional = stats.joint(), stats.conditional(LEAST_ROUTED)
-    lam = fit_lambda(joint, TOP_RATE)
 
-    def finer(p: Tensor, tau: float | None = None) -> tuple[Tensor, Tensor]:
-        kinds = classify_neurons(p, lam, TOP_RATE, tau)
-        own = [kinds.of_language(k, "specific", "related") for k in range(len(stats.languages))]
-        return torch.stack(own, dim=1), kinds.above
+    def finer(probability: Probability, tau: float | None = None) -> tuple[Tensor, Tensor]:
+        found = identify(stats, TOP_RATE, probability, tau=tau)
+        own = [found.mask(k, "specific", "related") for k in range(len(stats.languages))]
+        return torch.stack(own, dim=1), found.kinds.above
 
     def coarser(p: Tensor) -> tuple[Tensor, Tensor]:
         return lape(p, TOP_RATE), p > quantile(p, 0.95)
 
     return {
-        "H - lambda max p, joint": finer(joint),
-        "LAPE, joint": coarser(joint),
-        "H - lambda max p, conditional": finer(conditional),
-        "LAPE, conditional": coarser(conditional),
-        f"H - lambda max p, conditional, tau = {HALF}": finer(conditional, HALF),
+        "H - lambda max p, joint": finer("joint"),
+        "LAPE, joint": coarser(stats.joint()),
+        "H - lambda max p, conditional": finer("conditional"),
+        "LAPE, conditional": coarser(stats.conditional(LEAST_ROUTED)),
+        f"H - lambda max p, conditional, tau = {HALF}": finer("conditional", HALF),
     }
 
 
