@@ -2,6 +2,7 @@
 
 import re
 
+import forked
 import pytest
 import rank_faults as faults
 from sigma_train.checkpoint import latest_checkpoint, load_checkpoint
@@ -111,3 +112,12 @@ def test_experts_that_such_groups_cannot_share_are_refused(cache, tmp_path):
     results = run(4, tmp_path / "run", cache, "model.num_experts=6", "train.expert_ranks=none")
     message = "model.num_experts must be a multiple of the 4 ranks of this run, found 6"
     assert (codes(results), results[0].stderr) == ([2] * 4, f"error: {message}\n")
+
+
+def test_a_rank_refuses_before_it_meets_the_others(cache, tmp_path):
+    """Defends: exit code 3 of a rank that was still joining, for settings that all of them refuse."""
+    args = ["train", "--preset", "smoke", "--out", str(tmp_path / "run"), "--set", "model.num_experts=6"]
+    with forked.Running(args, forked.environments(4, cache)[0]) as alone:
+        result = alone.result(60)
+    message = "model.num_experts must be a multiple of the 4 ranks of this run, found 6"
+    assert (result.returncode, result.stderr) == (2, f"error: {message}\n")
