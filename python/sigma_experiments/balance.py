@@ -7,12 +7,11 @@ layers begin with several experts, once switched to one late and once left as it
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from sigma_train.errors import Failure
 
 from sigma_experiments import sparse
 from sigma_experiments.lab import Lab, Trained
-from sigma_experiments.page import Page, spread, table
+from sigma_experiments.page import Page, draw, spread, table
 
 EARLY = (8, 6, 4, 2, 1, 1)
 SWITCH = 0.6  # of the steps
@@ -121,9 +120,7 @@ def deviation_figure(trained: dict[str, list[Trained]], bound: float) -> Figure:
         for axes, layer in zip(axes_row, layers, strict=True):
             for key, color in (("load_most", "tab:red"), ("load_least", "tab:blue")):
                 steps, values = sparse.over_time(runs, key)
-                for seed in values:
-                    axes.plot(steps, 100 * seed[:, layer], color=color, linewidth=0.6, alpha=0.6)
-                axes.plot(steps, 100 * values.mean(0)[:, layer], color=color, linewidth=1.8)
+                draw(axes, steps, 100 * values[:, :, layer], color)
             axes.axhline(100 * bound, color="black", linestyle="--", linewidth=0.8)
             axes.axhline(0, color="gray", linewidth=0.6)
             axes.set_yscale("symlog", linthresh=100)
@@ -153,10 +150,7 @@ def layers_figure(trained: dict[str, list[Trained]], bound: float) -> Figure:
         axes.set(title=title, xlabel="layer")
         axes.grid(alpha=0.3)
     grid[0].axhline(100 * bound, color="black", linestyle="--", linewidth=0.8)
-    grid[0].set_yscale("log")
-    grid[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    grid[0].yaxis.set_major_formatter(ScalarFormatter())
-    grid[0].yaxis.set_minor_locator(NullLocator())
+    sparse.scale_by_factors(grid[0])
     grid[2].set_ylim(0.9, 1.005)
     grid[2].legend(fontsize=8)
     figure.tight_layout()

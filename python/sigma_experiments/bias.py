@@ -8,11 +8,10 @@ token alone is many experts' share.
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from sigma_experiments import sparse
 from sigma_experiments.lab import Lab, Trained
-from sigma_experiments.page import Page, spread, table
+from sigma_experiments.page import Page, draw, spread, table
 
 RATES = (1e-4, 1e-3, 1e-2)
 STEPS = 1000
@@ -37,7 +36,7 @@ def run(lab: Lab) -> Page:
     return Page(
         "The selection bias at several rates, one expert of 96",
         text(trained),
-        {"rates": figure(trained)},
+        {"rates": rates_figure(trained)},
         {name: data(runs) for name, runs in trained.items()},
     )
 
@@ -74,9 +73,9 @@ def text(trained: dict[str, list[Trained]]) -> str:
     first = next(iter(trained.values()))
     t = first[0].config.train
     return f"""
-{sparse.described(trained)}, mean [lowest, highest]. {t.steps} steps of {t.batch_size * t.seq_len:,} tokens; the
-vocabulary is of bytes, of which the commonest is {sparse.commonest(first[0]):.0%} of the text: an expert that takes it
-alone has {1 + sparse.bounds(first[0])[0]:.0f} times its share. No balance loss.
+{sparse.described(trained)}, mean [lowest, highest]. {t.steps} steps of {t.batch_size * t.seq_len:,} tokens; of
+a vocabulary of {first[0].config.model.vocab_size} the commonest is {sparse.commonest(first[0]):.0%} of the text: an
+expert that takes it alone has {1 + sparse.bounds(first[0])[0]:.0f} times its share. No balance loss.
 
 {table(columns, rows)}
 
@@ -99,7 +98,7 @@ def data(runs: list[Trained]) -> dict[str, object]:
     return {"bits_per_byte": sparse.final_bits(runs), "steps": steps, **found}
 
 
-def figure(trained: dict[str, list[Trained]]) -> Figure:
+def rates_figure(trained: dict[str, list[Trained]]) -> Figure:
     figure, grid = plt.subplots(2, len(trained), figsize=(12, 5.5), sharex=True, sharey="row", squeeze=False)
     for (load, bias), runs in zip(grid.T, trained.values(), strict=True):
         steps, most = sparse.over_time(runs, "load_most")
@@ -107,18 +106,14 @@ def figure(trained: dict[str, list[Trained]]) -> Figure:
             (1 + most[:, :, 0], "tab:red", "layer 0"),
             (1 + most[:, :, 1:].mean(2), "tab:orange", "mean of the others"),
         ):
-            load.plot(steps, values.T, color=color, linewidth=0.6, alpha=0.6)
-            load.plot(steps, values.mean(0), color=color, linewidth=1.8, label=label)
+            draw(load, steps, values, color, label)
         load.axhline(1 + sparse.bounds(runs[0])[0], color="black", linestyle="--", linewidth=0.8,
                      label="commonest token alone")  # fmt: skip
-        load.set(yscale="log", title=f"rate {rate_of(runs):g}")
-        load.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        load.yaxis.set_major_formatter(ScalarFormatter())
-        load.yaxis.set_minor_locator(NullLocator())
+        sparse.scale_by_factors(load)
+        load.set_title(f"rate {rate_of(runs):g}")
         load.grid(alpha=0.3)
         steps, reached = sparse.over_time(runs, "bias_spread")
-        bias.plot(steps, reached[:, :, 0].T, color="tab:blue", linewidth=0.6, alpha=0.6)
-        bias.plot(steps, reached[:, :, 0].mean(0), color="tab:blue", linewidth=1.8)
+        draw(bias, steps, reached[:, :, 0], "tab:blue")
         bias.plot(steps, [2 * rate_of(runs) * step for step in steps], color="gray", linewidth=0.8)
         bias.set_xlabel("step")
         bias.grid(alpha=0.3)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sigma_experiments import grown
 from sigma_experiments.grown import KINDS, Curve, Size
 from sigma_experiments.lab import Lab
-from sigma_experiments.page import Page, spread, table
+from sigma_experiments.page import Page, draw, spread, table
 
 COLORS = {"interposition": "C0", "stack": "C1", "wide": "C2", "scratch": "black", "small": "gray"}
 
@@ -165,10 +165,7 @@ def _draw(
     shown = flops <= most
     x = flops[shown] + (of_arm[0].sunk if with_sunk else 0.0)
     y = np.array([curve.bits for curve in of_arm])[:, shown]
-    color = COLORS.get(color, color)
-    for seed in y:
-        axes.plot(x, seed, color=color, linewidth=0.6, alpha=0.6)
-    axes.plot(x, y.mean(0), color=color, linewidth=1.8, label=label or None)
+    draw(axes, x, y, COLORS.get(color, color), label or None)
 
 
 def _finished(figure: Figure) -> Figure:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sigma_train import markdown
 from sigma_train.files import atomic_file, write_text
@@ -62,3 +64,9 @@ def spread(values: Sequence[float], digits: int = 3, unit: str = "") -> str:
     if len(values) == 1:
         return text
     return f"{text} [{min(values):z.{digits}f}, {max(values):z.{digits}f}]"
+
+
+def draw(axes: Axes, x: Sequence[float], values: np.ndarray, color: str, label: str | None = None) -> None:
+    """values [seeds, x]: a thin line each, and their mean."""
+    axes.plot(x, values.T, color=color, linewidth=0.6, alpha=0.6)
+    axes.plot(x, values.mean(0), color=color, linewidth=1.8, label=label)

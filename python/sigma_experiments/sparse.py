@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from sigma_experiments.lab import SHORT, Lab, Run, Trained
 from sigma_experiments.page import spread
@@ -68,6 +69,14 @@ def draw_layers(axes: Axes, values: np.ndarray, **style: Any) -> None:
     """A statistic [seeds, layers]: its mean, and bars from the lowest to the highest seed."""
     error = np.abs(np.stack([values.min(0), values.max(0)]) - values.mean(0))
     axes.errorbar(np.arange(values.shape[1]), values.mean(0), error, marker="o", capsize=2, **style)
+
+
+def scale_by_factors(axes: Axes) -> None:
+    """Logarithmic, with 1, 2 and 5 of each power written out."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def percent(values: Sequence[float]) -> str:
