@@ -50,6 +50,10 @@ def test_a_cell_is_judged_by_overlap():
     assert cell.precision == 0.75
     assert cell.mean_length_s == pytest.approx((20 + 20 + 21) / 3 * 1e-3)
     assert cell.recall_low < 0.75 < cell.recall_high
+    later = stamps(
+        [(0, 20), (100, 120), (200, 220), (301, 322), (330, 350)]
+    )  # the injector's own work at its end
+    assert (judge(stops, later, 0.02, 10.0).found, judge(stops, later, 0.02, 10.0).precision) == (4, 1.0)
     assert selftest.to_json([judge(stamps([]), stamps([]), 0.02, 10.0)])["cells"][0]["recall"] is None
 
 
