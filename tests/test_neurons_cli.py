@@ -10,11 +10,10 @@ import torch
 from language_texts import write_texts
 from rich.console import Console
 from sigma_cli.commands import app
-from sigma_neurons import measured
+from sigma_neurons import measured, page
 from sigma_neurons.ablation import deactivate
 from sigma_neurons.identified import identify
 from sigma_neurons.overlap import overlaps
-from sigma_neurons.page import write_page
 from sigma_train.by_language import batches_of_language
 from sigma_train.config import Config
 from sigma_train.errors import WrongInput
@@ -97,35 +96,45 @@ def test_ablate_measures_and_report_shows(run, tmp_path):
         assert told["sets"]["specific"]["rise"][i] == pytest.approx(rise, abs=1e-12)
     assert any(told["sets"]["specific"]["neurons"].values())
     sigma("report", run, "--out", tmp_path)
-    page = (tmp_path / "report.html").read_text()
+    report = (tmp_path / "report.html").read_text()
     assert {"kinds.png", "languages.png", "routing.png", "without-specific.png"} <= {
         p.name for p in tmp_path.iterdir()
     }
-    assert "specific to one language" in page
-    assert "Without specific" in page
+    assert "specific to one language" in report
+    assert "Without specific" in report
 
 
 def test_a_checkpoint_that_was_not_counted_is_refused(run, tmp_path):
     with pytest.raises(WrongInput, match=r"neurons.json is missing; `sigma neurons identify` writes it"):
         sigma("ablate", run, "--out", tmp_path)
     sigma("identify", run, "--out", tmp_path, "--batches", 1)
-    told = json.loads((tmp_path / "neurons.json").read_text())
-    (tmp_path / "neurons.json").write_text(json.dumps(told | {"counts_sha256": "0"}))
+    file = tmp_path / "neurons.json"
+    told = page.read(file, "identify")
+    page.write(file, told | {"counts_sha256": "0"})
     with pytest.raises(
         WrongInput, match=r"counts.safetensors is not what .* was made of; run identify again"
     ):
         sigma("ablate", run, "--out", tmp_path)
-    (tmp_path / "neurons.json").write_text(
-        json.dumps(told | {"checkpoint": "other", "checkpoint_sha256": "0"})
-    )
+    page.write(file, told | {"checkpoint": "other", "checkpoint_sha256": "0"})
     with pytest.raises(WrongInput, match="is of other; run identify on"):
         sigma("ablate", run, "--out", tmp_path)
-    (tmp_path / "ablation.json").write_text(json.dumps({"schema_version": 1, "neurons_sha256": "1"}))
+    page.write(tmp_path / "ablation.json", {"neurons_sha256": "1"})
     with pytest.raises(WrongInput, match=r"is of other neurons than neurons.json; run .sigma neurons ablate"):
-        write_page(tmp_path)
-    (tmp_path / "neurons.json").write_text(json.dumps({"schema_version": 2}))
+        page.write_page(tmp_path)
+    file.write_text(json.dumps({"schema_version": 2}))
     with pytest.raises(WrongInput, match="must be of schema_version 1"):
-        write_page(tmp_path)
+        page.write_page(tmp_path)
+
+
+@pytest.mark.parametrize("changed", [{"languages": ["xx"]}, {"named": None}, {"sha256": "0"}])
+def test_a_file_that_was_edited_is_told(tmp_path, changed):
+    """Defends: a KeyError for a key that is gone, figures that nobody measured."""
+    file = tmp_path / "neurons.json"
+    page.write(file, {"languages": ["de", "en"], "named": {}})
+    assert page.read(file, "identify")["languages"] == ["de", "en"]
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(WrongInput, match="is damaged or was edited; run `sigma neurons identify` again"):
+        sigma("overlap", tmp_path, tmp_path)
 
 
 def test_overlap_compares_two_results(run, tmp_path):

@@ -157,9 +157,9 @@ def _identified(folder: Path, about: dict[str, Any]) -> Any:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    from sigma_train.files import must_be_writable, write_json
+    from sigma_train.files import must_be_writable
 
-    from sigma_neurons.page import SCHEMA
+    from sigma_neurons import page
 
     with must_be_writable("--out", path.parent):
-        write_json(path, {"schema_version": SCHEMA} | content)
+        page.write(path, content)

@@ -1,19 +1,31 @@
 """neurons/report.html: the language neurons of a run as one page, with its pictures beside it."""
 
 import base64
+import hashlib
 import html
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sigma_train.errors import WrongInput
-from sigma_train.files import atomic_file, must_be_writable, sha256_file, write_text
+from sigma_train.files import atomic_file, must_be_writable, sha256_file, write_json, write_text
 from sigma_train.report import STYLE, png
 
 from sigma_neurons import pictures
 from sigma_neurons.taxonomy import KINDS
 
 SCHEMA = 1
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """As `read` has it back."""
+    sealed = {"schema_version": SCHEMA, **content}
+    write_json(path, sealed | {"sha256": _seal(sealed)})
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read(path: Path, command: str) -> dict[str, Any]:
@@ -26,6 +38,8 @@ def read(path: Path, command: str) -> dict[str, Any]:
         raise WrongInput(f"{path} is no JSON: {error}") from None
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA:
         raise WrongInput(f"{path} must be of schema_version {SCHEMA}, as `sigma neurons {command}` writes it")
+    if content.pop("sha256", None) != _seal(content):
+        raise WrongInput(f"{path} is damaged or was edited; run `sigma neurons {command}` again")
     return content
 
 
