@@ -177,6 +177,31 @@ def test_alignment_by_edit_distance():
         mined_align([], ["a"])
 
 
+def mined_by_loop(student: list[str], teacher: list[str]) -> list[list[int]]:
+    """The recurrence as it stands, and the path back."""
+
+    def before(i: int, j: int) -> list[tuple[int, int]]:
+        return [(p, q) for p, q in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if p >= 0 and q >= 0]
+
+    cost = {}
+    for i, mine in enumerate(student):
+        for j, theirs in enumerate(teacher):
+            least = min((cost[place] for place in before(i, j)), default=0)
+            cost[i, j] = edit_distance(mine, theirs) + least
+    path = [(len(student) - 1, len(teacher) - 1)]
+    while steps := before(*path[-1]):
+        path.append(min(steps, key=cost.__getitem__))
+    return [
+        [min(j for p, j in path if p == i), max(j for p, j in path if p == i)] for i in range(len(student))
+    ]
+
+
+@settings(max_examples=300, deadline=None)
+@given(*[st.lists(st.text("ab ", max_size=4), min_size=1, max_size=12)] * 2)
+def test_edit_distance_in_rows_equals_the_loop(student, teacher):
+    assert mined_align(student, teacher).tolist() == mined_by_loop(student, teacher)
+
+
 def byte_level(**kwargs) -> Tokenizer:
     return Tokenizer.from_str(train_tokenizer(SAMPLE, 300)._serialized, **kwargs)
 

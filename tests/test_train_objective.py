@@ -13,6 +13,7 @@ from sigma_train import loop
 from sigma_train.config import ConfigError, load_config
 from sigma_train.errors import WrongInput
 from sigma_train.folder import claimed
+from sigma_train.laid_over import Aligned
 from sigma_train.loop import Trainer
 from sigma_train.metrics import read_metrics
 from sigma_train.ranks import Ranks
@@ -44,14 +45,15 @@ def teacher(tmp_path_factory):
         Trainer(config, Console(quiet=True), False).run()
     patch.undo()
     teacher, out = RunTeacher(folder / "run"), folder / "losses"
-    cache_losses(teacher, config.data, out, None, None, 4096, "f32", Console(quiet=True))
+    cache_losses(teacher, config.data, out, None, None, 4096, "f32", Console(quiet=True), 64)
     losses = read_losses(out, "test")
     write_losses(folder / "others", replace(losses, loss=losses.loss.half()))
+    write_losses(folder / "losses-alone", replace(losses, top=losses.top[:, :0]))
     return out
 
 
 def of(kind: str, teacher) -> list[str]:
-    named = [f"objective.teacher={teacher}"] if kind == "teacher_guided" else []
+    named = [f"objective.teacher={teacher}"] if kind in ("teacher_guided", "uld") else []
     return [f"objective.kind={kind}", *named]
 
 
@@ -130,6 +132,51 @@ def test_the_first_step_by_hand(make_trainer, teacher, scope):
     )
 
 
+@pytest.mark.parametrize("alignment", ["span", "index", "edit"])
+def test_uld_by_hand(make_trainer, teacher, alignment):
+    """Cross entropy of all, and the distance to the teacher's probabilities at the partner of each that has one."""
+    trainer = make_trainer(
+        "run",
+        "train.grad_accum=2",
+        "objective.uld_weight=0.7",
+        f"objective.alignment={alignment}",
+        *of("uld", teacher),
+    )
+    t, data = trainer.config.train, trainer.data
+    losses = read_losses(teacher, "test")
+    partners = losses.partners(data.train, Aligned(alignment, strings=data.tokenizer.pieces))
+    of_all, distance = [], []
+    for micro in range(2):
+        inputs, targets = data.train.batch(micro, t.batch_size, t.seq_len, t.seed)
+        places = data.train.target_places(micro, t.batch_size, t.seq_len, t.seed)
+        with torch.no_grad():
+            logits = trainer.model(inputs)
+        of_all.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item())
+        total = 0.0
+        for row, partner in zip(logits.flatten(0, 1), partners[places].flatten().tolist(), strict=True):
+            if partner >= 0:
+                p, q = row.softmax(-1).sort(descending=True).values, losses.top[partner].float()
+                total += ((p[:64] - q).abs().sum() + p[64:].sum()).item()
+        distance.append(total / targets.numel())
+    loss, _, _ = trainer.one_step.gradients(0)
+    assert loss == pytest.approx(sum(of_all) / 2 + 0.7 * sum(distance) / 2, rel=1e-5)
+    assert trainer.one_step.figures == pytest.approx(
+        {"loss_of_all": sum(of_all) / 2, "uld": sum(distance) / 2}, rel=1e-5
+    )
+    assert sum(distance) > 0.1
+
+
+def test_uld_lowers_the_distance(make_trainer, teacher):
+    """Defends: a distance without a gradient, or with one the wrong way."""
+    found = {}
+    for weight in (0, 20):
+        trainer = make_trainer(str(weight), f"objective.uld_weight={weight}", *of("uld", teacher))
+        trainer.run()
+        found[weight] = [row["uld"] for row in rows(trainer)]
+    assert found[0][0] == found[20][0]
+    assert found[20][-1] < found[0][-1]
+
+
 def test_what_the_kinds_keep(make_trainer, teacher):
     """The student's own loss: the highest; at random: as many, of the mean's size; and other ones in another batch."""
     loss, of_all = {}, set()
@@ -189,25 +236,25 @@ def test_a_run_goes_on_with_the_same_teacher_alone(make_trainer, teacher, tmp_pa
     (["objective.kind=random"], ConfigError, "go together; found kind 'random' and teacher /"),
     (["objective.teacher=none"], ConfigError, "go together; found kind 'teacher_guided' and teacher none"),
     (["objective.keep_rate=0"], ConfigError, "keep_rate must be a number above 0 and at most 1, found 0"),
+    (["objective.kind=uld", "objective.teacher={alone}"], WrongInput,
+     "losses-alone must hold probabilities for objective.kind = uld, found losses alone"),
+    (["objective.alignment=words"], ConfigError, "objective.alignment must be 'span' or 'index' or 'chunk' or 'edit'"),
     (["objective.teacher={missing}"], WrongInput, "missing; `sigma teacher cache` makes it"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_told(make_trainer, teacher, tmp_path, settings, error, words):
     """Defends: losses of other tokens, which train as well as any."""
-    more = [setting.format(missing=tmp_path / "missing") for setting in settings]
+    alone = teacher.with_name("losses-alone")
+    more = [setting.format(missing=tmp_path / "missing", alone=alone) for setting in settings]
     with pytest.raises(error, match=words) as refused:
         make_trainer("run", *of("teacher_guided", teacher), *more)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run" / "config.toml").exists()
 
 
-def test_two_ranks_keep_what_one_does(make_trainer, cache, teacher, tmp_path):
+@pytest.mark.parametrize(("kind", "figure"), [("teacher_guided", "kept"), ("uld", "uld")])
+def test_two_ranks_learn_what_one_does(make_trainer, cache, teacher, tmp_path, kind, figure):
     """Defends: a share of each rank's own, targets of another rank's tokens, a sum of weights of one of them."""
-    common = [
-        "router.balance=global",
-        "objective.unmapped=exclude",
-        "train.steps=2",
-        *of("teacher_guided", teacher),
-    ]
+    common = ["router.balance=global", "objective.unmapped=exclude", "train.steps=2", *of(kind, teacher)]
     one = make_trainer("one", *common)
     one.run()
     args = ["train", "--preset", "smoke", "--out", str(tmp_path / "two")]
@@ -217,5 +264,5 @@ def test_two_ranks_keep_what_one_does(make_trainer, cache, teacher, tmp_path):
     assert [result.returncode for result in results] == [0, 0], results
     found = [row for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "loss" in row]
     for got, want in zip(found, rows(one), strict=True):
-        for name, bound in (("loss", 1e-5), ("loss_of_all", 1e-5), ("grad_norm", 1e-3), ("kept", 1e-6)):
+        for name, bound in (("loss", 1e-5), ("loss_of_all", 1e-5), ("grad_norm", 1e-3), (figure, 1e-5)):
             assert got[name] == pytest.approx(want[name], rel=bound), name

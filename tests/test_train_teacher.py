@@ -1,5 +1,6 @@
 """`sigma teacher cache`: each teacher token's loss with enough before it, where it stands, and of what it is."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from sigma_train.alignment import chunk_align
 from sigma_train.checkpoint import save_checkpoint
 from sigma_train.config import load_config
 from sigma_train.context_windows import windows
@@ -18,8 +20,10 @@ from sigma_train.corpus import find_files, read_corpus, split
 from sigma_train.dataset import PreparedData, prepare
 from sigma_train.errors import WrongInput
 from sigma_train.export import export_to_transformers
+from sigma_train.laid_over import Aligned
+from sigma_train.mined_align import mined_align
 from sigma_train.model import LanguageModel
-from sigma_train.reading import Reading, losses
+from sigma_train.reading import Reading, read_texts
 from sigma_train.spans import spans_of_lengths
 from sigma_train.teacher import RunTeacher, TransformersTeacher, open_teacher
 from sigma_train.teacher_cache import cache_losses, reading_of
@@ -99,7 +103,7 @@ def test_losses_are_those_of_one_forward(run):
     teacher = RunTeacher(run)
     texts = ["def f(x):\n", TEXT, "", "x"]
     encoded = [ids for ids, _ in teacher.encode(texts)]
-    got = losses(teacher, encoded, Reading(64, 0, 128))
+    got = [each.loss for each in read_texts(teacher, encoded, Reading(64, 0, 128))]
     assert [len(nats) for nats in got] == [len(ids) for ids in encoded]
     for ids, nats in zip(encoded, got, strict=True):
         if not ids:
@@ -113,7 +117,7 @@ def test_losses_are_those_of_one_forward(run):
 def test_a_long_text_is_read_with_context(run):
     teacher = RunTeacher(run)
     ((ids, _),) = teacher.encode([TEXT * 3])
-    (got,) = losses(teacher, [ids], Reading(16, 8, 64))
+    got = read_texts(teacher, [ids], Reading(16, 8, 64))[0].loss
     sequence = torch.tensor([*teacher.prefix, *ids])
     for w in windows(len(sequence), 16, 8):
         with torch.no_grad():
@@ -127,9 +131,27 @@ def test_without_a_prefix_the_first_token_has_no_loss(run):
     teacher = RunTeacher(run)
     teacher.prefix = []
     encoded = [ids for ids, _ in teacher.encode([TEXT, "a"])]
-    got = losses(teacher, encoded, Reading(64, 0, 128))
-    assert [np.isnan(nats).sum() for nats in got] == [1, 1]
-    assert np.isnan(got[0][0])
+    got = read_texts(teacher, encoded, Reading(64, 0, 128, top=2))
+    assert [np.isnan(each.loss).sum() for each in got] == [1, 1]
+    assert np.isnan(got[0].loss[0])
+    assert (got[0].top[0] == 0).all()
+    assert (got[0].top[1:] > 0).all()
+
+
+def test_highest_probabilities_are_of_what_was_expected_there(run):
+    """Defends: those of the token after, of a window's row that is filled up, in no order."""
+    teacher = RunTeacher(run)
+    texts = [TEXT * 2, "def"]
+    encoded = [ids for ids, _ in teacher.encode(texts)]
+    for ids, read in zip(encoded, read_texts(teacher, encoded, Reading(64, 0, 256, top=5)), strict=True):
+        whole = torch.tensor([*teacher.prefix, *ids])[: 64 + 1]
+        with torch.no_grad():
+            want = teacher.model(whole[None, :-1])[0].softmax(-1).sort(descending=True).values[:, :5]
+        torch.testing.assert_close(
+            torch.from_numpy(read.top)[: len(want)].float(), want, rtol=2e-3, atol=1e-6
+        )
+    with pytest.raises(WrongInput, match="--top must be at most 400, the teacher's vocabulary, found 401"):
+        read_texts(teacher, encoded, Reading(64, 0, 256, top=401))
 
 
 def test_a_run_and_its_export_are_one_teacher(run, exported, corpus, tmp_path):
@@ -186,7 +208,7 @@ def decoded(piece: str) -> bytes:
 @pytest.mark.parametrize("how", ["max", "mean"])
 def test_targets_are_those_of_the_covering_tokens(run, corpus, tmp_path, how, monkeypatch):
     """By the definition, token by token; in blocks, whose edges fall anywhere."""
-    monkeypatch.setattr("sigma_train.teacher_file.BLOCK", 37)
+    monkeypatch.setattr("sigma_train.laid_over.BLOCK", 37)
     config = config_of(corpus, tmp_path)
     data = prepare(config)
     cached(RunTeacher(run), config, tmp_path / "losses")
@@ -199,6 +221,67 @@ def test_targets_are_those_of_the_covering_tokens(run, corpus, tmp_path, how, mo
         want = float("nan") if not len(over) else (over.max() if how == "max" else over.mean()).item()
         assert value == pytest.approx(want, rel=1e-5, nan_ok=True)
     assert torch.equal(got.isnan(), torch.from_numpy(data.train.tokens == data.tokenizer.eos_id))
+
+
+@pytest.mark.parametrize("kind", ["index", "chunk", "edit"])
+def test_targets_of_what_it_is_compared_with(run, corpus, tmp_path, kind, monkeypatch):
+    """Piece by piece, as the definitions have it; an end of a document is in none.
+
+    Defends: a piece that begins in another document, teacher tokens of the piece before.
+    """
+    monkeypatch.setattr("sigma_train.laid_over.PIECE", 60)
+    config = config_of(corpus, tmp_path)
+    data = prepare(config)
+    cached(RunTeacher(run), config, tmp_path / "losses")
+    found = read_losses(tmp_path / "losses", "test")
+    aligned = Aligned(kind, 4, data.tokenizer.pieces)
+    got, partners = found.targets(data.train, "max", aligned), found.partners(data.train, aligned)
+    documents, _ = split(read_corpus(find_files(config.data.paths)).documents, config.data.val_fraction)
+    token, num_pieces = 0, 0
+    text = b"".join(document.read().encode() for document in documents)
+    begins = [0, *np.cumsum([document.size for document in documents]).tolist()]
+    spans = spans_of_lengths(data.train.token_bytes[data.train.tokens])
+    for begin, end in itertools.pairwise(begins):
+        mine = [i for i, (a, b) in enumerate(spans) if begin <= a < b <= end]
+        for first in range(0, len(mine), 60):
+            piece = mine[first : first + 60]
+            num_pieces += 1
+            bounds = spans[piece[0], 0], spans[piece[-1], 1]
+            theirs = [j for j, a in enumerate(found.begins.tolist()) if bounds[0] <= a < bounds[1]]
+            if kind == "index":
+                want = [[i, i] if i < len(theirs) else [-1, -1] for i in range(len(piece))]
+            elif kind == "chunk":
+                want = chunk_align(len(piece), len(theirs), min(4, len(piece), len(theirs))).tolist()
+            else:
+                pairs = zip(found.begins.tolist(), found.ends.tolist(), strict=True)
+                of_teacher = list(pairs)
+                want = mined_align(
+                    [text[a:b].decode("latin-1") for a, b in spans[piece].tolist()],
+                    [text[a:b].decode("latin-1") for a, b in (of_teacher[j] for j in theirs)],
+                ).tolist()
+            for i, (a, b) in zip(piece, want, strict=True):
+                if a == -1:
+                    assert got[i].isnan()
+                    assert partners[i] == -1
+                else:
+                    assert got[i] == found.loss[theirs[a] : theirs[b] + 1].max()
+                    assert partners[i] == theirs[a]
+                token += 1
+    assert num_pieces > len(documents)
+    is_end = torch.from_numpy(data.train.tokens == data.tokenizer.eos_id)
+    assert (partners[is_end] == -1).all()
+    assert token == (~is_end).sum()
+
+
+def test_a_token_that_the_teacher_did_not_expect_has_no_partner(run, corpus, tmp_path):
+    config = config_of(corpus, tmp_path)
+    teacher = RunTeacher(run)
+    teacher.prefix = []
+    cached(teacher, config, tmp_path / "losses")
+    found, data = read_losses(tmp_path / "losses", "test"), prepare(config)
+    partners = found.partners(data.train)
+    assert not found.loss[partners[partners >= 0]].isnan().any()
+    assert (partners == -1).sum() > (data.train.tokens == data.tokenizer.eos_id).sum()
 
 
 def test_languages_are_split_as_the_trainer_does(run, tmp_path):

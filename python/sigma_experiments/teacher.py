@@ -2,13 +2,15 @@
 
 A teacher is trained on clean text, and reads the students' text once, of which a part cannot be learned.  Students of a
 quarter of its active size and another vocabulary see the same tokens and learn from all, or from 40 %: at random, by
-their own loss, by how much it is above the teacher's.  They are measured on clean text that nobody has seen.
+their own loss, by how much it is above the teacher's, where tokens of both are paired by their bytes, by edit distance
+or by chunks of equal count; or from all, and from how sure the teacher is (ULD).  They are measured on clean text that
+nobody has seen.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,14 +18,18 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sigma_train.alignment import alignment_ios
 from sigma_train.config import Config
 from sigma_train.console import say
 from sigma_train.dataset import prepare
 from sigma_train.evaluate import evaluate
 from sigma_train.generate import load_run
+from sigma_train.kinds import Alignment
+from sigma_train.laid_over import Aligned
 from sigma_train.model import LanguageModel, flops_per_token
 from sigma_train.objective import Objective
 from sigma_train.ranks import Ranks
+from sigma_train.spans import spans_of_lengths
 from sigma_train.teacher import open_teacher
 from sigma_train.teacher_cache import cache_losses
 from sigma_train.teacher_file import TeacherLosses, read_losses
@@ -35,6 +41,9 @@ from sigma_experiments.page import Page, spread, table
 
 TEXT_BYTES, SHORT_BYTES = 3_000_000, 80_000
 STEPS, TEACHER_STEPS = 300, 500
+NOT_SHORT = ("random", "mean", "chunk", "uld_index")
+TOP = 64  # probabilities of the teacher that ULD sees
+COVERED_TOKENS = 100_000  # of the student's, over which alignments are looked at
 LOOKS = 16  # batches of the training text over which a trained student's choice is counted
 COMMON = {
     "router.balance": "global",
@@ -71,6 +80,13 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "student": ("40 % by the student's loss", {"objective.kind": "student"}),
     "max": ("40 % by the gap, max", {**GUIDED, "objective.aggregate": "max"}),
     "mean": ("40 % by the gap, mean", {**GUIDED, "objective.aggregate": "mean"}),
+    "edit": ("40 % by the gap, max, by edit distance", {**GUIDED, "objective.alignment": "edit"}),
+    "chunk": ("40 % by the gap, max, by chunks", {**GUIDED, "objective.alignment": "chunk"}),
+    "uld": ("all tokens, and ULD by bytes", {"objective.kind": "uld"}),
+    "uld_index": (
+        "all tokens, and ULD by position",
+        {"objective.kind": "uld", "objective.alignment": "index"},
+    ),
     "longer": ("all tokens, FLOPs of the teacher's reading added", {}),
 }
 
@@ -92,19 +108,34 @@ class Costs:
 def run(lab: Lab) -> Page:
     texts = write_texts(lab.folder / "text", SHORT_BYTES if lab.is_short else TEXT_BYTES)
     teacher = Run("teacher", 0, settings(lab, TEACHER, texts.teacher, {}))
-    (trained_teacher,) = lab.train([teacher]).values()
+    alone = lab.train(
+        [teacher, *students(lab, texts, "plain", "random", "student")]
+    )  # of the teacher's own time
+    trained_teacher = alone.pop(teacher)
     place, losses = read_by(trained_teacher, lab, texts)
     costs = costs_of(trained_teacher, lab, texts, losses)
-    trained = sparse.by_arm(lab.train(students(lab, texts, place, costs)))
+    guided = lab.train(
+        [
+            *students(lab, texts, *(name for name in ARMS if reads_teacher(name)), teacher=place),
+            *students(lab, texts, "longer", more_steps=costs.longer),
+        ]
+    )
+    found = sparse.by_arm(alone | guided)
+    trained = {name: found[name] for name in ARMS if name in found}
     bits = {name: [on_clean_text(each, texts) for each in runs] for name, runs in trained.items()}
-    kept = {
-        name: [kept_by(each, texts) for each in runs] for name, runs in trained.items() if name != "longer"
-    }
+    kept = {name: [kept_by(each, texts) for each in runs] for name, runs in trained.items() if chooses(name)}
+    covered = covered_by(student_config(lab, texts), losses)
     return Page(
         "Tokens chosen by a teacher of another vocabulary",
-        text(trained, trained_teacher, losses, costs, bits, kept),
+        text(trained, trained_teacher, losses, costs, bits, kept, covered),
         {"quality": quality_figure(bits), "kept": kept_figure(kept)},
-        {"bits_per_byte": bits, "kept": kept, "flops": vars(costs), "teacher": losses.record},
+        {
+            "bits_per_byte": bits,
+            "kept": kept,
+            "flops": vars(costs),
+            "covered": covered,
+            "teacher": losses.record,
+        },
     )
 
 
@@ -113,19 +144,26 @@ def settings(lab: Lab, base: Mapping[str, Any], place: Path, more: Mapping[str, 
     return {**base, "data.paths": (str(place),), **more, **short}
 
 
-def students(lab: Lab, texts: Texts, place: Path, costs: Costs) -> list[Run]:
+def reads_teacher(name: str) -> bool:
+    return ARMS[name][1].get("objective.kind") in ("teacher_guided", "uld")
+
+
+def chooses(name: str) -> bool:
+    """Whether it learns from some tokens alone; of all of them `plain` stands for the others."""
+    return ARMS[name][1].get("objective.kind") != "uld" and name != "longer"
+
+
+def students(
+    lab: Lab, texts: Texts, *names: str, teacher: Path | None = None, more_steps: int = 0
+) -> list[Run]:
+    own: dict[str, Any] = {} if teacher is None else {"objective.teacher": str(teacher)}
     runs = []
-    for name, (_, own) in ARMS.items():
-        if lab.is_short and name in ("random", "mean"):
+    for name in names:
+        if lab.is_short and name in NOT_SHORT:
             continue
-        own = own | (
-            {"objective.teacher": str(place)} if own.get("objective.kind") == "teacher_guided" else {}
-        )
-        of_arm = settings(lab, STUDENT, texts.student, own)
-        if name == "longer":
-            of_arm["train.steps"] += min(
-                costs.longer, of_arm["train.steps"] if lab.is_short else costs.longer
-            )
+        of_arm = settings(lab, STUDENT, texts.student, ARMS[name][1] | own)
+        steps = of_arm["train.steps"]
+        of_arm["train.steps"] += min(more_steps, steps) if lab.is_short else more_steps
         runs += [Run(name, seed, of_arm) for seed in range(lab.seeds)]
     return runs
 
@@ -135,7 +173,7 @@ def read_by(teacher: Trained, lab: Lab, texts: Texts) -> tuple[Path, TeacherLoss
     opened = open_teacher(teacher.folder)
     place = lab.folder / f"losses-{opened.digest[:12]}"
     data = student_config(lab, texts).data
-    say(lab.console, cache_losses(opened, data, place, None, None, 4096, "f16", lab.console))
+    say(lab.console, cache_losses(opened, data, place, None, None, 4096, "f16", lab.console, TOP))
     return place, read_losses(place, "experiment")
 
 
@@ -196,6 +234,29 @@ def kept_by(trained: Trained, texts: Texts) -> dict[str, float]:
     }
 
 
+def covered_by(config: Config, losses: TeacherLosses) -> dict[str, float]:
+    """Of the student's bytes, the share that each alignment's teacher tokens share, over the first documents."""
+    data = prepare(config)
+    lengths = data.train.token_bytes[data.train.tokens[:COVERED_TOKENS]]
+    spans = torch.from_numpy(spans_of_lengths(lengths))
+    teacher = torch.stack([losses.begins, losses.ends], dim=1)
+    found = {}
+    for kind in get_args(Alignment):
+        shared, of_all = 0.0, 0
+        over = Aligned(kind, strings=data.tokenizer.pieces).over(data.train, losses.begins, losses.ends)
+        for tokens, of_teacher, ranges in over:
+            if tokens.stop > len(spans) and of_all:
+                break
+            student = spans[tokens]
+            ranges = ranges[: len(student)]
+            sizes = student[:, 1] - student[:, 0]
+            share = alignment_ios(student, teacher[of_teacher], ranges)
+            shared += (share.nan_to_num() * sizes).sum().item()
+            of_all += int(sizes.sum())
+        found[kind] = shared / of_all
+    return found
+
+
 def text(
     trained: dict[str, list[Trained]],
     teacher: Trained,
@@ -203,6 +264,7 @@ def text(
     costs: Costs,
     bits: dict[str, list[float]],
     kept: dict[str, list[dict[str, float]]],
+    covered: dict[str, float],
 ) -> str:
     student = trained["plain"][0].config
     quality = [
@@ -211,7 +273,7 @@ def text(
             str(runs[0].config.train.steps),
             spread(bits[name], 4),
             f"{costs.step * runs[0].config.train.steps:.2e}",
-            f"{costs.step * runs[0].config.train.steps + costs.reading * (name in ('max', 'mean')):.2e}",
+            f"{costs.step * runs[0].config.train.steps + costs.reading * reads_teacher(name):.2e}",
         ]
         for name, runs in trained.items()
     ]
@@ -249,7 +311,13 @@ students' text it has {losses.bits_per_byte:.4f} bits per byte, noise and all. A
 
 Equal steps in all rows but the last, which has as many FLOPs as a guided student and the teacher's reading of the text
 ({costs.reading:.2e}) together, in a short form at most twice the steps. The teacher's
-training, {costs.training:.2e} FLOPs, is counted nowhere.
+training, {costs.training:.2e} FLOPs, is counted nowhere. ULD adds
+{student.objective.uld_weight:g} times the distance between the sorted probabilities of the student and the teacher's
+{TOP} highest, and leaves no token out.
+
+Of a student's token the teacher's that it is paired with cover, in the mean over bytes: by bytes
+{percent_of(covered["span"])}, by edit distance {percent_of(covered["edit"])}, by {student.objective.chunks} chunks of
+equal count in each document {percent_of(covered["chunk"])}, by position {percent_of(covered["index"])}.
 
 {table(rates, chosen)}
 
@@ -261,12 +329,16 @@ are left out with it.
 """
 
 
+def percent_of(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
 def percent(rates: Sequence[dict[str, float]], key: str) -> str:
     return spread([100 * each[key] for each in rates], 1, " %")
 
 
 def quality_figure(bits: dict[str, list[float]]) -> Figure:
-    figure, axes = plt.subplots(figsize=(8, 3))
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.33 * len(bits)))
     for place, values in enumerate(bits.values()):
         axes.plot([np.mean(values)], [place], "o", color=f"C{place}")
         axes.plot(values, [place] * len(values), "|", color=f"C{place}", markersize=14)
@@ -278,7 +350,7 @@ def quality_figure(bits: dict[str, list[float]]) -> Figure:
 
 def kept_figure(kept: dict[str, list[dict[str, float]]]) -> Figure:
     groups = {"clean": "clean documents", "beside_noise": "clean tokens of noisy documents", "noise": "noise"}
-    figure, axes = plt.subplots(figsize=(8, 3.6))
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.4 * len(kept)))
     for offset, (key, label) in enumerate(groups.items()):
         values = [100 * np.mean([each[key] for each in rates]) for rates in kept.values()]
         axes.barh(np.arange(len(kept)) + 0.27 * (offset - 1), values, 0.25, label=label)

@@ -1,17 +1,21 @@
-"""`sigma neurons identify`, `ablate`, `report` and `overlap`: the language neurons of a run."""
+"""`sigma neurons identify`, `ablate`, `report` and `overlap`: the language neurons of a run or of another model."""
 
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from sigma_train.options import Place
+from sigma_train.options import Data, Overrides
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Which neurons of a model belong to which language, of runs with data.languages.",
+    help="Which neurons of a model belong to which language: of runs with data.languages, or of transformers' models.",
 )
 
+Place = Annotated[
+    Path,
+    typer.Argument(help="folder of a run, of one checkpoint of it, or of a causal model of transformers"),
+]
 Out = Annotated[Path | None, typer.Option(help="folder of the results; neurons in the run's where not given")]
 
 COUNTS = "counts.safetensors"
@@ -36,6 +40,8 @@ class Within(StrEnum):
 def identify(
     place: Place,
     out: Out = None,
+    data: Data = None,
+    overrides: Overrides = None,
     split: Annotated[Split, typer.Option(help="text that activations are counted on")] = Split.train,
     batches: Annotated[int, typer.Option(min=1, help="of each language, as large as the run's")] = 16,
     top_rate: Annotated[
@@ -62,11 +68,11 @@ def identify(
         if value is not None and not math.isfinite(value):  # min= lets inf pass, of an older typer NaN too
             raise WrongInput(f"{option} must be a number, found {value}")
 
-    from sigma_neurons import measured, view
+    from sigma_neurons import view
     from sigma_neurons.identified import identify as found_in
 
-    run = measured.load(place)
-    folder = _folder(out, run.checkpoint)
+    folder = _folder(out, place)
+    run = _opened(place, data, overrides)
     found = found_in(run.count(split.value, batches), top_rate, probability.value, lam, tau)
     about = run.about() | {"split": split.value}
     with must_be_writable("--out", folder):
@@ -81,6 +87,8 @@ def identify(
 def ablate(
     place: Place,
     out: Out = None,
+    data: Data = None,
+    overrides: Overrides = None,
     batches: Annotated[int, typer.Option(min=1, help="of each language's validation text")] = 4,
     controls: Annotated[int, typer.Option(min=1, max=100, help="random masks beside each mask")] = 2,
     within: Annotated[
@@ -91,10 +99,10 @@ def ablate(
     """Take each language's neurons out and show what that costs every language, beside random neurons."""
     from sigma_train.files import sha256_file
 
-    from sigma_neurons import matrices, measured, view
+    from sigma_neurons import matrices, view
 
-    run = measured.load(place)
-    folder = _folder(out, run.checkpoint)
+    folder = _folder(out, place)
+    run = _opened(place, data, overrides)
     found = _identified(folder, run.about())
     done = matrices.ablate(run, found, batches, controls, seed, within.value)
     of = {"neurons_sha256": sha256_file(folder / "neurons.json")}
@@ -106,11 +114,9 @@ def ablate(
 @app.command()
 def report(place: Place, out: Out = None) -> None:
     """Draw what identify and ablate found, as pictures and a page."""
-    from sigma_train.checkpoint import named_checkpoint
-
     from sigma_neurons.page import write_page
 
-    folder = _folder(out, named_checkpoint(place))
+    folder = _folder(out, place)
     typer.echo(f"wrote {write_page(folder)}")
 
 
@@ -128,10 +134,41 @@ def overlap(
     view.show_overlaps(overlaps(*told))
 
 
-def _folder(out: Path | None, checkpoint: Path) -> Path:
-    from sigma_train.checkpoint import run_of
+def _is_of_transformers(place: Path) -> bool:
+    return (place / "config.json").is_file()
 
-    return run_of(checkpoint) / "neurons" if out is None else out
+
+def _folder(out: Path | None, place: Path) -> Path:
+    from sigma_train.checkpoint import named_checkpoint, run_of
+    from sigma_train.errors import WrongInput
+
+    if out is None and _is_of_transformers(place):
+        raise WrongInput(f"--out must be given for a model of transformers, {place} stays as it is")
+    return run_of(named_checkpoint(place)) / "neurons" if out is None else out
+
+
+def _opened(place: Path, data: list[str] | None, overrides: list[str] | None) -> Any:
+    """A run, or a model of transformers on the text of --data."""
+    from sigma_train.errors import WrongInput
+
+    if not _is_of_transformers(place):
+        if data or overrides:
+            raise WrongInput(
+                "--data and --set are for a model of transformers; a run has its own text and settings"
+            )
+        from sigma_neurons import measured
+
+        return measured.load(place)
+    if not data:
+        raise WrongInput(
+            f"--data must name files LANG.txt for {place}, a model of transformers, which has no text"
+        )
+    from sigma_train.config import load_config
+
+    from sigma_neurons.foreign import Foreign
+
+    ours = {"data": {"paths": data, "languages": True}, "model": {"max_seq_len": 1 << 20}}
+    return Foreign(place, load_config(None, None, list(overrides or []), ours))
 
 
 def _identified(folder: Path, about: dict[str, Any]) -> Any:
@@ -147,6 +184,10 @@ def _identified(folder: Path, about: dict[str, Any]) -> Any:
     if told["checkpoint_sha256"] != about["checkpoint_sha256"]:
         raise WrongInput(
             f"{folder / 'neurons.json'} is of {told['checkpoint']}; run identify on {about['checkpoint']} first"
+        )
+    if told.get("corpus_sha256") != about.get("corpus_sha256"):
+        raise WrongInput(
+            f"{folder / 'neurons.json'} is of another text than --data; run identify on it first"
         )
     counts = folder / COUNTS
     if not counts.is_file() or sha256_file(counts) != told["counts_sha256"]:

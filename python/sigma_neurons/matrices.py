@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sigma_neurons.ablation import Deactivation, deactivation_matrix
 from sigma_neurons.identified import Identified
-from sigma_neurons.measured import Run
+from sigma_neurons.measured import Measured
 from sigma_neurons.taxonomy import Kind
 
 SETS: dict[str, tuple[Kind, ...]] = {
@@ -24,7 +24,12 @@ def masks_of(found: Identified, kinds: tuple[Kind, ...]) -> dict[str, Tensor]:
 
 
 def ablate(
-    run: Run, found: Identified, batches: int, controls: int, seed: int, within: Literal["layer", "expert"]
+    run: Measured,
+    found: Identified,
+    batches: int,
+    controls: int,
+    seed: int,
+    within: Literal["layer", "expert"],
 ) -> dict[str, Deactivation]:
     """Of each of SETS; one that has the very neurons of the one before, as where none is general, is not done again."""
     out: dict[str, Deactivation] = {}

@@ -1,10 +1,10 @@
 """A trained run with its text by language: what is counted on, and what losses are taken of."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from sigma_train.by_language import batches_of_language, evaluate_by_language, languages_of
@@ -15,12 +15,24 @@ from sigma_train.errors import WrongInput
 from sigma_train.files import sha256_file
 from sigma_train.model import LanguageModel, precision
 from sigma_train.trained import load_trained
-from torch import Tensor
+from torch import Tensor, nn
 
 from sigma_neurons.counting import ActivationCounter
 from sigma_neurons.stats import ActivationStats
 
 Split = Literal["train", "val"]
+
+
+class Measured(Protocol):
+    """A model and its text by language; about: whose results are, and of which text where that could be another."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def languages(self) -> tuple[str, ...]: ...
+    def about(self) -> dict[str, Any]: ...
+    def count(self, split: Split, limit: int) -> ActivationStats: ...
+    def losses(self, limit: int) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -43,10 +55,7 @@ class Run:
         return languages_of(self.data.train).names
 
     def batches(self, split: Split, limit: int) -> Iterator[tuple[str, Tensor]]:
-        """(language, tokens): of each language the same number of windows, `limit` batches or what the least has.
-
-        More of one language's text would move the quantile of all probabilities to its side.
-        """
+        """As `even_parts` has them, `limit` batches of each language or what the least has."""
         t, data = self.config.train, getattr(self.data, split)
         found = {
             name: torch.cat(
@@ -54,21 +63,39 @@ class Run:
             )
             for name in self.languages
         }
-        windows = min(map(len, found.values()))
-        for name, inputs in found.items():
-            yield from zip(itertools.repeat(name), inputs[:windows].split(t.batch_size))
+        return even_parts(found, t.batch_size)
 
     @torch.no_grad()
     def count(self, split: Split, limit: int) -> ActivationStats:
-        with ActivationCounter(self.model, self.languages) as counter, precision(self.config):
-            for language, tokens in self.batches(split, limit):
-                with counter.batch(language, tokens):
-                    self.model(tokens)
-        return counter.stats
+        with precision(self.config):
+            return count_activations(self.model, self.languages, self.batches(split, limit), self.model)
 
     def losses(self, limit: int) -> dict[str, float]:
         """Bits per byte of each language on the validation split."""
         return evaluate_by_language(self.model, self.data.val, self.config, limit)
+
+
+def even_parts(windows: Mapping[str, Tensor], batch_size: int) -> Iterator[tuple[str, Tensor]]:
+    """(language, tokens): batches of as many windows of each language as the least has.
+
+    More of one language's text would move the quantile of all probabilities to its side.
+    """
+    least = min(map(len, windows.values()))
+    for name, of_language in windows.items():
+        yield from zip(itertools.repeat(name), of_language[:least].split(batch_size))
+
+
+def count_activations(
+    model: nn.Module,
+    languages: Sequence[str],
+    batches: Iterable[tuple[str, Tensor]],
+    forward: Callable[[Tensor], Tensor],
+) -> ActivationStats:
+    with ActivationCounter(model, languages) as counter:
+        for language, tokens in batches:
+            with counter.batch(language, tokens):
+                forward(tokens)
+    return counter.stats
 
 
 def load(place: Path) -> Run:

@@ -65,7 +65,7 @@ def write_page(folder: Path) -> Path:
 def _of_neurons(neurons: dict[str, Any], folder: Path) -> list[str]:
     totals = neurons["totals"]
     out = [
-        _p(f"{neurons['checkpoint']}, step {neurons['step']}: {neurons['neurons']:,} neurons, counted on "
+        _p(f"{_whose(neurons)}: {neurons['neurons']:,} neurons, counted on "
            f"{min(neurons['tokens']):,} tokens of each of {len(neurons['languages'])} languages, "
            f"{neurons['split']} split."),
         _p(f"Of the {neurons['top_rate']:.2%} of lowest H - {neurons['lambda']:.4f} max p, {totals['specific']:,} are "
@@ -82,6 +82,11 @@ def _of_neurons(neurons: dict[str, Any], folder: Path) -> list[str]:
     if any(site["experts"] > 1 for site in neurons["sites"]):
         out.append(_picture("Routing by language", "routing", pictures.routing_figure(neurons), folder))
     return out
+
+
+def _whose(neurons: dict[str, Any]) -> str:
+    step = "" if neurons["step"] is None else f", step {neurons['step']}"
+    return f"{neurons['checkpoint']}{step}"
 
 
 def _of_ablation(ablation: dict[str, Any], folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ from sigma_train.config_words import fields_of, nearest, sentence
 from sigma_train.errors import WrongInput
 from sigma_train.kinds import (
     Aggregate,
+    Alignment,
     Betas,
     Count,
     EvenSize,
@@ -190,12 +191,15 @@ class GuardConfig(_Section):
 class ObjectiveConfig(_Section):
     """Which tokens are learned from; `objective.py` says how they are chosen."""
 
-    kind: Literal["plain", "random", "student", "teacher_guided"] = "plain"
+    kind: Literal["plain", "random", "student", "teacher_guided", "uld"] = "plain"
     teacher: OptionalFile = None  # of `sigma teacher cache`; its content shapes a run, wherever it lies
+    alignment: Alignment = "span"
+    chunks: Count = 16
     keep_rate: Kept = 0.4
     aggregate: Aggregate = "max"
     unmapped: Unmapped = "include"
     scope: Scope = "batch"
+    uld_weight: NonNegative = 1.5
 
 
 class Config(_Section):
@@ -227,9 +231,10 @@ class Config(_Section):
             raise ConfigError(
                 f"sparsity must not exceed model.num_experts = {self.model.num_experts}, found {most}"
             )
-        if (self.objective.kind == "teacher_guided") != (self.objective.teacher is not None):
+        if (self.objective.kind in ("teacher_guided", "uld")) != (self.objective.teacher is not None):
             raise ConfigError(
-                "objective.kind = teacher_guided and objective.teacher, a file of `sigma teacher cache`, go together; "
+                "objective.kind = teacher_guided, or uld, and objective.teacher, a file of `sigma teacher cache`, "
+                "go together; "
                 f"found kind {self.objective.kind!r} and teacher {self.objective.teacher or 'none'}"
             )
         if self.train.init_optimizer and self.train.init_from is None:

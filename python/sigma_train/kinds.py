@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 
 # Of [objective], and of its parts outside of the trainer.
 Aggregate = Literal["max", "mean", "sum", "first"]
+Alignment = Literal["span", "index", "chunk", "edit"]
 Unmapped = Literal["include", "exclude"]
 Scope = Literal["batch", "sequence"]
 

@@ -1,11 +1,13 @@
-"""What a teacher loses on each of its tokens of a text: nats, no smoothing."""
+"""What a teacher loses on each of its tokens of a text, in nats, and how sure it was there."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sigma_train.context_windows import Window, windows
 from sigma_train.errors import WrongInput
@@ -19,33 +21,56 @@ class Reading:
     context: int
     overlap: int
     batch_tokens: int
+    top: int = 0  # highest probabilities that are kept
+
+
+class Read(NamedTuple):
+    """Of a text: loss [tokens] f32, NaN for a first token that nothing stands before; top [tokens, top] f16.
+
+    The latter are the highest probabilities of what was expected there, falling, and zero where nothing was.
+    """
+
+    loss: np.ndarray
+    top: np.ndarray
 
 
 @torch.no_grad()
-def losses(teacher: Teacher, texts: Sequence[list[int]], reading: Reading) -> list[np.ndarray]:
-    """[tokens] f32 of each text; NaN for a first token that nothing stands before.
-
-    Raises: WrongInput if a loss is no finite number.
-    """
+def read_texts(teacher: Teacher, texts: Sequence[list[int]], reading: Reading) -> list[Read]:
+    """Raises: WrongInput if a loss is no finite number, or the vocabulary has fewer than `top` tokens."""
     sequences = [np.array([*teacher.prefix, *ids], dtype=np.int64) for ids in texts]
-    found = [np.full(len(sequence), np.nan, np.float32) for sequence in sequences]
+    found = [
+        Read(np.full(len(each), np.nan, np.float32), np.zeros((len(each), reading.top), np.float16))
+        for each in sequences
+    ]
     for batch in _batches(sequences, reading):
         length = batch[0][1].end - batch[0][1].begin  # the longest
         rows = np.zeros((len(batch), length + 1), np.int64)  # what is filled up comes after all that counts
         for row, (text, w) in zip(rows, batch, strict=True):
             row[: w.end - w.begin + 1] = sequences[text][w.begin : w.end + 1]
         tokens = torch.from_numpy(rows)
-        logits = teacher.logits(tokens[:, :-1])
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-        for row, (text, w) in zip(nats.view(len(batch), length).numpy(), batch, strict=True):
-            taken = row[w.first - w.begin - 1 : w.end - w.begin]
+        logits = teacher.logits(tokens[:, :-1]).float()
+        nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        highest = _highest(logits, reading.top)
+        for row, top, (text, w) in zip(nats.view(len(batch), length).numpy(), highest, batch, strict=True):
+            new = slice(w.first - w.begin - 1, w.end - w.begin)
+            taken = row[new]
             if not np.isfinite(taken).all():  # NaN would be taken for a token without context, and kept
                 raise WrongInput(
                     "--teacher: its loss of a token must be a finite number, found "
                     f"{taken[~np.isfinite(taken)][0]}: it has diverged or is damaged"
                 )
-            found[text][w.first : w.end + 1] = taken
-    return [each[len(teacher.prefix) :] for each in found]
+            found[text].loss[w.first : w.end + 1] = taken
+            found[text].top[w.first : w.end + 1] = top[new]
+    first = len(teacher.prefix)
+    return [Read(each.loss[first:], each.top[first:]) for each in found]
+
+
+def _highest(logits: Tensor, count: int) -> np.ndarray:
+    """[B, S, count] f16."""
+    if count > (vocabulary := logits.shape[-1]):
+        raise WrongInput(f"--top must be at most {vocabulary}, the teacher's vocabulary, found {count}")
+    probabilities = logits.softmax(-1) if count else logits
+    return probabilities.topk(count).values.half().numpy()
 
 
 def _batches(sequences: Sequence[np.ndarray], reading: Reading) -> Iterator[list[tuple[int, Window]]]:

@@ -69,9 +69,9 @@ class RunTeacher:
 
 
 class TransformersTeacher:
-    """A causal language model and its fast tokenizer, from a folder on this machine."""
+    """A causal language model and its fast tokenizer, from a folder on this machine; who: wants it, in errors."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, who: str = "--teacher") -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
@@ -82,25 +82,24 @@ class TransformersTeacher:
         except Exception as error:  # of transformers, tokenizers, pickle: no two damaged files raise the same
             told = " ".join(str(error).split())[:300]
             raise WrongInput(
-                f"--teacher: transformers cannot load {folder}: {type(error).__name__}, {told}"
+                f"{who}: transformers cannot load {folder}: {type(error).__name__}, {told}"
             ) from None
         self.model.eval()
         if missing := sorted(loaded["missing_keys"]):  # which transformers has drawn at random
-            raise WrongInput(f"--teacher: {folder} must have all weights of its model, it lacks {missing[0]}")
+            raise WrongInput(f"{who}: {folder} must have all weights of its model, it lacks {missing[0]}")
         if not tokenizer.is_fast:
-            raise WrongInput(
-                f"--teacher: {folder} must have a fast tokenizer, found {type(tokenizer).__name__}"
-            )
-        self._folder, self._tokenizer = folder, without_frame(tokenizer.backend_tokenizer)
+            raise WrongInput(f"{who}: {folder} must have a fast tokenizer, found {type(tokenizer).__name__}")
+        self._who, self._folder = who, folder
+        self._tokenizer = without_frame(tokenizer.backend_tokenizer)
         rows, found = self.model.get_input_embeddings().num_embeddings, self._tokenizer.get_vocab_size()
         if found > rows:
-            raise WrongInput(f"--teacher: the tokenizer of {folder} has {found} tokens, its model {rows}")
+            raise WrongInput(f"{who}: the tokenizer of {folder} has {found} tokens, its model {rows}")
         before = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         self.prefix = [] if before is None else [before]
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048
         if not self._is_causal():
             raise WrongInput(
-                f"--teacher: the model of {folder} must be causal, it sees the token that it predicts"
+                f"{who}: the model of {folder} must be causal, it sees the token that it predicts"
             )
 
     @torch.no_grad()
@@ -122,7 +121,7 @@ class TransformersTeacher:
                 (e.ids, spans_of_offsets(text, e.offsets)) for text, e in zip(texts, encodings, strict=True)
             ]
         except OffsetError as error:
-            raise WrongInput(f"--teacher: the tokenizer of {self._folder} {error}") from None
+            raise WrongInput(f"{self._who}: the tokenizer of {self._folder} {error}") from None
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self.model(input_ids=tokens, use_cache=False).logits

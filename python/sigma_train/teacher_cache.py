@@ -9,13 +9,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sigma_train import reading as read
 from sigma_train.config import DataConfig
 from sigma_train.corpus import Document
 from sigma_train.errors import WrongInput
 from sigma_train.files import must_be_writable, must_take_files
 from sigma_train.languages import files_of, splits_of
-from sigma_train.reading import Reading
+from sigma_train.reading import Reading, read_texts
 from sigma_train.teacher import Teacher
 from sigma_train.teacher_file import TeacherLosses, read_losses, text_of, write_losses
 
@@ -33,12 +32,13 @@ def cache_losses(
     batch_tokens: int,
     dtype: str,
     console: Console,
+    top: int = 0,
 ) -> str:
     """Write `out`, or find that it is there; what was done, in words.
 
     Raises: WrongInput if `out` is of something else, or a setting or the text is wrong.
     """
-    reading = reading_of(teacher, context, overlap, batch_tokens)
+    reading = reading_of(teacher, context, overlap, batch_tokens, top)
     with must_be_writable("--out", out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
     must_take_files("--out", out.parent)
@@ -50,14 +50,17 @@ def cache_losses(
             "digest": teacher.digest,
             "parameters": sum(p.numel() for p in teacher.model.parameters()),
         },
-        "reading": {"context": reading.context, "overlap": reading.overlap, "dtype": dtype},
+        "reading": {"context": reading.context, "overlap": reading.overlap, "dtype": dtype, "top": top},
     }
     if out.exists():
         return there_already(out, record)
     began = time.monotonic()
-    loss, spans = _read(teacher, documents, reading, console)
+    loss, spans, highest = _read(teacher, documents, reading, console)
     losses = TeacherLosses(
-        torch.from_numpy(loss).to(DTYPES[dtype]), *torch.from_numpy(spans).T.contiguous(), record
+        torch.from_numpy(loss).to(DTYPES[dtype]),
+        *torch.from_numpy(spans).T.contiguous(),
+        torch.from_numpy(highest),
+        record,
     )
     write_losses(out, losses)
     return (
@@ -66,7 +69,9 @@ def cache_losses(
     )
 
 
-def reading_of(teacher: Teacher, context: int | None, overlap: int | None, batch_tokens: int) -> Reading:
+def reading_of(
+    teacher: Teacher, context: int | None, overlap: int | None, batch_tokens: int, top: int = 0
+) -> Reading:
     """Raises: WrongInput if the teacher cannot read so much, or would read nothing new."""
     context = min(teacher.context, MOST_CONTEXT) if context is None else context
     if context > teacher.context:
@@ -76,7 +81,7 @@ def reading_of(teacher: Teacher, context: int | None, overlap: int | None, batch
     overlap = context // 4 if overlap is None else overlap
     if overlap >= context:
         raise WrongInput(f"--overlap must be less than the context of {context} tokens, found {overlap}")
-    return Reading(context, overlap, batch_tokens)
+    return Reading(context, overlap, batch_tokens, top)
 
 
 def there_already(out: Path, record: dict[str, Any]) -> str:
@@ -94,18 +99,21 @@ def there_already(out: Path, record: dict[str, Any]) -> str:
 
 def _read(
     teacher: Teacher, documents: list[Document], reading: Reading, console: Console
-) -> tuple[np.ndarray, np.ndarray]:
-    """Losses [M] f32 and spans [M, 2] int64 of all documents, one after the other."""
-    loss, spans, at = [np.empty(0, np.float32)], [np.empty((0, 2), np.int64)], 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Losses [M] f32, spans [M, 2] int64, highest probabilities [M, top] f16: of all documents in their order."""
+    loss, top = [np.empty(0, np.float32)], [np.empty((0, reading.top), np.float16)]
+    spans, at = [np.empty((0, 2), np.int64)], 0
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("the teacher reads", total=sum(document.size for document in documents))
         for first in range(0, len(documents), GROUP):
             group = documents[first : first + GROUP]
             encoded = teacher.encode([document.read() for document in group])
-            loss += read.losses(teacher, [ids for ids, _ in encoded], reading)
+            found = read_texts(teacher, [ids for ids, _ in encoded], reading)
+            loss += [each.loss for each in found]
+            top += [each.top for each in found]
             for document, (_, of_document) in zip(group, encoded, strict=True):
                 spans.append(of_document + at)
                 at += document.size
             bar.update(task, completed=at)
-    return np.concatenate(loss), np.concatenate(spans)
+    return np.concatenate(loss), np.concatenate(spans), np.concatenate(top)

@@ -35,6 +35,10 @@ def cache(
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="tokens of one call")] = 4096,
     dtype: Annotated[Dtype, typer.Option(help="of a stored loss")] = Dtype.f16,
+    top: Annotated[
+        int,
+        typer.Option(min=0, help="highest probabilities stored of each token, for objective.kind=uld, as 64"),
+    ] = 0,
 ) -> None:
     """Store what a teacher loses on each of its tokens of the training split, for objective.kind=teacher_guided."""
     from sigma_train.config import load_config
@@ -49,6 +53,6 @@ def cache(
 
     torch.set_num_threads(cfg.train.threads or torch.get_num_threads())
     told = cache_losses(
-        open_teacher(teacher), cfg.data, out, context, overlap, batch_tokens, dtype.value, Console()
+        open_teacher(teacher), cfg.data, out, context, overlap, batch_tokens, dtype.value, Console(), top
     )
     typer.echo(told)

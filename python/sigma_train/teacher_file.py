@@ -1,7 +1,8 @@
 """The file of `sigma teacher cache`: what a teacher loses on each of its tokens of a training text.
 
 A safetensors file, mapped into memory: `loss` [M] f16 or f32, NaN without context; `begins`, `ends` [M] int64, bytes of
-the text, whose documents follow each other as in the split; and a record of what it is of, in its metadata.
+the text, whose documents follow each other as in the split; `top` [M, K] f16, the K highest probabilities of what was
+expected, falling, if any were asked for; and a record of what it is of, in its metadata.
 """
 
 import hashlib
@@ -17,18 +18,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sigma_train.alignment import align_spans
+from sigma_train.alignment import UNMAPPED
 from sigma_train.config import DataConfig
 from sigma_train.dataset import TokenDataset
 from sigma_train.errors import WrongInput
 from sigma_train.files import atomic_file
 from sigma_train.kinds import Aggregate
-from sigma_train.spans import spans_of_lengths
+from sigma_train.laid_over import Aligned
 from sigma_train.teacher_loss import aggregate_teacher_loss
 
-VERSION = 1
+VERSION = 2
 RECORD = "sigma_teacher"
-BLOCK = 1 << 18  # student tokens that are aligned at once
+TENSORS = ("loss", "begins", "ends", "top")
+BY_BYTES = Aligned()
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class TeacherLosses:
     loss: Tensor
     begins: Tensor
     ends: Tensor
+    top: Tensor
     record: dict[str, Any]
 
     @property
@@ -52,31 +55,40 @@ class TeacherLosses:
         num_bytes = self.record["text"]["bytes"] - (self.ends - self.begins)[has_none].sum().item()
         return self.loss[~has_none].double().sum().item() / math.log(2) / num_bytes
 
-    def targets(self, dataset: TokenDataset, how: Aggregate) -> Tensor:
+    def targets(self, dataset: TokenDataset, how: Aggregate, aligned: Aligned = BY_BYTES) -> Tensor:
         """[tokens] f32: the teacher's loss for each token of the split, NaN where it has none.
 
         Raises: WrongInput if the split has another number of bytes.
         """
-        found, at = torch.empty(dataset.num_tokens), 0
-        for first in range(0, dataset.num_tokens, BLOCK):
-            lengths = dataset.token_bytes[dataset.tokens[first : first + BLOCK]]
-            student = torch.from_numpy(spans_of_lengths(lengths, at))
-            until = int(student[-1, 1])
-            lo, hi = torch.searchsorted(self.ends, at, right=True), torch.searchsorted(self.begins, until)
-            teacher = torch.stack([self.begins[lo:hi], self.ends[lo:hi]], dim=1)
-            ranges = align_spans(student, teacher)
-            found[first : first + BLOCK] = aggregate_teacher_loss(self.loss[lo:hi].float(), ranges, how)
-            at = until
-        if at != self.record["text"]["bytes"]:
-            raise WrongInput(
-                f"objective.teacher: its losses are of {self.record['text']['bytes']} bytes of text, the split has {at}"
-            )
+        self._must_have_bytes_of(dataset)
+        found = torch.empty(dataset.num_tokens)
+        for tokens, of_teacher, ranges in aligned.over(dataset, self.begins, self.ends):
+            found[tokens] = aggregate_teacher_loss(self.loss[of_teacher].float(), ranges, how)
         return found
+
+    def partners(self, dataset: TokenDataset, aligned: Aligned = BY_BYTES) -> Tensor:
+        """[tokens] int64: the first of the teacher's tokens for each token of the split, -1 where it expected none.
+
+        Raises: WrongInput if the split has another number of bytes.
+        """
+        self._must_have_bytes_of(dataset)
+        found = torch.empty(dataset.num_tokens, dtype=torch.int64)
+        for tokens, of_teacher, ranges in aligned.over(dataset, self.begins, self.ends):
+            first = ranges[:, 0]
+            found[tokens] = torch.where(first == UNMAPPED, UNMAPPED, first + of_teacher.start)
+        nothing = torch.cat([self.loss.isnan(), torch.ones(1, dtype=torch.bool)])  # and of -1, the last
+        return found.masked_fill_(nothing[found], UNMAPPED)
+
+    def _must_have_bytes_of(self, dataset: TokenDataset) -> None:
+        if (found := dataset.num_bytes) != (wanted := self.record["text"]["bytes"]):
+            raise WrongInput(
+                f"objective.teacher: its losses are of {wanted} bytes of text, the split has {found}"
+            )
 
 
 def write_losses(path: Path, losses: TeacherLosses) -> None:
     """Whole or not at all; `record` gets version and sha256."""
-    tensors = {"loss": losses.loss, "begins": losses.begins, "ends": losses.ends}
+    tensors = {name: getattr(losses, name) for name in TENSORS}
     record = {"version": VERSION, **losses.record}
     record["sha256"] = _sha256(record, tensors.values())
     with atomic_file(path) as file:  # by its name: `save` would have all of it in memory once more
@@ -90,7 +102,7 @@ def read_losses(path: Path, who: str) -> TeacherLosses:
             record = json.loads((file.metadata() or {}).get(RECORD, "{}"))
             if record.get("version") != VERSION:
                 raise WrongInput(f"{who}: {path} must be a file of `sigma teacher cache`, found another")
-            tensors = {name: file.get_tensor(name) for name in ("loss", "begins", "ends")}
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
     except FileNotFoundError:
         raise WrongInput(f"{who}: {path} is missing; `sigma teacher cache` makes it") from None
     except OSError as error:
@@ -123,6 +135,16 @@ def must_be_of(losses: TeacherLosses, wanted: dict[str, Any], path: Path) -> Non
             f"objective.teacher: {path} holds losses of another text than the training split: {key} is {found[key]} "
             f"there and {wanted[key]} here"
         )
+
+
+def must_have_top(losses: TeacherLosses, path: Path) -> Tensor:
+    """[M, K] f16.  Raises: WrongInput if K is 0."""
+    if not losses.top.shape[1]:
+        raise WrongInput(
+            f"objective.teacher: {path} must hold probabilities for objective.kind = uld, found losses alone; "
+            "`sigma teacher cache --top 64` stores them"
+        )
+    return losses.top
 
 
 def _sha256(record: dict[str, Any], tensors: Iterable[Tensor]) -> str:

@@ -43,12 +43,16 @@ class Tokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     @functools.cached_property
+    def pieces(self) -> list[str]:
+        """[vocab_size]: each token's bytes, written in the byte-level alphabet; none of the end of text."""
+        pieces = [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
+        pieces[self.eos_id] = ""
+        return pieces
+
+    @functools.cached_property
     def token_bytes(self) -> np.ndarray:
         """[vocab_size] int64: bytes of text that each token stands for, 0 for the end of text."""
-        # The byte-level alphabet writes each byte as one character.
-        lengths = [len(self._tokenizer.id_to_token(i)) for i in range(self.vocab_size)]
-        lengths[self.eos_id] = 0
-        return np.array(lengths, dtype=np.int64)
+        return np.array([len(piece) for piece in self.pieces], dtype=np.int64)
 
     @property
     def digest(self) -> str:

@@ -1,0 +1,181 @@
+"""`sigma neurons` on a folder of transformers: what is counted, what is lost, and wrong input in one sentence."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from language_texts import write_texts
+from sigma_cli.commands import app
+from sigma_neurons.counting import ActivationCounter
+from sigma_neurons.foreign import Foreign
+from sigma_train.checkpoint import save_checkpoint
+from sigma_train.config import load_config
+from sigma_train.corpus import find_files, read_corpus
+from sigma_train.errors import WrongInput
+from sigma_train.export import export_to_transformers
+from sigma_train.languages import split_each
+from sigma_train.model import LanguageModel
+from sigma_train.tokenizer import train_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+TINY = {
+    "vocab_size": 300, "hidden_size": 16, "num_heads": 1, "num_kv_heads": 1, "head_dim": 16,
+    "intermediate_size": 16, "num_experts": 4, "top_k": 2, "num_layers": 2, "max_seq_len": 64,
+}  # fmt: skip
+SETTINGS = ["train.seq_len=32", "train.batch_size=4", "data.val_fraction=0.4"]
+SEQ_LEN, BATCH = 32, 4
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    write_texts(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(text, tmp_path_factory) -> Path:
+    """A mixture of experts that was never trained, as transformers has it."""
+    base = tmp_path_factory.mktemp("model")
+    config = load_config(None, None, [], {"model": TINY, "train": {"seq_len": 64}})
+    torch.manual_seed(0)
+    model = LanguageModel(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    save_checkpoint(base / "run" / "checkpoints", 1, model.state_dict(), {}, {}, keep=1)
+    (base / "run" / "config.toml").write_text(config.to_toml())
+    train_tokenizer([path.read_text() for path in sorted(text.iterdir())], 300).save(
+        base / "run" / "tokenizer.json"
+    )
+    export_to_transformers(base / "run", base / "out")
+    return base / "out"
+
+
+def opened(folder: Path, text: Path, *more: str) -> Foreign:
+    ours = {"data": {"paths": [str(text)], "languages": True}}
+    return Foreign(folder, load_config(None, None, [*SETTINGS, *more], ours))
+
+
+def windows(
+    folder: Path, text: Path, split: int, language: str, limit: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[W, S + 1] tokens and where they are of the text, from the documents with transformers alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    files = find_files([str(text)])
+    documents = split_each(files, read_corpus(files).documents, 0.4)[split]
+    before = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids, is_text = [], []
+    for document in documents:
+        if document.path.stem == language:
+            own = tokenizer(document.read(), add_special_tokens=False)["input_ids"]
+            ids += [before, *own]
+            is_text += [False, *[True] * len(own)]
+    number = min((len(ids) - 1) // SEQ_LEN, limit * BATCH)
+    rows = [slice(i * SEQ_LEN, i * SEQ_LEN + SEQ_LEN + 1) for i in range(number)]
+    return torch.tensor([ids[row] for row in rows]), torch.tensor([is_text[row] for row in rows])
+
+
+def test_counts_are_those_of_the_documents(folder, text):
+    """Of each language as many windows, inputs alone; the model's own implementation of its experts."""
+    got = opened(folder, text).count("train", 3)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    of_language = {name: windows(folder, text, 0, name, 3)[0] for name in ("aa", "bb", "cc")}
+    least = min(map(len, of_language.values()))
+    assert least == 3 * BATCH
+    with torch.no_grad(), ActivationCounter(model, list(of_language)) as counter:
+        for name, rows in of_language.items():
+            with counter.batch(name, rows[:least, :-1]):
+                model(rows[:least, :-1])
+    assert got.tokens.tolist() == [least * SEQ_LEN] * 3
+    assert torch.equal(got.joint(), counter.stats.joint())
+    assert got.joint().amax() > 0.2
+
+
+def test_losses_are_of_the_text_alone(folder, text):
+    """Bits per byte without the token that begins a document, which no text has."""
+    got = opened(folder, text).losses(2)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for name in ("aa", "bb", "cc"):
+        rows, is_text = windows(folder, text, 1, name, 2)
+        counts = is_text[:, 1:]
+        with torch.no_grad():
+            nats = F.cross_entropy(model(rows[:, :-1]).logits.transpose(1, 2), rows[:, 1:], reduction="none")
+        num_bytes = len("".join(tokenizer.decode(row) for row in rows[:, 1:][counts][:, None]))
+        assert got[name] == pytest.approx(nats[counts].sum().item() / math.log(2) / num_bytes, rel=1e-5)
+
+
+def test_a_document_begins_in_the_middle_of_a_window(folder, text, tmp_path):
+    """Defends: a first token that is predicted, bytes of a character that several tokens share counted again."""
+    for name, line in (("aa", "東京 e\u0301 🙂"), ("bb", "für alle")):
+        (tmp_path / f"{name}.txt").write_text(f"{line}\n" * 4000)
+    foreign = opened(folder, tmp_path)
+    rows, sizes = foreign._windows("val", "aa", 10**6)
+    documents = [d for d in foreign._documents["val"] if d.path.stem == "aa"]
+    whole = sum(d.size for d in documents)
+    assert (sizes == -1).sum() >= len(documents)
+    covered = sizes[:, 1:].clamp(min=0).sum().item()
+    assert whole - 10 * SEQ_LEN < covered <= whole
+    assert rows.shape[1] == SEQ_LEN + 1
+
+
+def sigma(*args: object) -> str:
+    result = CliRunner().invoke(
+        app, ["neurons", *map(str, args)], catch_exceptions=False, standalone_mode=False
+    )
+    return result.output
+
+
+def own(text: Path) -> list[str]:
+    return ["--data", str(text), *(part for setting in SETTINGS for part in ("--set", setting))]
+
+
+def test_identify_ablate_and_report(folder, text, tmp_path):
+    out = ["--out", tmp_path]
+    sigma("identify", folder, *out, *own(text), "--batches", 2, "--top-rate", 0.2, "--tau", 0.3)
+    told = json.loads((tmp_path / "neurons.json").read_text())
+    assert told["languages"] == ["aa", "bb", "cc"]
+    assert [site["experts"] for site in told["sites"]] == [4, 4]
+    sigma("ablate", folder, *out, *own(text), "--batches", 1, "--controls", 1)
+    assert any(json.loads((tmp_path / "ablation.json").read_text())["sets"]["specific"]["neurons"].values())
+    sigma("report", folder, *out)
+    page = (tmp_path / "report.html").read_text()
+    assert f"{folder}: 128 neurons" in page
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+        & {path.name for path in folder.iterdir()}
+    )
+
+
+@pytest.mark.parametrize(("args", "words"), [
+    (["identify", "{folder}", "--data", "{text}"], "--out must be given for a model of transformers"),
+    (["report", "{folder}"], "--out must be given for a model of transformers"),
+    (["identify", "{folder}", "--out", "{out}"], "--data must name files LANG.txt for .*, a model of transformers"),
+    (["identify", "{folder}/../run", "--data", "{text}"], "--data and --set are for a model of transformers"),
+    (["identify", "{folder}", "--out", "{out}", "--data", "{text}", "--set", "train.seq_len=65"],
+     "train.seq_len must be at most 64, what .* can read, found 65"),
+    (["identify", "{folder}", "--out", "{out}", "--data", "{text}/aa.txt", "--set", "data.max_bytes=2000",
+      "--set", "train.seq_len=64"], "at least 2 languages, found aa alone"),
+])  # fmt: skip
+def test_wrong_input_is_told(folder, text, tmp_path, args, words):
+    with pytest.raises(WrongInput, match=words) as refused:
+        sigma(*(arg.format(folder=folder, text=text, out=tmp_path / "out") for arg in args))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_text_is_refused(folder, text, tmp_path):
+    """Defends: neurons of one text taken out on another, with figures that look as any."""
+    out = ["--out", tmp_path]
+    sigma("identify", folder, *out, *own(text), "--batches", 1)
+    with pytest.raises(WrongInput, match="is of another text than --data"):
+        sigma("ablate", folder, *out, *own(text), "--set", "data.max_bytes=200000")
