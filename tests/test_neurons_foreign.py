@@ -111,7 +111,7 @@ def test_losses_are_of_the_text_alone(folder, text):
 def test_a_document_begins_in_the_middle_of_a_window(folder, text, tmp_path):
     """Defends: a first token that is predicted, bytes of a character that several tokens share counted again."""
     for name, line in (("aa", "東京 e\u0301 🙂"), ("bb", "für alle")):
-        (tmp_path / f"{name}.txt").write_text(f"{line}\n" * 4000)
+        (tmp_path / f"{name}.txt").write_text("".join(f"{i} {line}\n" for i in range(9000)))
     foreign = opened(folder, tmp_path)
     rows, sizes = foreign._windows("val", "aa", 10**6)
     documents = [d for d in foreign._documents["val"] if d.path.stem == "aa"]
@@ -163,7 +163,7 @@ def test_identify_ablate_and_report(folder, text, tmp_path):
     (["identify", "{folder}/../run", "--data", "{text}"], "--data and --set are for a model of transformers"),
     (["identify", "{folder}", "--out", "{out}", "--data", "{text}", "--set", "train.seq_len=65"],
      "train.seq_len must be at most 64, what .* can read, found 65"),
-    (["identify", "{folder}", "--out", "{out}", "--data", "{text}/aa.txt", "--set", "data.max_bytes=2000",
+    (["identify", "{folder}", "--out", "{out}", "--data", "{text}/aa.txt",
       "--set", "train.seq_len=64"], "at least 2 languages, found aa alone"),
 ])  # fmt: skip
 def test_wrong_input_is_told(folder, text, tmp_path, args, words):
@@ -178,4 +178,9 @@ def test_another_text_is_refused(folder, text, tmp_path):
     out = ["--out", tmp_path]
     sigma("identify", folder, *out, *own(text), "--batches", 1)
     with pytest.raises(WrongInput, match="is of another text than --data"):
-        sigma("ablate", folder, *out, *own(text), "--set", "data.max_bytes=200000")
+        sigma("ablate", folder, *out, *own(text), "--set", "data.val_fraction=0.3")
+    (tmp_path / "text").mkdir()
+    for path in text.iterdir():
+        (tmp_path / "text" / path.name).write_text(path.read_text() + "more\n")
+    with pytest.raises(WrongInput, match="is of another text than --data"):
+        sigma("ablate", folder, *out, *own(tmp_path / "text"))

@@ -407,8 +407,8 @@ def test_the_command(run, corpus, tmp_path, cache):
     assert result.returncode == 0, result.stderr
     assert "tokens a second" in result.stdout
     record = json.loads(load_metadata(out)["sigma_teacher"])
-    assert record["reading"] == {"context": 64, "overlap": 16, "dtype": "f16"}
-    assert set(load_file(out)) == {"loss", "begins", "ends"}
+    assert record["reading"] == {"context": 64, "overlap": 16, "dtype": "f16", "top": 0}
+    assert set(load_file(out)) == {"loss", "begins", "ends", "top"}
 
 
 def test_a_folder_of_neither_kind_is_refused(corpus):

@@ -68,7 +68,7 @@ def test_a_model_of_transformers_with_its_own_pieces(foreign, tmp_path):
     cache_losses(teacher, config.data, out, None, None, 256, "f32", Console(quiet=True))
     found, data = read_losses(out, "test"), prepare(config)
     assert not found.loss.isnan().any()
-    assert found.record["reading"] == {"context": 32, "overlap": 8, "dtype": "f32"}
+    assert found.record["reading"] == {"context": 32, "overlap": 8, "dtype": "f32", "top": 0}
     targets = found.targets(data.train, "max")
     assert torch.equal(targets.isnan(), torch.from_numpy(data.train.tokens == data.tokenizer.eos_id))
 

@@ -185,9 +185,9 @@ def _identified(folder: Path, about: dict[str, Any]) -> Any:
         raise WrongInput(
             f"{folder / 'neurons.json'} is of {told['checkpoint']}; run identify on {about['checkpoint']} first"
         )
-    if told.get("corpus_sha256") != about.get("corpus_sha256"):
+    if told.get("text") != about.get("text"):
         raise WrongInput(
-            f"{folder / 'neurons.json'} is of another text than --data; run identify on it first"
+            f"{folder / 'neurons.json'} is of another text than --data, or cut otherwise; run identify on it first"
         )
     counts = folder / COUNTS
     if not counts.is_file() or sha256_file(counts) != told["counts_sha256"]:

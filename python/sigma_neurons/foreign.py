@@ -14,6 +14,7 @@ from sigma_train.corpus import Document
 from sigma_train.errors import WrongInput
 from sigma_train.languages import files_of, language_of, splits_of
 from sigma_train.teacher import TransformersTeacher
+from sigma_train.teacher_file import text_of
 from torch import Tensor, nn
 
 from sigma_neurons.measured import Split, count_activations, even_parts
@@ -37,7 +38,8 @@ class Foreign:
                 f"found {self._t.seq_len}"
             )
         files = files_of(config.data)
-        self._corpus, train, val = splits_of(files, config.data)
+        corpus, train, val = splits_of(files, config.data)
+        self._text = text_of(corpus.digest, config.data, sum(document.size for document in train))
         self._documents: dict[Split, list[Document]] = {"train": train, "val": val}
         self.languages = tuple(sorted({path.stem for path in files}))
         if len(self.languages) < 2:
@@ -53,7 +55,7 @@ class Foreign:
             "checkpoint": str(self._folder),
             "checkpoint_sha256": self._reader.digest,
             "step": None,
-            "corpus_sha256": self._corpus.digest,
+            "text": self._text,
         }
 
     def about(self) -> dict[str, Any]:

@@ -152,5 +152,5 @@ def _sha256(record: dict[str, Any], tensors: Iterable[Tensor]) -> str:
     found = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for x in tensors:
         found.update(f"{x.dtype} {list(x.shape)}".encode())
-        found.update(x.contiguous().view(torch.uint8).numpy().data)
+        found.update(x.contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
