@@ -56,7 +56,7 @@ WRONG = [
     ),
     (
         [f"--set=model.{key}=1048576" for key in ("num_experts", "intermediate_size")],
-        "bytes at once; lower the sizes of [model] or train.batch_size",
+        "not enough memory for 1688850397366016 bytes at once; lower the sizes of [model] or train.batch_size",
     ),
 ]
 
