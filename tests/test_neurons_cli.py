@@ -115,14 +115,17 @@ def test_a_checkpoint_that_was_not_counted_is_refused(run, tmp_path):
         WrongInput, match=r"counts.safetensors is not what .* was made of; run identify again"
     ):
         sigma("ablate", run, "--out", tmp_path)
+    page.write(file, told | {"text": ["0", "1"]})
+    with pytest.raises(WrongInput, match="is of another text, of other languages or cut otherwise"):
+        sigma("ablate", run, "--out", tmp_path)
     page.write(file, told | {"checkpoint": "other", "checkpoint_sha256": "0"})
     with pytest.raises(WrongInput, match="is of other; run identify on"):
         sigma("ablate", run, "--out", tmp_path)
     page.write(tmp_path / "ablation.json", {"neurons_sha256": "1"})
     with pytest.raises(WrongInput, match=r"is of other neurons than neurons.json; run .sigma neurons ablate"):
         page.write_page(tmp_path)
-    file.write_text(json.dumps({"schema_version": 2}))
-    with pytest.raises(WrongInput, match="must be of schema_version 1"):
+    file.write_text(json.dumps({"schema_version": 1}))
+    with pytest.raises(WrongInput, match="must be of schema_version 2"):
         page.write_page(tmp_path)
 
 

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sigma_train.alignment import align_spans, alignment_ios, alignment_iou, chunk_align
+from sigma_train.dataset import TokenDataset
+from sigma_train.laid_over import Aligned
 from sigma_train.mined_align import edit_distance, mined_align
 from sigma_train.spans import OffsetError, byte_starts, spans_of_lengths, spans_of_offsets
 from sigma_train.tokenizer import train_tokenizer
@@ -200,6 +202,25 @@ def mined_by_loop(student: list[str], teacher: list[str]) -> list[list[int]]:
 @given(*[st.lists(st.text("ab ", max_size=4), min_size=1, max_size=12)] * 2)
 def test_edit_distance_in_rows_equals_the_loop(student, teacher):
     assert mined_align(student, teacher).tolist() == mined_by_loop(student, teacher)
+
+
+@pytest.mark.parametrize(("args", "words"), [
+    (("words",), "kind must be span, index, chunk, edit, found 'words'"),
+    (("edit",), "kind = edit must have strings of the student's vocabulary, found none"),
+    (("chunk", 0), "chunks must be at least 1, found 0"),
+])  # fmt: skip
+def test_an_alignment_that_cannot_be_is_refused(args, words):
+    with pytest.raises(ValueError, match=words):
+        Aligned(*args)
+
+
+def test_a_token_without_bytes_moves_no_other():
+    """Defends: an empty span of a teacher's that shifts those who are paired by their number."""
+    dataset = TokenDataset("train", np.array([1, 1, 0, 1, 1, 0], np.uint16), 4, np.array([0, 1]))
+    spans = torch.tensor([[0, 1], [1, 2], [2, 2], [2, 3], [3, 4]])
+    pieces = list(Aligned("index").over(dataset, *spans.T.contiguous()))
+    assert [teacher for _, teacher, _ in pieces] == [slice(0, 2), slice(2, 5)]
+    assert [ranges[:, 0].tolist() for _, _, ranges in pieces] == [[0, 1, -1], [1, 2, -1]]
 
 
 def byte_level(**kwargs) -> Tokenizer:

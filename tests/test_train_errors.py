@@ -52,7 +52,11 @@ WRONG = [
     ),
     (
         [f"--set=model.{key}=1048576" for key in ("num_experts", "hidden_size", "intermediate_size")],
-        "not enough memory for 4398046511104 bytes at once; lower the sizes of [model] or train.batch_size",
+        "not enough memory for this; lower the sizes of [model] or train.batch_size",
+    ),
+    (
+        [f"--set=model.{key}=1048576" for key in ("num_experts", "intermediate_size")],
+        "not enough memory for 1688850397366016 bytes at once; lower the sizes of [model] or train.batch_size",
     ),
 ]
 

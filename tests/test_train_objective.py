@@ -97,18 +97,25 @@ def losses_of_first_step(trainer: Trainer) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("scope", ["batch", "sequence"])
-def test_the_first_step_by_hand(make_trainer, teacher, scope):
-    """Defends: targets of the tokens beside, a share of all micro-steps at once, a mean over what is left out."""
+@pytest.mark.parametrize(
+    ("scope", "alignment"), [("batch", "span"), ("sequence", "span"), ("batch", "chunk")]
+)
+def test_the_first_step_by_hand(make_trainer, teacher, scope, alignment):
+    """Defends: targets of the tokens beside, a share of all micro-steps at once, a mean over what is left out.
+
+    Another alignment that is not handed on.
+    """
     trainer = make_trainer(
         "run",
         "train.grad_accum=2",
         f"objective.scope={scope}",
         "objective.unmapped=exclude",
+        f"objective.alignment={alignment}",
+        "objective.chunks=3",
         *of("teacher_guided", teacher),
     )
     t, data = trainer.config.train, trainer.data.train
-    targets = read_losses(teacher, "test").targets(data, "max")
+    targets = read_losses(teacher, "test").targets(data, "max", Aligned(alignment, 3))
     want, kept = [], []
     for micro, nats in enumerate(losses_of_first_step(trainer)):
         _, tokens = data.batch(micro, t.batch_size, t.seq_len, t.seed)
@@ -226,6 +233,8 @@ def test_a_run_goes_on_with_the_same_teacher_alone(make_trainer, teacher, tmp_pa
     assert [row["loss"] for row in rows(again)] == [row["loss"] for row in rows(whole)]
     with pytest.raises(ConfigError, match=r"objective\.teacher was '[0-9a-f]{64}' and is '[0-9a-f]{64}'"):
         make_trainer("again", *of("teacher_guided", teacher.with_name("others")), resume=True)
+    with pytest.raises(ConfigError, match=r"objective\.alignment was 'span' and is 'index'"):
+        make_trainer("again", *of("teacher_guided", teacher), "objective.alignment=index", resume=True)
     with pytest.raises(ConfigError, match=r"objective\.kind was 'teacher_guided' and is 'plain'"):
         make_trainer("again", resume=True)
 

@@ -139,19 +139,20 @@ def test_without_a_prefix_the_first_token_has_no_loss(run):
 
 
 def test_highest_probabilities_are_of_what_was_expected_there(run):
-    """Defends: those of the token after, of a window's row that is filled up, in no order."""
+    """Defends: those of the token after, of another window, of a row that is filled up, in no order."""
     teacher = RunTeacher(run)
-    texts = [TEXT * 2, "def"]
-    encoded = [ids for ids, _ in teacher.encode(texts)]
-    for ids, read in zip(encoded, read_texts(teacher, encoded, Reading(64, 0, 256, top=5)), strict=True):
-        whole = torch.tensor([*teacher.prefix, *ids])[: 64 + 1]
-        with torch.no_grad():
-            want = teacher.model(whole[None, :-1])[0].softmax(-1).sort(descending=True).values[:, :5]
-        torch.testing.assert_close(
-            torch.from_numpy(read.top)[: len(want)].float(), want, rtol=2e-3, atol=1e-6
-        )
-    with pytest.raises(WrongInput, match="--top must be at most 400, the teacher's vocabulary, found 401"):
-        read_texts(teacher, encoded, Reading(64, 0, 256, top=401))
+    encoded = [ids for ids, _ in teacher.encode([TEXT * 3, "def"])]
+    for overlap in (0, 4):
+        for ids, read in zip(
+            encoded, read_texts(teacher, encoded, Reading(16, overlap, 64, top=5)), strict=True
+        ):
+            whole = torch.tensor([*teacher.prefix, *ids])
+            for w in windows(len(whole), 16, overlap):
+                with torch.no_grad():
+                    logits = teacher.model(whole[None, w.begin : w.end])[0]
+                want = logits.softmax(-1).sort(descending=True).values[:, :5]
+                got = torch.from_numpy(read.top[w.first - 1 : w.end]).float()
+                torch.testing.assert_close(got, want[w.first - w.begin - 1 :], rtol=2e-3, atol=1e-6)
 
 
 def test_a_run_and_its_export_are_one_teacher(run, exported, corpus, tmp_path):
@@ -257,7 +258,10 @@ def test_targets_of_what_it_is_compared_with(run, corpus, tmp_path, kind, monkey
                 of_teacher = list(pairs)
                 want = mined_align(
                     [text[a:b].decode("latin-1") for a, b in spans[piece].tolist()],
-                    [text[a:b].decode("latin-1") for a, b in (of_teacher[j] for j in theirs)],
+                    [
+                        text[a : min(b, bounds[1])].decode("latin-1")
+                        for a, b in (of_teacher[j] for j in theirs)
+                    ],
                 ).tolist()
             for i, (a, b) in zip(piece, want, strict=True):
                 if a == -1:
@@ -427,6 +431,9 @@ def test_a_reading_that_cannot_be_is_refused(run):
     ):
         with pytest.raises(WrongInput, match=told):
             reading_of(teacher, context, overlap, 100)
+    assert reading_of(teacher, None, None, 100, 400).top == 400
+    with pytest.raises(WrongInput, match="--top must be at most 400, the teacher's vocabulary, found 401"):
+        reading_of(teacher, None, None, 100, 401)
 
 
 def load_metadata(path):

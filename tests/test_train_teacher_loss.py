@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from sigma_train.selection import Selection, weighted_mean
 from sigma_train.teacher_loss import TeacherGuidedLoss, aggregate_teacher_loss, gap
-from sigma_train.uld import uld_loss
+from sigma_train.uld import uld_loss, uld_to_highest
 
 STUDENT, TEACHER = torch.tensor([2.0, 3.0, 1.0]), torch.tensor([0.5, 2.0])
 RANGES = torch.tensor([[0, 0], [0, 1], [1, 1]])  # of "Professor", without the special tokens
@@ -155,3 +155,25 @@ def test_universal_logit_distillation():
     with pytest.raises(ValueError, match=r"the same positions, found \[2, 3\] and \[2\]"):
         uld_loss(torch.stack([p, p]), q)
     assert uld_loss(torch.stack([p, p]), torch.stack([p[[2, 0, 1]], p])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("V", "K"), [(50, 8), (8, 50), (8, 8), (3, 1)])
+def test_uld_to_the_highest_sorts_no_more_than_they(V, K):
+    """The definition with all sorted, and its gradient."""
+    generator = torch.Generator().manual_seed(V)
+    logits = torch.randn(5, V, generator=generator, dtype=torch.float64)
+    top = torch.rand(5, K, generator=generator, dtype=torch.float64).sort(descending=True).values / K
+    found = []
+    for sorted_ in (False, True):
+        x = logits.clone().requires_grad_()
+        p = x.softmax(-1)
+        if sorted_:
+            size = max(V, K)
+            p, q = (F.pad(y, (0, size - y.shape[-1])) for y in (p.sort(descending=True).values, top))
+            distance = (p - q).abs().sum(-1)
+        else:
+            distance = uld_to_highest(p, top)
+        distance.sum().backward()
+        found.append((distance.detach(), x.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)

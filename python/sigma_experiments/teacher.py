@@ -166,7 +166,7 @@ def students(
 def read_by(teacher: Trained, lab: Lab, texts: Texts) -> tuple[Path, TeacherLosses]:
     """The file of the teacher's losses on the students' text, which has its name of the teacher."""
     opened = open_teacher(teacher.folder)
-    place = lab.folder / f"losses-{opened.digest[:12]}"
+    place = lab.folder / f"losses-{opened.digest[:12]}-top{TOP}"
     data = student_config(lab, texts).data
     say(lab.console, cache_losses(opened, data, place, None, None, 4096, "f16", lab.console, TOP))
     return place, read_losses(place, "experiment")

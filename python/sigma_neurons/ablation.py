@@ -1,5 +1,6 @@
 """Neurons taken out of a model, and what that costs each language."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,4 +106,10 @@ def deactivation_matrix(
 
 
 def _row(losses: Mapping[str, float], languages: Sequence[str]) -> Tensor:
+    for language in languages:
+        if not math.isfinite(losses[language]):
+            raise WrongInput(
+                f"neurons: the loss of {language} must be a finite number, found {losses[language]}: the model has "
+                "diverged or is damaged"
+            )
     return torch.tensor([losses[language] for language in languages], dtype=torch.float64)

@@ -19,6 +19,9 @@ Place = Annotated[
 Out = Annotated[Path | None, typer.Option(help="folder of the results; neurons in the run's where not given")]
 
 COUNTS = "counts.safetensors"
+SETTINGS = (  # of a model that is no run's
+    "data.val_fraction", "data.max_bytes", "train.seq_len", "train.batch_size", "train.threads"
+)  # fmt: skip
 
 
 class Probability(StrEnum):
@@ -43,7 +46,7 @@ def identify(
     data: Data = None,
     overrides: Overrides = None,
     split: Annotated[Split, typer.Option(help="text that activations are counted on")] = Split.train,
-    batches: Annotated[int, typer.Option(min=1, help="of each language, as large as the run's")] = 16,
+    batches: Annotated[int, typer.Option(min=1, help="of each language, of train.batch_size windows")] = 16,
     top_rate: Annotated[
         float, typer.Option(min=0, max=1, help="share of neurons that are taken for language-bound")
     ] = 0.01,
@@ -135,7 +138,8 @@ def overlap(
 
 
 def _is_of_transformers(place: Path) -> bool:
-    return (place / "config.json").is_file()
+    """A folder that is also a run is a run, as for `sigma teacher`."""
+    return (place / "config.json").is_file() and not (place / "checkpoints").is_dir()
 
 
 def _folder(out: Path | None, place: Path) -> Path:
@@ -149,12 +153,14 @@ def _folder(out: Path | None, place: Path) -> Path:
 
 def _opened(place: Path, data: list[str] | None, overrides: list[str] | None) -> Any:
     """A run, or a model of transformers on the text of --data."""
+    from sigma_train.checkpoint import named_checkpoint
     from sigma_train.errors import WrongInput
 
     if not _is_of_transformers(place):
+        named_checkpoint(place)
         if data or overrides:
             raise WrongInput(
-                "--data and --set are for a model of transformers; a run has its own text and settings"
+                f"--data and --set are for a model of transformers, {place} is a run and has its own text and settings"
             )
         from sigma_neurons import measured
 
@@ -163,12 +169,18 @@ def _opened(place: Path, data: list[str] | None, overrides: list[str] | None) ->
         raise WrongInput(
             f"--data must name files LANG.txt for {place}, a model of transformers, which has no text"
         )
+    for override in overrides or []:
+        if (key := override.partition("=")[0]) not in SETTINGS:
+            raise WrongInput(f"--set must be of {', '.join(SETTINGS)} here, found {key}")
+    import torch
     from sigma_train.config import load_config
 
     from sigma_neurons.foreign import Foreign
 
     ours = {"data": {"paths": data, "languages": True}, "model": {"max_seq_len": 1 << 20}}
-    return Foreign(place, load_config(None, None, list(overrides or []), ours))
+    config = load_config(None, None, list(overrides or []), ours)
+    torch.set_num_threads(config.train.threads or torch.get_num_threads())
+    return Foreign(place, config)
 
 
 def _identified(folder: Path, about: dict[str, Any]) -> Any:
@@ -185,9 +197,9 @@ def _identified(folder: Path, about: dict[str, Any]) -> Any:
         raise WrongInput(
             f"{folder / 'neurons.json'} is of {told['checkpoint']}; run identify on {about['checkpoint']} first"
         )
-    if told.get("text") != about.get("text"):
+    if told["text"] != about["text"]:
         raise WrongInput(
-            f"{folder / 'neurons.json'} is of another text than --data, or cut otherwise; run identify on it first"
+            f"{folder / 'neurons.json'} is of another text, of other languages or cut otherwise; run identify again"
         )
     counts = folder / COUNTS
     if not counts.is_file() or sha256_file(counts) != told["counts_sha256"]:

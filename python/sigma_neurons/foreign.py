@@ -1,7 +1,9 @@
 """A causal model of `transformers` and text by language: what is counted on, and what losses are taken of."""
 
+import hashlib
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ from sigma_train.corpus import Document
 from sigma_train.errors import WrongInput
 from sigma_train.languages import files_of, language_of, splits_of
 from sigma_train.teacher import TransformersTeacher
-from sigma_train.teacher_file import text_of
 from torch import Tensor, nn
 
 from sigma_neurons.measured import Split, count_activations, even_parts
@@ -38,8 +39,8 @@ class Foreign:
                 f"found {self._t.seq_len}"
             )
         files = files_of(config.data)
-        corpus, train, val = splits_of(files, config.data)
-        self._text = text_of(corpus.digest, config.data, sum(document.size for document in train))
+        _, train, val = splits_of(files, config.data)
+        self._text = [_digest(documents) for documents in (train, val)]
         self._documents: dict[Split, list[Document]] = {"train": train, "val": val}
         self.languages = tuple(sorted({path.stem for path in files}))
         if len(self.languages) < 2:
@@ -56,6 +57,8 @@ class Foreign:
             "checkpoint_sha256": self._reader.digest,
             "step": None,
             "text": self._text,
+            "seq_len": self._t.seq_len,
+            "batch_size": self._t.batch_size,
         }
 
     def about(self) -> dict[str, Any]:
@@ -66,9 +69,7 @@ class Foreign:
     def count(self, split: Split, limit: int) -> ActivationStats:
         t = self._t
         found = {name: self._windows(split, name, limit)[0][:, :-1] for name in self.languages}
-        return count_activations(
-            self.model, self.languages, even_parts(found, t.batch_size), self._reader.logits
-        )
+        return count_activations(self.model, self.languages, even_parts(found, t.batch_size), self._logits)
 
     @torch.no_grad()
     def losses(self, limit: int) -> dict[str, float]:
@@ -81,13 +82,24 @@ class Foreign:
                 rows.split(self._t.batch_size), sizes.split(self._t.batch_size), strict=True
             ):
                 targets = tokens[:, 1:].masked_fill(of_tokens[:, 1:] < 0, IGNORED)
-                logits = self._reader.logits(tokens[:, :-1]).flatten(0, 1).float()
+                logits = self._logits(tokens[:, :-1]).flatten(0, 1).float()
                 nats += F.cross_entropy(
                     logits, targets.flatten(), reduction="sum", ignore_index=IGNORED
                 ).item()
                 num_bytes += int(of_tokens[:, 1:].clamp(min=0).sum())
             found[name] = nats / math.log(2) / num_bytes
         return found
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """Raises: WrongInput if one is no finite number: no gate of NaN is above zero, and none would be counted."""
+        logits = self._reader.logits(tokens)
+        if not logits.isfinite().all():
+            found = logits[~logits.isfinite()][0].item()
+            raise WrongInput(
+                f"neurons: logits of {self._folder} must be finite numbers, found {found} in {logits.dtype}: it has "
+                "diverged, is damaged or overflows"
+            )
+        return logits
 
     def _windows(self, split: Split, language: str, limit: int) -> tuple[Tensor, Tensor]:
         """[windows, S + 1] tokens, and the bytes of text that each stands for, -1 of one that is none of the text's.
@@ -120,3 +132,9 @@ class Foreign:
                 ends = np.maximum.accumulate(spans[:, 1])  # tokens of one character have its bytes once
                 sizes = np.diff(ends, prepend=0)
                 yield np.concatenate([prefix, ids]), np.concatenate([np.full(len(prefix), -1), sizes])
+
+
+def _digest(documents: Sequence[Document]) -> str:
+    """sha256 of the documents of a split and their languages."""
+    told = [(language_of(document), document.sha256) for document in documents]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()

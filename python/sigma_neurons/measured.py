@@ -24,7 +24,7 @@ Split = Literal["train", "val"]
 
 
 class Measured(Protocol):
-    """A model and its text by language; about: whose results are, and of which text where that could be another."""
+    """A model and its text by language; about: whose the results are, of which text, and the size of a batch."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -46,9 +46,16 @@ class Run:
     data: PreparedData
 
     def about(self) -> dict[str, Any]:
-        """Whose the results are: the digest stays where the run is moved or named in another way."""
-        sha256 = sha256_file(self.checkpoint / RECORD)
-        return {"checkpoint": str(self.checkpoint), "checkpoint_sha256": sha256, "step": self.step}
+        """Whose the results are: digests stay where the run is moved or named in another way."""
+        t, splits = self.config.train, (self.data.train, self.data.val)
+        return {
+            "checkpoint": str(self.checkpoint),
+            "checkpoint_sha256": sha256_file(self.checkpoint / RECORD),
+            "step": self.step,
+            "text": [languages_of(split).digest for split in splits],
+            "seq_len": t.seq_len,
+            "batch_size": t.batch_size,
+        }
 
     @property
     def languages(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from sigma_train.report import STYLE, png
 from sigma_neurons import pictures
 from sigma_neurons.taxonomy import KINDS
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
@@ -100,7 +100,8 @@ def _of_ablation(ablation: dict[str, Any], folder: Path) -> list[str]:
     out.append(_table(["taken out", "neurons a language", "own", "others", "own, random"], rows))
     out.append(
         _p(
-            f"Rise of bits per byte on {ablation['batches']} batches of each language's validation text; random: mean "
+            f"Rise of bits per byte on {ablation['batches']} batches of {ablation['batch_size']} x "
+            f"{ablation['seq_len']} tokens of each language's validation text; random: mean "
             f"of {ablation['controls']} masks of as many neurons in each {ablation['within']}."
         )
     )

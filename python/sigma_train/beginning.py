@@ -3,6 +3,7 @@
 All of it is looked at before anything is written; the tensors come later, when the model is spread over its ranks.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,18 @@ from sigma_train.checkpoint import holds_moments, latest_checkpoint, must_fit, n
 from sigma_train.config import Config, ConfigError, shaping_settings
 from sigma_train.expert_counts import same_past
 from sigma_train.growth_cost import SunkCostLedger, ledger_of
+from sigma_train.plan_shapes import unfilled
 from sigma_train.ranks import Ranks
+
+
+def weights_must_fit(config: Config) -> None:
+    """Each rank makes all of them before they are spread.
+
+    Raises: MemoryError if this machine has less memory than that twice over, swap or not: it would be filled first.
+    """
+    weights = sum(p.numel() * p.element_size() for p in unfilled(config).parameters())
+    if weights > 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise MemoryError(f"{weights} bytes")
 
 
 def own_checkpoint(config: Config, resume: bool, ranks: Ranks) -> Path | None:

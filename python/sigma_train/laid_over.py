@@ -5,11 +5,13 @@
     chunk   a piece of either cut into chunks of equal count, the i-th of one and of the other
     edit    the cheapest path of edit distances between the tokens' strings (MinED)
 
-The last three know nothing of bytes but where a piece begins: a document, or 2,048 student tokens of a longer one.
+The last three know nothing of bytes but where a piece begins: a document, or 2,048 student tokens of a longer one.  The
+teacher's tokens of a piece are those that begin in it; of one that ends beyond it `edit` sees the part within.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from sigma_train.alignment import UNMAPPED, align_spans, chunk_align
 from sigma_train.dataset import TokenDataset
 from sigma_train.kinds import Alignment
-from sigma_train.mined_align import mined_align
+from sigma_train.mined_align import edit_distance, mined_align
 from sigma_train.spans import spans_of_lengths
 
 BLOCK = 1 << 18  # student tokens that are laid over by their bytes at once
@@ -32,6 +34,15 @@ class Aligned:
     kind: Alignment = "span"
     chunks: int = 16
     strings: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError."""
+        if self.kind not in get_args(Alignment):
+            raise ValueError(f"Aligned: kind must be {', '.join(get_args(Alignment))}, found {self.kind!r}")
+        if self.kind == "edit" and not self.strings:
+            raise ValueError("Aligned: kind = edit must have strings of the student's vocabulary, found none")
+        if self.chunks < 1:
+            raise ValueError(f"Aligned: chunks must be at least 1, found {self.chunks}")
 
     def over(
         self, dataset: TokenDataset, begins: Tensor, ends: Tensor
@@ -55,6 +66,7 @@ class Aligned:
                 ranges = self._of_piece(tokens, student, _spans(begins, ends, lo, hi))
             yield block, slice(lo, hi), ranges
             at = until
+        edit_distance.cache_clear()
 
     def _blocks(self, dataset: TokenDataset) -> Iterator[slice]:
         size = BLOCK if self.kind == "span" else PIECE
@@ -71,6 +83,8 @@ class Aligned:
         """Ends of documents have no partner, as they have no bytes."""
         ranges = torch.full((len(tokens), 2), UNMAPPED)
         has_bytes = student[:, 0] < student[:, 1]
+        own = (teacher[:, 0] < teacher[:, 1]).nonzero()[:, 0]
+        teacher = teacher[own]
         n, m = int(has_bytes.sum()), len(teacher)
         if not n or not m:
             return ranges
@@ -83,7 +97,7 @@ class Aligned:
             mine = [self.strings[token] for token in tokens[has_bytes.numpy()]]
             text, start = "".join(mine), int(student[0, 0])
             found = mined_align(mine, [text[begin:end] for begin, end in (teacher - start).tolist()])
-        ranges[has_bytes] = found
+        ranges[has_bytes] = torch.where(found == UNMAPPED, UNMAPPED, own[found])
         return ranges
 
 

@@ -6,6 +6,8 @@ language has documents in both splits.
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +26,14 @@ class Languages:
     names: tuple[str, ...]
     of_document: np.ndarray  # [D] int64
     ends: np.ndarray  # [D] int64, rising
+
+    @property
+    def digest(self) -> str:
+        """sha256 of which documents are of which language, where the corpus's own is of their text alone."""
+        found = hashlib.sha256(json.dumps(self.names).encode())
+        for x in (self.of_document, self.ends):
+            found.update(x.astype("<i8").tobytes())
+        return found.hexdigest()
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The language of the token at each position, int64; an end of text has that of the document it ends."""

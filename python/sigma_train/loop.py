@@ -67,6 +67,7 @@ class Trainer:
         self.noise = step_noise.recorder_of(config, ranks)
         _C.isa()  # a SIGMA_ISA that this processor has not, before anything is written
         sizes(config, ranks.size)
+        beginning.weights_must_fit(config)
         own = beginning.own_checkpoint(config, resume, ranks)
         others = None if own else beginning.others_checkpoint(config, ranks)
         keep_freed_memory()

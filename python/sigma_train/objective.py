@@ -24,7 +24,7 @@ from sigma_train.ranks import Ranks
 from sigma_train.selection import Selection, weighted_mean
 from sigma_train.teacher_file import must_be_of, must_have_top, read_losses, text_of
 from sigma_train.teacher_loss import gap
-from sigma_train.uld import uld_loss
+from sigma_train.uld import uld_to_highest
 
 
 class Objective:
@@ -100,7 +100,7 @@ class Objective:
         partner = self.partners[self._places(batch)].flatten()
         has_one = partner != UNMAPPED
         expected = logits.flatten(0, 1)[has_one].float().softmax(-1)
-        distance = uld_loss(expected, self.top[partner[has_one]].float()).sum() / targets.numel()
+        distance = uld_to_highest(expected, self.top[partner[has_one]].float()).sum() / targets.numel()
         of_all = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         self._of_all += of_all.item()
         self._uld += distance.item()

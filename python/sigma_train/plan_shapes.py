@@ -56,10 +56,15 @@ class Shapes:
         )
 
 
-def shapes(config: Config) -> Shapes:
-    """Of `LanguageModel(config)`, on the meta device."""
+def unfilled(config: Config) -> LanguageModel:
+    """`LanguageModel(config)` with parameters on the meta device."""
     with _WithoutMemory():
-        model = LanguageModel(config)
+        return LanguageModel(config)
+
+
+def shapes(config: Config) -> Shapes:
+    """Of `LanguageModel(config)`."""
+    model = unfilled(config)
     layers, in_layers = [], set()
     for block, top_k in zip(model.layers, config.model.layer_top_k, strict=True):
         experts = list(block.mlp.experts.parameters()) if isinstance(block.mlp, MoE) else []

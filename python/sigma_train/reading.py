@@ -36,7 +36,7 @@ class Read(NamedTuple):
 
 @torch.no_grad()
 def read_texts(teacher: Teacher, texts: Sequence[list[int]], reading: Reading) -> list[Read]:
-    """Raises: WrongInput if a loss is no finite number, or the vocabulary has fewer than `top` tokens."""
+    """Raises: WrongInput if a loss is no finite number."""
     sequences = [np.array([*teacher.prefix, *ids], dtype=np.int64) for ids in texts]
     found = [
         Read(np.full(len(each), np.nan, np.float32), np.zeros((len(each), reading.top), np.float16))
@@ -67,8 +67,6 @@ def read_texts(teacher: Teacher, texts: Sequence[list[int]], reading: Reading) -
 
 def _highest(logits: Tensor, count: int) -> np.ndarray:
     """[B, S, count] f16."""
-    if count > (vocabulary := logits.shape[-1]):
-        raise WrongInput(f"--top must be at most {vocabulary}, the teacher's vocabulary, found {count}")
     probabilities = logits.softmax(-1) if count else logits
     return probabilities.topk(count).values.half().numpy()
 

@@ -114,7 +114,7 @@ class Step:
             self.model.set_top_k(top_k)
 
     def _cross_entropy(self, number: int, micro: int) -> Tensor:
-        """Of one micro-batch of this rank, over the tokens that count."""
+        """Of one micro-batch of this rank, over the tokens that count, and what [objective] adds."""
         t = self.config.train
         self.noise.turn(step_noise.DATA)
         batch = number * t.grad_accum + micro

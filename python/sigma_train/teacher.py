@@ -28,6 +28,7 @@ class Teacher(Protocol):
 
     prefix: list[int]
     context: int  # tokens that it can read at once
+    vocabulary: int  # logits of a token
     model: nn.Module
 
     @property
@@ -54,10 +55,12 @@ class RunTeacher:
     def __init__(self, folder: Path) -> None:
         self._config, self.model, self._tokenizer = load_run(folder)
         self.prefix, self.context = [self._tokenizer.eos_id], self._config.model.max_seq_len
+        self.vocabulary = self._config.model.vocab_size
 
     @cached_property
     def digest(self) -> str:
-        return digest_of(self.model, self._tokenizer.digest)
+        settings = self._config.model.model_dump_json() + self._config.router.model_dump_json()
+        return digest_of(self.model, f"{self._tokenizer.digest}{settings}")
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         lengths = self._tokenizer.token_bytes
@@ -97,6 +100,7 @@ class TransformersTeacher:
         before = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         self.prefix = [] if before is None else [before]
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048
+        self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
         if not self._is_causal():
             raise WrongInput(
                 f"{who}: the model of {folder} must be causal, it sees the token that it predicts"
@@ -111,7 +115,11 @@ class TransformersTeacher:
 
     @cached_property
     def digest(self) -> str:
-        return digest_of(self.model, self._tokenizer.to_str())
+        settings = self.model.config.to_dict()
+        for key in ("_name_or_path", "transformers_version"):  # of the folder's name, and of who has read it
+            settings.pop(key, None)
+        told = json.dumps(settings, sort_keys=True, default=str)
+        return digest_of(self.model, f"{self._tokenizer.to_str()}{told}{self.prefix}")
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Raises: WrongInput if the tokenizer's offsets cannot be laid over the text."""
@@ -139,9 +147,9 @@ def without_frame(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return bare
 
 
-def digest_of(model: nn.Module, tokenizer: str) -> str:
-    """sha256 of weights by name and of a tokenizer: the same in whichever files they lie."""
-    found = hashlib.sha256(tokenizer.encode())
+def digest_of(model: nn.Module, told: str) -> str:
+    """sha256 of weights by name, and of tokenizer and settings as told: the same in whichever files they lie."""
+    found = hashlib.sha256(told.encode())
     for name, x in model.state_dict().items():
         found.update(f"{name} {x.dtype} {list(x.shape)}".encode())
         found.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -81,6 +81,8 @@ def reading_of(
     overlap = context // 4 if overlap is None else overlap
     if overlap >= context:
         raise WrongInput(f"--overlap must be less than the context of {context} tokens, found {overlap}")
+    if top > teacher.vocabulary:
+        raise WrongInput(f"--top must be at most {teacher.vocabulary}, the teacher's vocabulary, found {top}")
     return Reading(context, overlap, batch_tokens, top)
 
 

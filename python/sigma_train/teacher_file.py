@@ -100,8 +100,13 @@ def read_losses(path: Path, who: str) -> TeacherLosses:
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {}).get(RECORD, "{}"))
-            if record.get("version") != VERSION:
+            if "version" not in record:
                 raise WrongInput(f"{who}: {path} must be a file of `sigma teacher cache`, found another")
+            if record["version"] != VERSION:
+                raise WrongInput(
+                    f"{who}: {path} must be of version {VERSION}, found {record['version']}; make it anew with "
+                    "`sigma teacher cache`"
+                )
             tensors = {name: file.get_tensor(name) for name in TENSORS}
     except FileNotFoundError:
         raise WrongInput(f"{who}: {path} is missing; `sigma teacher cache` makes it") from None
