@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from sigma_train.alignment import alignment_ios
 from sigma_train.config import Config
 from sigma_train.console import say
-from sigma_train.dataset import prepare
+from sigma_train.dataset import PreparedData, prepare
 from sigma_train.evaluate import evaluate
 from sigma_train.generate import load_run
 from sigma_train.kinds import Alignment
@@ -33,6 +33,7 @@ from sigma_train.spans import spans_of_lengths
 from sigma_train.teacher import open_teacher
 from sigma_train.teacher_cache import cache_losses
 from sigma_train.teacher_file import TeacherLosses, read_losses
+from torch import Tensor
 
 from sigma_experiments import sparse
 from sigma_experiments.lab import SHORT, Lab, Run, Trained
@@ -43,7 +44,7 @@ TEXT_BYTES, SHORT_BYTES = 2_400_000, 80_000
 STEPS, TEACHER_STEPS = 240, 400
 NOT_SHORT = ("random", "chunk")
 TOP = 64  # probabilities of the teacher that ULD sees
-COVERED_TOKENS = 100_000  # of the student's, over which alignments are looked at
+COVERED_TOKENS = 20_000  # of the student's, over which alignments are looked at
 LOOKS = 16  # batches of the training text over which a trained student's choice is counted
 COMMON = {
     "router.balance": "global",
@@ -117,9 +118,11 @@ def run(lab: Lab) -> Page:
     )
     found = sparse.by_arm(alone | guided)
     trained = {name: found[name] for name in ARMS if name in found}
-    bits = {name: [on_clean_text(each, texts) for each in runs] for name, runs in trained.items()}
-    kept = {name: [kept_by(each, texts) for each in runs] for name, runs in trained.items() if chooses(name)}
-    covered = covered_by(student_config(lab, texts), losses)
+    with lab.threads() as pool:
+        of_text = pool.submit(covered_by, student_config(lab, texts), losses)
+        of_arms = {name: pool.submit(kept_by, trained[name], texts) for name in trained if chooses(name)}
+        bits = {name: [*pool.map(lambda each: on_clean_text(each, texts), trained[name])] for name in trained}
+        kept, covered = {name: of_arm.result() for name, of_arm in of_arms.items()}, of_text.result()
     return Page(
         "Tokens chosen by a teacher of another vocabulary",
         text(trained, trained_teacher, losses, costs, bits, kept, covered),
@@ -203,12 +206,24 @@ def on_clean_text(trained: Trained, texts: Texts) -> float:
 
 
 @torch.no_grad()
-def kept_by(trained: Trained, texts: Texts) -> dict[str, float]:
-    """Of what the trained student would keep: which share of each kind of token, and how much of it is noise."""
-    config, model, _ = load_run(trained.folder)
-    data, t = prepare(config), config.train
-    objective = Objective(config, data, Ranks())
-    kinds = torch.from_numpy(texts.kinds(data.train, config.data))
+def kept_by(runs: Sequence[Trained], texts: Texts) -> list[dict[str, float]]:
+    """Of what each trained student would keep: which share of each kind of token, and how much of it is noise.
+
+    The runs of one arm, which differ in their seed: the teacher's tokens are laid over theirs once.
+    """
+    data = prepare(runs[0].config)
+    objective = Objective(runs[0].config, data, Ranks())
+    kinds = torch.from_numpy(texts.kinds(data.train, runs[0].config.data))
+    found = []
+    for run in runs:
+        objective.config = run.config
+        found.append(_kept_by(run, data, objective, kinds))
+    return found
+
+
+def _kept_by(run: Trained, data: PreparedData, objective: Objective, kinds: Tensor) -> dict[str, float]:
+    config, model, _ = load_run(run.folder)
+    t = config.train
     kept, all_ = torch.zeros(4), torch.zeros(4)
     for batch in range(LOOKS):
         inputs, targets = data.train.batch(batch, t.batch_size, t.seq_len, t.seed)

@@ -20,7 +20,7 @@ from torch import Tensor
 def mined_align(student: Sequence[str], teacher: Sequence[str]) -> Tensor:
     """[N, 2] int64: first and last teacher token on the cheapest path; of equally cheap steps back the diagonal one.
 
-    Memory: 8 bytes * N * M.  Raises: ValueError if either has no token.
+    Memory: 4 bytes * N * M.  Raises: ValueError if either has no token.
     """
     if not student or not teacher:
         raise ValueError(
@@ -28,16 +28,19 @@ def mined_align(student: Sequence[str], teacher: Sequence[str]) -> Tensor:
             "the teacher"
         )
     cost = _costs(_distances(student, teacher))
-    ranges = torch.full((len(student), 2), -1)
     i, j = len(student) - 1, len(teacher) - 1
-    ranges[i, 1] = j
-    while before := [(p, q) for p, q in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if p >= 0 and q >= 0]:
-        p, q = min(before, key=lambda place: cost[place])
-        if p != i:
-            ranges[i, 0], ranges[p, 1] = j, q
-        i, j = p, q
-    ranges[0, 0] = 0
-    return ranges
+    first, last = [0] * len(student), [j] * len(student)
+    while i or j:
+        came = i, j
+        if i and j and cost[i - 1, j - 1] <= min(cost[i - 1, j], cost[i, j - 1]):
+            i, j = i - 1, j - 1
+        elif i and (not j or cost[i - 1, j] <= cost[i, j - 1]):
+            i -= 1
+        else:
+            j -= 1
+        if i != came[0]:
+            first[came[0]], last[i] = came[1], j
+    return torch.tensor([first, last]).T.contiguous()
 
 
 @lru_cache(1 << 20)
@@ -54,17 +57,17 @@ def edit_distance(a: str, b: str) -> int:
 def _distances(student: Sequence[str], teacher: Sequence[str]) -> np.ndarray:
     """[N, M] of every two tokens; strings that come again are compared once."""
     (mine, rows), (theirs, columns) = (np.unique(each, return_inverse=True) for each in (student, teacher))
-    table = np.array([[edit_distance(a, b) for b in theirs.tolist()] for a in mine.tolist()])
+    table = np.array([[edit_distance(a, b) for b in theirs.tolist()] for a in mine.tolist()], np.int32)
     return table[rows[:, None], columns]
 
 
 def _costs(distances: np.ndarray) -> np.ndarray:
     """In the place of the distances."""
     cost = distances
-    cost[0] = distances[0].cumsum()
+    cost[0] = distances[0].cumsum(dtype=np.int32)
     for i in range(1, len(cost)):
         above = cost[i - 1].copy()
         above[1:] = np.minimum(above[1:], cost[i - 1, :-1])
-        until = distances[i].cumsum()
+        until = distances[i].cumsum(dtype=np.int32)
         cost[i] = until + np.minimum.accumulate(above - (until - distances[i]))
     return cost
