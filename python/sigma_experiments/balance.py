@@ -17,8 +17,8 @@ EARLY = (8, 6, 4, 2, 1, 1)
 SWITCH = 0.6  # of the steps
 ARMS = {
     "plain": {},
-    "schedule": {"router.normalize": True, "sparsity.phases": [[0, EARLY], [SWITCH, (1,) * sparse.LAYERS]]},
-    "stay": {"router.normalize": True, "model.top_k": EARLY},
+    "schedule": {"sparsity.phases": [[0, EARLY], [SWITCH, (1,) * sparse.LAYERS]]},
+    "stay": {"model.top_k": EARLY},
     "bias": {"router.balance": "bias", "router.bias_rate": 1e-2},
     "top1": {"router.balance": "top1", "router.top1_temperature": 0.1},
 }

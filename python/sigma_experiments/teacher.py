@@ -321,9 +321,10 @@ students' text it has {losses.bits_per_byte:.4f} bits per byte, noise and all. A
 
 Equal steps in all rows but the last, which has as many FLOPs as a guided student and the teacher's reading of the text
 ({costs.reading:.2e}) together, in a short form at most twice the steps. The teacher's
-training, {costs.training:.2e} FLOPs, is counted nowhere. ULD adds
-{student.objective.uld_weight:g} times the distance between the sorted probabilities of the student and the teacher's
-{TOP} highest, tokens paired by their bytes, and leaves none out.
+training, {costs.training:.2e} FLOPs, is counted nowhere. Of the students without a teacher those that learn from all
+tokens are best at equal steps, so these alone were run for longer. All students begin anew; the teacher is one. ULD
+adds {student.objective.uld_weight:g} times the distance between the sorted probabilities of the student and the
+teacher's {TOP} highest, tokens paired by their bytes, and leaves none out.
 
 Of a student's token the teacher's that it is paired with cover, in the mean over bytes: by bytes
 {percent_of(covered["span"])}, by edit distance {percent_of(covered["edit"])}, by {student.objective.chunks} chunks of
