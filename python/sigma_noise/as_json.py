@@ -1,14 +1,18 @@
-"""An analysis as JSON.  `analysis.schema.json` says what is in it, `training.schema.json` of that of a training.
+"""An analysis as JSON.  `analysis.schema.json` says what is in it, `training.schema.json` of that of a training, and
+`project.schema.json` of projections.
 
 Numbers that are not finite are null.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sigma_noise.analysis import Analysis, Gaps, OfRank
 from sigma_noise.attribution import Attribution
+from sigma_noise.budget import Budget
 from sigma_noise.detours import Noise
 from sigma_noise.plain import plain
+from sigma_noise.project import Projection
 from sigma_noise.step_causes import Late
 from sigma_noise.steps import StepNoise
 from sigma_noise.windows import Exchanges
@@ -42,6 +46,24 @@ def of_training(noise: StepNoise, why: Late | None) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "noise": plain(noise) | derived,
         "late": None if why is None else late(why),
+    }
+
+
+def of_projections(
+    found: Sequence[Projection],
+    gains: Sequence[Budget],
+    options: Mapping[str, Any],
+    is_over_budget: bool | None,
+    digests: Mapping[str, str],
+) -> dict[str, Any]:
+    """`gains`: what would be regained without a cause, of each model."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "options": plain(options),
+        "files": dict(digests),
+        "projections": [plain(p) for p in found],
+        "regained": [plain(b) for b in gains],
+        "is_over_budget": is_over_budget,
     }
 
 
