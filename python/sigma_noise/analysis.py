@@ -18,7 +18,7 @@ from sigma_noise.intervals import Interval, intervals, ratio_interval
 from sigma_noise.lost import Lost
 from sigma_noise.periods import Period
 from sigma_noise.project import RANKS, Projection, project
-from sigma_noise.scores import LEAST_STEPS, Scores, score
+from sigma_noise.scores import LEAST_STEPS, REFERENCES, Scores, score
 from sigma_noise.trace import Series, Trace
 from sigma_noise.windows import (
     FEWEST_QUANTA,
@@ -46,6 +46,7 @@ class Options:
     collectives where there are some, else of the first that was measured.  tau_s: threshold of detours; none: one a
     series, by `detours.work_threshold` and `gap_threshold`.  ranks: N of S(N).  window_s: useful work between
     barriers, where they are no collectives.  alpha: rate at which any of equal ranks is flagged.  seed: of resamples.
+    reference: what a rank's location is relative to, "median" of ranks or "min", the fastest.
     """
 
     kernel: str | None = None
@@ -54,9 +55,14 @@ class Options:
     window_s: float | None = None
     alpha: float = 0.01
     seed: int = 0
+    reference: str = "median"
 
     def __post_init__(self) -> None:
-        """Raises: ValueError for a threshold that is not positive, in a trace without quanta too."""
+        """Raises: ValueError for a threshold that is not positive or a reference that is none, in a trace without
+        quanta too.
+        """
+        if self.reference not in REFERENCES:
+            raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, found {self.reference!r}")
         if self.tau_s is not None and not 0 < self.tau_s < float("inf"):
             raise ValueError(f"tau must be more than 0 s, found {self.tau_s:g}")
 
@@ -120,6 +126,11 @@ class Analysis:
         """Mean window between barriers, NaN without one."""
         return float("nan") if self.windows is None else self.windows.mean_s
 
+    def scored(self, rank: int) -> OfRank | None:
+        """What a rank's score is of; None where it has too few quanta."""
+        kernel = "" if self.windows is None else self.windows.kernel
+        return next((s for s in self.of(kernel) if s.rank == rank), None)
+
     @property
     def worst(self) -> OfRank | None:
         """Of the kernel of the first screen, the rank with most noise."""
@@ -146,10 +157,13 @@ def analyze(
     kernel = chosen(trace, options.kernel)
     injected = {} if truth is None else injections(trace, truth)
     own = own_periods(trace)
+    exchanges, impossible = exchanges_of(trace)
+    windows = windows_of(trace, kernel, None if options.kernel else exchanges, options.window_s)
+    explained = {kernel} if windows is None else {kernel, windows.kernel}
     series = tuple(
         of_fixed_time(trace, rank, name, options, own)
         if is_fixed_time(trace, name)
-        else of_rank(trace, rank, name, options, own, injected.get(rank, {}), name == kernel)
+        else of_rank(trace, rank, name, options, own, injected.get(rank, {}), name in explained)
         for name in names
         for rank in trace.ranks
         if is_usable(trace, trace.get(rank, "quantum", name), name)
@@ -159,8 +173,6 @@ def analyze(
         for rank in trace.ranks
         if "detour" in trace.ranks[rank].get("measured", {})
     )
-    exchanges, impossible = exchanges_of(trace)
-    windows = windows_of(trace, kernel, None if options.kernel else exchanges, options.window_s)
     told = [*warnings(trace, series, names), *([impossible] if impossible else [])]
     return Analysis(
         trace.run, options, {rank: host_of(trace, rank) for rank in trace.ranks}, kernel, series, gaps, windows,
@@ -311,7 +323,8 @@ def scored(windows: Windows, options: Options) -> Scores | None:
     if len(rows) < 2 or min(map(len, rows)) < LEAST_STEPS:
         return None
     numbers = list(windows.rows)
-    found = score([np.maximum(row, 1e-9) for row in rows], alpha=options.alpha, seed=options.seed)
+    durations = [np.maximum(row, 1e-9) for row in rows]
+    found = score(durations, alpha=options.alpha, reference=options.reference, seed=options.seed)
     return replace(found, ranks=tuple(replace(r, rank=numbers[r.rank]) for r in found.ranks))
 
 

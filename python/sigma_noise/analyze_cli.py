@@ -27,6 +27,10 @@ def analyze(
     alpha: Annotated[
         float, typer.Option(min=1e-6, max=0.5, help="rate at which any of equal ranks is flagged")
     ] = 0.01,
+    reference: Annotated[
+        str,
+        typer.Option(help="what a rank's location is relative to: median of ranks, or min, as NVRx has it"),
+    ] = "median",
     seed: Annotated[int, typer.Option(min=0, help="of resamples")] = 0,
     truth: Annotated[Path | None, typer.Option(help="log of `sigma noise inject`, as a cause")] = None,
     report: Annotated[
@@ -63,7 +67,7 @@ def analyze(
             write_json(json_file, of_training(noise, why))
         return
     try:
-        options = Options(kernel, tau, whole_numbers("ranks", ranks), window, alpha, seed)
+        options = Options(kernel, tau, whole_numbers("ranks", ranks), window, alpha, seed, reference)
         found = of_trace(measured, options, truth=log, digests=trace.digests(path))
     except ValueError as error:
         raise WrongInput(f"{path}: {as_options(str(error))}") from None
@@ -186,7 +190,7 @@ def compare(
 
 def as_options(text: str) -> str:
     """What the library says of its arguments, of the options they came by."""
-    return re.sub(r"^(?:project: )?(kernel|window|truth|tau|ranks)\b", r"--\1", text)
+    return re.sub(r"^(?:project: )?(kernel|window|truth|tau|ranks|reference)\b", r"--\1", text)
 
 
 def write_json(to: Path, told: dict[str, Any]) -> None:
