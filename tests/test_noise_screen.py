@@ -58,7 +58,7 @@ def test_the_rank_that_stands_out_has_its_own_cause():
     assert (found.scores.flagged, found.worst.rank) == ([3], 0)
     first, second = causes(found)
     assert first.startswith("rank 3: cause: gc")
-    assert second.startswith("rank 0, the noisiest: cause: run-queue wait")
+    assert second.startswith("rank 0: cause: run-queue wait")
 
 
 @pytest.mark.parametrize("reference, than", [("median", "the median rank's"), ("min", "the fastest rank's")])

@@ -150,7 +150,7 @@ def causes_of(found: Analysis) -> Iterator[str]:
     if not is_recorded:
         yield "causes      not recorded; `sigma noise run --attribute` reads the counters that tell"
     elif found.worst.causes is not None and found.worst.rank not in standing:
-        yield f"causes      rank {found.worst.rank}, the noisiest: {found.worst.causes.sentence}"
+        yield f"causes      rank {found.worst.rank}: {found.worst.causes.sentence}"
 
 
 def slowness(r: RankScore, reference: str) -> str:
