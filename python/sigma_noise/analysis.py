@@ -98,9 +98,12 @@ class Gaps:
 
 @dataclass(frozen=True)
 class Analysis:
-    """`kernel`: of the first screen; `windows`: by which ranks are scored and projected, where they can be."""
+    """`about`: what files say of each rank; `kernel`: of the first screen; `windows`: by which ranks are scored and
+    projected, where they can be.
+    """
 
     run: Mapping[str, Any]
+    about: Mapping[int, Mapping[str, Any]]
     options: Options
     hosts: Mapping[int, str]
     kernel: str
@@ -175,7 +178,8 @@ def analyze(
     )
     told = [*warnings(trace, series, names), *([impossible] if impossible else [])]
     return Analysis(
-        trace.run, options, {rank: host_of(trace, rank) for rank in trace.ranks}, kernel, series, gaps, windows,
+        trace.run, trace.ranks, options, {rank: host_of(trace, rank) for rank in trace.ranks}, kernel, series, gaps,
+        windows,
         None if windows is None else scored(windows, options), exchanges,
         () if windows is None else projected(windows, options),
         tuple(told), digests or {},

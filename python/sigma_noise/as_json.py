@@ -18,6 +18,7 @@ from sigma_noise.steps import StepNoise
 from sigma_noise.windows import Exchanges
 
 SCHEMA_VERSION = 1
+MACHINE = ("clock", "cpu", "versions", "imported")  # of what files say of a rank: where it was measured
 
 
 def as_json(found: Analysis) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def as_json(found: Analysis) -> dict[str, Any]:
         "kernel": found.kernel,
         "hosts": {str(rank): host for rank, host in found.hosts.items()},
         "run": plain(found.run),
+        "machines": {str(rank): machine(about) for rank, about in found.about.items()},
         "files": dict(found.digests),
         "series": [series(s) for s in found.series],
         "idle_loop": [gaps(g) for g in found.gaps],
@@ -37,6 +39,11 @@ def as_json(found: Analysis) -> dict[str, Any]:
         "projections": [plain(p) for p in found.projections],
         "warnings": list(found.warnings),
     }
+
+
+def machine(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a rank: null for what its file does not say."""
+    return {name: plain(about.get(name)) for name in MACHINE}
 
 
 def of_training(noise: StepNoise, why: Late | None) -> dict[str, Any]:
