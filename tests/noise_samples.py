@@ -167,6 +167,7 @@ def everything(ranks: int) -> Trace:
             (rank, "event", "detour"): loop,
             (rank, "counter", "run_delay_ns"): Series(read_ns, read_ns, 5e6 * np.arange(40)),
             (rank, "counter", "on_cpu_ns"): Series(read_ns, read_ns, 1e8 * np.arange(40)),
+            (rank, "counter", "cpu_khz"): Series(read_ns, read_ns, np.full(40, 2.4e6)),
         }
     about = {
         "host": "a",

@@ -22,7 +22,7 @@ from test_noise_step_matched import WORST, Stopped, random_stops, recorded
 
 SCHEMA = json.loads((files("sigma_noise") / "analysis.schema.json").read_text())
 CHECK = jsonschema.Draft202012Validator(SCHEMA)
-MAPS = {"hosts", "run", "machines", "files", "by_decade", "unread"}  # whose keys are data
+MAPS = {"hosts", "run", "machines", "clocks", "files", "by_decade", "unread"}  # whose keys are data
 
 
 def made(trace: Trace) -> Any:
@@ -75,7 +75,7 @@ def test_the_analysis_has_all_that_the_schema_tells(full):
     assert full["idle_loop"][0]["noise"]["detours"] == 60
     assert len(full["scores"]["ranks"]) == 2
     of_spin = full["series"][[s["kernel"] for s in full["series"]].index("spin")]
-    assert of_spin["changes"]
+    assert of_spin["changes"][0]["clocks"]
     assert full["idle_loop"][0]["periods"]
     assert of_spin["causes"]["shares"]
     assert of_spin["causes"]["unread"]

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from noise_samples import everything
+from noise_samples import everything, spun
 from sigma_noise import screen
 from sigma_noise.analysis import Analysis, Options, analyze
+from sigma_noise.as_json import as_json
 from sigma_noise.trace import Key, Series, Trace
 from test_noise_analysis import invoke, measured, write
 
@@ -117,3 +118,20 @@ def test_location_may_be_relative_to_the_fastest(tmp_path):
     assert invoke("analyze", tmp_path / "run", "--reference", "min").exit_code == 0
     error = invoke("analyze", tmp_path / "run", "--reference", "mean").exception
     assert "--reference must be one of median, min, found 'mean'" in str(error)
+
+
+def test_a_change_of_level_is_shown_with_the_clock():
+    """Defends: a level that changed with the clock, of which the screen does not say so."""
+    series = spun(np.random.default_rng(3), N)  # slower from the middle on
+    at = series.start_ns[::50]
+    khz = np.where(at < series.start_ns[N // 2], 3.0e6, 2.7e6)
+    trace = measured({0: series})
+    (line,) = [text for text in screen.lines(analyze(trace)) if text.startswith("level")]
+    assert line.startswith("level       changed 1 time; most at")
+    assert line.endswith("; clocks were not recorded")
+    trace = replace(trace, rows={**trace.rows, (0, "counter", "cpu_khz"): Series(at, at, khz)})
+    found = analyze(trace)
+    (line,) = [text for text in screen.lines(found) if text.startswith("level")]
+    assert line.endswith("; clock of cpu 3.00 to 2.70 GHz")
+    (change,) = as_json(found)["series"][0]["changes"]
+    assert change["clocks"] == {"cpu_khz": {"before": 3.0e6, "after": 2.7e6}}

@@ -35,6 +35,7 @@ from sigma_noise.windows import (
 MOST_HZ = 60.0  # what is faster is found by its multiples
 MOST_CYCLES = 5e3  # of the highest frequency sought, in a window: a search of 60 Hz in 83 s takes some 3 s
 FEWEST_CYCLES = 10  # of the lowest, as surrogates keep the number of stamps in parts of 3; in short windows 3
+CLOCKS = ("cpu_khz", "sm_mhz")  # ends of the names of gauges of frequencies
 FEWEST_EFFECTIVE = 500  # below which intervals may be short
 
 Floats = NDArray[np.float64]
@@ -242,7 +243,7 @@ def of_rank(
     series, seed = trace.get(rank, "quantum", kernel), options.seed
     start_s = series.since(int(series.start_ns[0]))
     seconds = np.maximum(series.seconds, 1e-9)
-    found = tuple(changes.changes(start_s, seconds, seed=seed))
+    found = tuple(changes.changes(start_s, seconds, clocks=clocks_of(trace, rank, series), seed=seed))
     bounds = np.array([0, *(change.index for change in found), len(seconds)])
     noise = detours.fixed_work(start_s, seconds, bounds, options.tau_s)
     floor = detours.floor(seconds, bounds)
@@ -254,6 +255,15 @@ def of_rank(
     if with_causes and (injected or any(True for _ in trace.of(rank, "counter"))):
         causes = attribute_trace(trace, rank, Lost.over_floor(series, floor), injected=injected, seed=seed)
     return OfRank(rank, kernel, False, len(series), median, noise, share, found, rhythm, bounds, causes)
+
+
+def clocks_of(trace: Trace, rank: int, series: Series) -> dict[str, tuple[Floats, Floats]]:
+    """What frequencies of processors were read at, in seconds since the first quantum, and what they were."""
+    return {
+        name: (gauge.since(int(series.start_ns[0])), gauge.value)
+        for name, gauge in trace.of(rank, "counter")
+        if name.endswith(CLOCKS)
+    }
 
 
 def of_fixed_time(trace: Trace, rank: int, kernel: str, options: Options, own: Mapping[str, float]) -> OfRank:

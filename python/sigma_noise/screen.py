@@ -6,13 +6,15 @@ from math import isfinite
 import numpy as np
 
 from sigma_noise.analysis import Analysis, OfRank
+from sigma_noise.changes import Change
 from sigma_noise.detours import Noise
 from sigma_noise.intervals import Interval
 from sigma_noise.periods import Period
 from sigma_noise.project import Projection
 from sigma_noise.scores import RankScore
-from sigma_noise.units import share_of, time_of
+from sigma_noise.units import count, share_of, time_of
 
+HZ = {"khz": 1e3, "mhz": 1e6}
 MOST_LINES = 25
 MOST_WARNINGS = 4
 MOST_RANKS = 2  # that stand out, each with its cause
@@ -105,9 +107,21 @@ def levels(s: OfRank) -> Iterator[str]:
     if s.changes:
         big = max(s.changes, key=lambda c: abs(c.shift.estimate))
         yield (
-            f"level       changed {len(s.changes)} times; most at {big.time_s:.1f} s, by {big.shift.estimate:+.1%} "
-            f"{percents(big.shift)}"
+            f"level       changed {count(len(s.changes), 'time')}; most at {big.time_s:.1f} s, by "
+            f"{big.shift.estimate:+.1%} {percents(big.shift)}; {clocks_of(big)}"
         )
+
+
+def clocks_of(change: Change) -> str:
+    """`cpu_khz` and its like in GHz."""
+    if not change.clocks:
+        return "clocks were not recorded"
+    told = []
+    for gauge, sides in change.clocks.items():
+        name, _, unit = gauge.rpartition("_")
+        before, after = (f"{x * HZ[unit] / 1e9:.2f}" if isfinite(x) else "unknown" for x in sides)
+        told.append(f"clock of {name.replace('_', ' ')} {before} to {after} GHz")
+    return ", ".join(told)
 
 
 def idle_loop(found: Analysis) -> Iterator[str]:
