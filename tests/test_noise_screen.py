@@ -8,8 +8,10 @@ from noise_samples import everything, spun
 from sigma_noise import screen
 from sigma_noise.analysis import Analysis, Options, analyze
 from sigma_noise.as_json import as_json
+from sigma_noise.page import rendered
 from sigma_noise.trace import Key, Series, Trace
 from test_noise_analysis import invoke, measured, write
+from test_noise_intervals import ar1
 
 MS, N = 1_000_000, 4000
 
@@ -135,3 +137,17 @@ def test_a_change_of_level_is_shown_with_the_clock():
     assert line.endswith("; clock of cpu 3.00 to 2.70 GHz")
     (change,) = as_json(found)["series"][0]["changes"]
     assert change["clocks"] == {"cpu_khz": {"before": 3.0e6, "after": 2.7e6}}
+
+
+def test_few_independent_quanta_are_told():
+    """Defends: acceptance 6.  An interval of 2,000 quanta that are worth 105, without a word about it."""
+    took = np.rint(MS * np.exp(0.01 * ar1(np.random.default_rng(4), 0.9, 2000)[0])).astype(np.int64)
+    ends = np.cumsum(took)
+    found = analyze(measured({0: Series(ends - took, ends, np.ones(2000))}))
+    n_eff = found.worst.median.n_eff
+    assert 60 < n_eff < 200
+    first = "\n".join(screen.lines(found))
+    assert f"n 2,000, worth {n_eff:.0f} independent ones" in first
+    note = f"2000 quanta are worth {n_eff:.0f} independent ones, so intervals may be short; measure longer"
+    assert note in first
+    assert note in rendered(found, {})
