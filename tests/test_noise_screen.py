@@ -62,6 +62,10 @@ def test_the_rank_that_stands_out_has_its_own_cause():
     first, second = causes(found)
     assert first.startswith("rank 3: cause: gc")
     assert second.startswith("rank 0: cause: run-queue wait")
+    table = rendered(found, {}).split("<h2>Ranks</h2>")[1].split("</table>")[0]
+    assert all(
+        cell in table for cell in ("<td>gc</tr>", "<td>run-queue wait</tr>", "<td>no single cause</tr>")
+    )
 
 
 @pytest.mark.parametrize("reference, than", [("median", "the median rank's"), ("min", "the fastest rank's")])
