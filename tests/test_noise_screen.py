@@ -8,6 +8,7 @@ from noise_samples import everything, spun
 from sigma_noise import screen
 from sigma_noise.analysis import Analysis, Options, analyze
 from sigma_noise.as_json import as_json
+from sigma_noise.changes import Sides
 from sigma_noise.page import rendered
 from sigma_noise.trace import Key, Series, Trace
 from test_noise_analysis import invoke, measured, write
@@ -141,6 +142,14 @@ def test_a_change_of_level_is_shown_with_the_clock():
     assert line.endswith("; clock of cpu 3.00 to 2.70 GHz")
     (change,) = as_json(found)["series"][0]["changes"]
     assert change["clocks"] == {"cpu_khz": {"before": 3.0e6, "after": 2.7e6}}
+    (of_cpu,) = found.worst.changes
+    many = {f"gpu{i}_sm_mhz": Sides(1980.0, 1980.0 - 100 * (i == 3)) for i in range(8)}
+    told = screen.clocks_of(replace(of_cpu, clocks=many | {"cpu_khz": Sides(3e6, float("nan"))}))
+    assert told == "clock of gpu3 sm 1.98 to 1.88 GHz, which changed most of 8"
+    asleep = {"gpu0_sm_mhz": Sides(0.0, 1980.0), "gpu1_sm_mhz": Sides(0.0, 0.0)}
+    assert "clock of gpu0 sm 0.00 to 1.98 GHz" in screen.clocks_of(replace(of_cpu, clocks=asleep))
+    unread = {"cpu_khz": Sides(3e6, float("nan"))}
+    assert screen.clocks_of(replace(of_cpu, clocks=unread)) == "clocks were not read on both sides"
 
 
 def test_few_independent_quanta_are_told():

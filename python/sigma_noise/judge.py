@@ -134,11 +134,11 @@ def show(found: Judged) -> None:
     console.print(table)
     whose = "as asked" if found.options.tau_s is not None else "that of the rank with most jitter"
     say(console, f"detours of all runs are those above {time_of(found.tau_s)}, {whose}")
-    told = (
+    apart = (
         f"all times, which decide nothing: {differ.wasserstein_log:.2%} apart (Wasserstein-1 of their logarithms, "
         f"p {differ.p:.3g}), {differ.similarity:.3f} similar"
     )
-    say(console, told)
+    say(console, apart)
     for reason in found.comparison.reasons:
         say(console, reason)
     say(console, f"verdict: {found.comparison.verdict}")

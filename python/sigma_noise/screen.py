@@ -14,7 +14,7 @@ from sigma_noise.project import Projection
 from sigma_noise.scores import RankScore
 from sigma_noise.units import count, share_of, time_of
 
-HZ = {"khz": 1e3, "mhz": 1e6}
+HZ = {"khz": 1e3, "mhz": 1e6}  # of gauges such as cpu_khz
 MOST_LINES = 25
 MOST_WARNINGS = 4
 MOST_RANKS = 2  # that stand out, each with its cause
@@ -113,15 +113,19 @@ def levels(s: OfRank) -> Iterator[str]:
 
 
 def clocks_of(change: Change) -> str:
-    """`cpu_khz` and its like in GHz."""
+    """In GHz the one that changed most of those that were read on both sides."""
     if not change.clocks:
         return "clocks were not recorded"
-    told = []
-    for gauge, sides in change.clocks.items():
-        name, _, unit = gauge.rpartition("_")
-        before, after = (f"{x * HZ[unit] / 1e9:.2f}" if isfinite(x) else "unknown" for x in sides)
-        told.append(f"clock of {name.replace('_', ' ')} {before} to {after} GHz")
-    return ", ".join(told)
+    known = {gauge: sides for gauge, sides in change.clocks.items() if all(map(isfinite, sides))}
+    if not known:
+        return "clocks were not read on both sides"
+    gauge = max(
+        known, key=lambda name: 1 - min(known[name]) / max(*known[name], 1.0)
+    )  # one that slept says 0
+    name, _, unit = gauge.rpartition("_")
+    before, after = (f"{x * HZ[unit] / 1e9:.2f}" for x in known[gauge])
+    of = "" if len(known) == 1 else f", which changed most of {len(known)}"
+    return f"clock of {name.replace('_', ' ')} {before} to {after} GHz{of}"
 
 
 def idle_loop(found: Analysis) -> Iterator[str]:
