@@ -1,4 +1,4 @@
-"""Small files in the shape of other tools', made for these tests, and traces for hypothesis."""
+"""Small files in the shape of other tools', made for these tests, closed forms, and traces for hypothesis."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from scipy.special import digamma, gammaln, poch, polygamma
+from sigma_noise.expected_max import gap_sum
 from sigma_noise.formats.rank_detours import facts
 from sigma_noise.trace import Key, Series, Trace, rank_file
 
@@ -114,6 +116,26 @@ def bernoulli_slowdown(work: float, detour: float, chance: float, ranks: Any) ->
     return (work + detour * hit) / (work + detour * chance)
 
 
+def pareto_max(shape: float, scale: float, ranks: Any) -> Any:
+    """E[max_N] of the generalised Pareto distribution: scale/xi (N B(N, 1 - xi) - 1), for a shape xi < 1.
+
+    Near xi = 0 the first two terms of its series, H_N + xi/2 (H_N^2 + sum 1/k^2): the closed form cancels there.
+    """
+    N = np.asarray(ranks, np.float64)
+    if abs(shape) < 1e-4:
+        H = digamma(N + 1) + np.euler_gamma
+        return scale * (H + shape / 2 * (H**2 + np.pi**2 / 6 - polygamma(1, N + 1)))
+    grown = np.log(poch(N + 1 - shape, shape)) + gammaln(1 - shape)  # log of N B(N, 1 - xi)
+    return scale / shape * np.expm1(grown)
+
+
+def sample_max(ordered: Any, ranks: Any, counts: Any = None) -> Any:
+    """E[max_N] of the empirical cdf of a sample in order, each drawn `counts` times."""
+    x = np.asarray(ordered, np.float64)
+    drawn = np.ones(x.size) if counts is None else np.asarray(counts, np.float64)
+    return gap_sum(x, np.cumsum(drawn), np.asarray(ranks, np.float64))
+
+
 def spun(rng: np.random.Generator, n: int) -> Series:
     """Of 1 ms, and 1.1 ms from the middle on; 9 ms more in 1 % of them."""
     took = MS * (1 + 0.01 * rng.exponential(size=n))
@@ -145,6 +167,7 @@ def everything(ranks: int) -> Trace:
             (rank, "event", "detour"): loop,
             (rank, "counter", "run_delay_ns"): Series(read_ns, read_ns, 5e6 * np.arange(40)),
             (rank, "counter", "on_cpu_ns"): Series(read_ns, read_ns, 1e8 * np.arange(40)),
+            (rank, "counter", "cpu_khz"): Series(read_ns, read_ns, np.full(40, 2.4e6)),
         }
     about = {
         "host": "a",

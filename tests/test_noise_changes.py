@@ -36,6 +36,22 @@ def test_a_shift_of_five_per_cent_is_found_within_20_samples():
     assert exact >= 92  # a second change is a false alarm: 5 % of series, and two standard errors
 
 
+def test_a_change_tells_clocks_of_both_sides():
+    """Defends: a change of level that says nothing of a clock that was watched; readings of another segment."""
+    x = levels(np.random.default_rng(26), 4000, (1500, 1.3), (3000, 0.9))
+    time_s = np.append(0.0, np.cumsum(x)[:-1])
+    read_s = np.arange(0.0, time_s[-1] + 50, 10.0)
+    khz = np.select([read_s < time_s[1500], read_s < time_s[3000]], [3.0e6, 2.3e6], 2.6e6)
+    early = read_s < time_s[1500]
+    first, second = ch.changes(
+        time_s, x, clocks={"cpu_khz": (read_s, khz), "gpu0_sm_mhz": (read_s[early], khz[early] / 1e3)}
+    )
+    assert (first.clocks["cpu_khz"], second.clocks["cpu_khz"]) == ((3.0e6, 2.3e6), (2.3e6, 2.6e6))
+    assert first.clocks["gpu0_sm_mhz"].before == 3000.0
+    assert np.isnan(first.clocks["gpu0_sm_mhz"].after)
+    assert ch.changes(time_s, x)[0].clocks == {}
+
+
 @pytest.mark.parametrize("phi, seed", [(0.0, 21), (0.9, 22)])
 def test_null_alarms_are_at_most_five_per_cent(phi, seed):
     """Defends: a penalty without tau_int (phi = 0.9 alarms in most series then), or one that is too small.

@@ -34,8 +34,8 @@ CPU = max(os.sched_getaffinity(0))
 pytestmark = pytest.mark.live
 
 
-@pytest.fixture(autouse=True)
-def quiet_enough() -> Iterator[None]:
+@contextlib.contextmanager
+def quiet_cpu() -> Iterator[None]:
     """Pinned, ahead of other sessions where that is allowed; skips where others take more than BASELINE."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {CPU})
@@ -51,6 +51,12 @@ def quiet_enough() -> Iterator[None]:
         os.sched_setaffinity(0, before)
         with contextlib.suppress(OSError):
             AUTOGROUP.write_text("0")
+
+
+@pytest.fixture(autouse=True)
+def quiet_enough() -> Iterator[None]:
+    with quiet_cpu():
+        yield
 
 
 def twice(check: Callable[[], None]) -> None:

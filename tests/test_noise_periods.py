@@ -35,6 +35,14 @@ def lines_hz(spectrum):
     return spectrum.frequency_hz[at[np.argsort(-middle[at])]]
 
 
+@pytest.mark.parametrize("window_s", [1.1, 2.97, 2.5, 10.0, 83.3])
+def test_three_periods_are_held_whatever_their_rounding(window_s):
+    """Defends: short measurements refused for 3 / w * w < 3."""
+    assert pr.find(np.linspace(0, window_s, 20) ** 2 / window_s, window_s, low_hz=3 / window_s) is not None
+    with pytest.raises(ValueError, match="3 periods in the window"):
+        pr.find([0.5], window_s, low_hz=2.99 / window_s)
+
+
 def test_a_train_of_10_hz_is_found_in_10_of_10():
     """Defends: a harmonic or subharmonic named in place of the fundamental, or beside it.
 

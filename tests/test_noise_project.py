@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from noise_samples import bernoulli_slowdown
+from noise_samples import bernoulli_slowdown, pareto_max, sample_max
 from scipy.signal import lfilter
 from scipy.special import ndtr
 from sigma_noise.budget import regained
-from sigma_noise.expected_max import pareto_max, sample_max
 from sigma_noise.intervals import autocorrelation_time
 from sigma_noise.pareto import quantile
 from sigma_noise.pool import Draws, Pool, make_pool

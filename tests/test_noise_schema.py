@@ -9,10 +9,12 @@ import jsonschema
 import numpy as np
 import pytest
 from noise_samples import everything, spun
+from sigma_noise import host
 from sigma_noise.analysis import analyze
 from sigma_noise.as_json import as_json, of_training
 from sigma_noise.attribution import STOPPED
 from sigma_noise.formats.rank_detours import facts
+from sigma_noise.loops import clock_cost
 from sigma_noise.step_causes import late
 from sigma_noise.steps import step_noise
 from sigma_noise.trace import Series, Trace
@@ -20,7 +22,7 @@ from test_noise_step_matched import WORST, Stopped, random_stops, recorded
 
 SCHEMA = json.loads((files("sigma_noise") / "analysis.schema.json").read_text())
 CHECK = jsonschema.Draft202012Validator(SCHEMA)
-MAPS = {"hosts", "run", "files", "by_decade", "unread"}  # whose keys are data
+MAPS = {"hosts", "run", "machines", "clocks", "files", "by_decade", "unread"}  # whose keys are data
 
 
 def made(trace: Trace) -> Any:
@@ -73,7 +75,7 @@ def test_the_analysis_has_all_that_the_schema_tells(full):
     assert full["idle_loop"][0]["noise"]["detours"] == 60
     assert len(full["scores"]["ranks"]) == 2
     of_spin = full["series"][[s["kernel"] for s in full["series"]].index("spin")]
-    assert of_spin["changes"]
+    assert of_spin["changes"][0]["clocks"]
     assert full["idle_loop"][0]["periods"]
     assert of_spin["causes"]["shares"]
     assert of_spin["causes"]["unread"]
@@ -104,6 +106,24 @@ def test_nothing_may_be_of_another_type(full):
             assert not CHECK.is_valid(full), f"{place}.{name}"
             found[name] = value
     CHECK.validate(full)
+
+
+def test_an_analysis_tells_where_it_was_measured():
+    """Defends: figures of a clock, a governor or versions that nobody can look up any more."""
+    about = host.described(clock_cost(), None)
+    about["clock"]["offsets"] = [{"offset_ns": 0, "residual_ns": 40}] * 2
+    spin = spun(np.random.default_rng(2), 40)
+    told = made(Trace({}, {0: about, 3: {}}, {(r, "quantum", "spin"): spin for r in (0, 3)}))
+    CHECK.validate(told)
+    assert told["machines"]["0"] == {
+        "clock": about["clock"],
+        "cpu": about["cpu"],
+        "versions": about["versions"],
+        "imported": None,
+    }
+    assert told["machines"]["3"] == dict.fromkeys(["clock", "cpu", "versions", "imported"])
+    del told["machines"]["3"]["versions"]
+    assert not CHECK.is_valid(told)
 
 
 def test_a_training_is_of_its_schema():

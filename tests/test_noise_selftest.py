@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from sigma_cli.commands import app
 from sigma_noise import selftest
 from sigma_noise.selftest import Cell, injecting, judge, limits
 from sigma_noise.trace import Series
 from sigma_train.errors import Failure, WrongInput
+from typer.testing import CliRunner
 
 MS = 1_000_000
 
@@ -57,12 +59,38 @@ def test_a_cell_is_judged_by_overlap():
     assert selftest.to_json([judge(stamps([]), stamps([]), 0.02, 10.0)])["cells"][0]["recall"] is None
 
 
+def test_a_cell_tells_the_error_of_its_period():
+    """Defends: a self-test that certifies what was found and not its rhythm."""
+    at = 100 * np.arange(30)
+    stops = stamps(list(zip(at, at + 20, strict=True)))
+    late = stamps([(t + 2 * (i % 3 == 0), t + 20) for i, t in enumerate(at)])
+    assert abs(judge(stops, late, 0.02, 10.0).period_error) < 2e-3
+    every_other = stamps([(t, t + 20) for t in at[::2]])
+    assert judge(stops, every_other, 0.02, 10.0).period_error == pytest.approx(1.0, abs=0.01)
+    few = stamps([(t, t + 20) for t in at[:7]])
+    assert np.isnan(judge(stops, few, 0.02, 10.0).period_error)
+    assert np.isnan(judge(stamps([]), late, 0.02, 10.0).period_error)
+    assert selftest.to_json([judge(stops, few, 0.02, 10.0)])["cells"][0]["period_error"] is None
+
+
 def test_the_limit_is_where_all_longer_ones_are_good():
     """Defends: a limit taken from one lucky short cell."""
 
     def cell(length_s, recall, precision=1.0):
-        return Cell(length_s, 5.0, 20, recall, 0.0, 1.0, 20, precision, length_s)
+        return Cell(length_s, 5.0, 20, recall, 0.0, 1.0, 20, precision, length_s, 0.0)
 
     assert limits([cell(1e-3, 1.0), cell(5e-3, 0.9), cell(20e-3, 1.0)]) == {5.0: 20e-3}
     assert limits([cell(1e-3, 0.96), cell(5e-3, 0.97), cell(20e-3, 1.0)]) == {5.0: 1e-3}
     assert limits([cell(1e-3, 1.0), cell(20e-3, 1.0, precision=0.5)]) == {5.0: None}
+
+
+def test_the_table_has_the_period(monkeypatch):
+    cells = [
+        Cell(0.02, 2.0, 6, 1.0, 0.6, 1.0, 6, 1.0, 0.02, float("nan")),
+        Cell(0.02, 10.0, 30, 1.0, 0.9, 1.0, 30, 1.0, 0.02, -2e-5),
+    ]
+    monkeypatch.setattr(selftest, "curve", lambda *_, **__: cells)
+    told = CliRunner().invoke(app, ["noise", "selftest"]).output.splitlines()
+    assert told[0].endswith("period error")
+    assert told[1].endswith("  -")
+    assert told[2].endswith("-0.002%")

@@ -269,6 +269,7 @@ def test_options_are_checked_and_told():
     told = as_json(analyze(trace, Options(tau_s=1e-3, ranks=(8,), seed=3)))
     assert told["options"] == {
         "kernel": None, "tau_s": 1e-3, "ranks": [8], "window_s": None, "alpha": 0.01, "seed": 3,
+        "reference": "median",
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from sigma_noise.intervals import Interval, intervals, ratio_interval
 from sigma_noise.lost import Lost
 from sigma_noise.periods import Period
 from sigma_noise.project import RANKS, Projection, project
-from sigma_noise.scores import LEAST_STEPS, Scores, score
+from sigma_noise.scores import LEAST_STEPS, REFERENCES, Scores, score
 from sigma_noise.trace import Series, Trace
 from sigma_noise.windows import (
     FEWEST_QUANTA,
@@ -35,6 +35,7 @@ from sigma_noise.windows import (
 MOST_HZ = 60.0  # what is faster is found by its multiples
 MOST_CYCLES = 5e3  # of the highest frequency sought, in a window: a search of 60 Hz in 83 s takes some 3 s
 FEWEST_CYCLES = 10  # of the lowest, as surrogates keep the number of stamps in parts of 3; in short windows 3
+CLOCKS = ("cpu_khz", "sm_mhz")  # ends of the names of gauges of frequencies
 FEWEST_EFFECTIVE = 500  # below which intervals may be short
 
 Floats = NDArray[np.float64]
@@ -46,6 +47,7 @@ class Options:
     collectives where there are some, else of the first that was measured.  tau_s: threshold of detours; none: one a
     series, by `detours.work_threshold` and `gap_threshold`.  ranks: N of S(N).  window_s: useful work between
     barriers, where they are no collectives.  alpha: rate at which any of equal ranks is flagged.  seed: of resamples.
+    reference: what a rank's location is relative to, "median" of ranks or "min", the fastest.
     """
 
     kernel: str | None = None
@@ -54,9 +56,14 @@ class Options:
     window_s: float | None = None
     alpha: float = 0.01
     seed: int = 0
+    reference: str = "median"
 
     def __post_init__(self) -> None:
-        """Raises: ValueError for a threshold that is not positive, in a trace without quanta too."""
+        """Raises: ValueError for a threshold that is not positive or a reference that is none, in a trace without
+        quanta too.
+        """
+        if self.reference not in REFERENCES:
+            raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, found {self.reference!r}")
         if self.tau_s is not None and not 0 < self.tau_s < float("inf"):
             raise ValueError(f"tau must be more than 0 s, found {self.tau_s:g}")
 
@@ -92,9 +99,12 @@ class Gaps:
 
 @dataclass(frozen=True)
 class Analysis:
-    """`kernel`: of the first screen; `windows`: by which ranks are scored and projected, where they can be."""
+    """`about`: what files say of each rank; `kernel`: of the first screen; `windows`: by which ranks are scored and
+    projected, where they can be.
+    """
 
     run: Mapping[str, Any]
+    about: Mapping[int, Mapping[str, Any]]
     options: Options
     hosts: Mapping[int, str]
     kernel: str
@@ -119,6 +129,11 @@ class Analysis:
     def window_s(self) -> float:
         """Mean window between barriers, NaN without one."""
         return float("nan") if self.windows is None else self.windows.mean_s
+
+    def scored(self, rank: int) -> OfRank | None:
+        """What a rank's score is of; None where it has too few quanta."""
+        kernel = "" if self.windows is None else self.windows.kernel
+        return next((s for s in self.of(kernel) if s.rank == rank), None)
 
     @property
     def worst(self) -> OfRank | None:
@@ -146,10 +161,13 @@ def analyze(
     kernel = chosen(trace, options.kernel)
     injected = {} if truth is None else injections(trace, truth)
     own = own_periods(trace)
+    exchanges, impossible = exchanges_of(trace)
+    windows = windows_of(trace, kernel, None if options.kernel else exchanges, options.window_s)
+    explained = {kernel} if windows is None else {kernel, windows.kernel}
     series = tuple(
         of_fixed_time(trace, rank, name, options, own)
         if is_fixed_time(trace, name)
-        else of_rank(trace, rank, name, options, own, injected.get(rank, {}), name == kernel)
+        else of_rank(trace, rank, name, options, own, injected.get(rank, {}), name in explained)
         for name in names
         for rank in trace.ranks
         if is_usable(trace, trace.get(rank, "quantum", name), name)
@@ -159,11 +177,10 @@ def analyze(
         for rank in trace.ranks
         if "detour" in trace.ranks[rank].get("measured", {})
     )
-    exchanges, impossible = exchanges_of(trace)
-    windows = windows_of(trace, kernel, None if options.kernel else exchanges, options.window_s)
     told = [*warnings(trace, series, names), *([impossible] if impossible else [])]
     return Analysis(
-        trace.run, options, {rank: host_of(trace, rank) for rank in trace.ranks}, kernel, series, gaps, windows,
+        trace.run, trace.ranks, options, {rank: host_of(trace, rank) for rank in trace.ranks}, kernel, series, gaps,
+        windows,
         None if windows is None else scored(windows, options), exchanges,
         () if windows is None else projected(windows, options),
         tuple(told), digests or {},
@@ -226,7 +243,7 @@ def of_rank(
     series, seed = trace.get(rank, "quantum", kernel), options.seed
     start_s = series.since(int(series.start_ns[0]))
     seconds = np.maximum(series.seconds, 1e-9)
-    found = tuple(changes.changes(start_s, seconds, seed=seed))
+    found = tuple(changes.changes(start_s, seconds, clocks=clocks_of(trace, rank, series), seed=seed))
     bounds = np.array([0, *(change.index for change in found), len(seconds)])
     noise = detours.fixed_work(start_s, seconds, bounds, options.tau_s)
     floor = detours.floor(seconds, bounds)
@@ -238,6 +255,15 @@ def of_rank(
     if with_causes and (injected or any(True for _ in trace.of(rank, "counter"))):
         causes = attribute_trace(trace, rank, Lost.over_floor(series, floor), injected=injected, seed=seed)
     return OfRank(rank, kernel, False, len(series), median, noise, share, found, rhythm, bounds, causes)
+
+
+def clocks_of(trace: Trace, rank: int, series: Series) -> dict[str, tuple[Floats, Floats]]:
+    """What frequencies of processors were read at, in seconds since the first quantum, and what they were."""
+    return {
+        name: (gauge.since(int(series.start_ns[0])), gauge.value)
+        for name, gauge in trace.of(rank, "counter")
+        if name.endswith(CLOCKS)
+    }
 
 
 def of_fixed_time(trace: Trace, rank: int, kernel: str, options: Options, own: Mapping[str, float]) -> OfRank:
@@ -311,7 +337,8 @@ def scored(windows: Windows, options: Options) -> Scores | None:
     if len(rows) < 2 or min(map(len, rows)) < LEAST_STEPS:
         return None
     numbers = list(windows.rows)
-    found = score([np.maximum(row, 1e-9) for row in rows], alpha=options.alpha, seed=options.seed)
+    durations = [np.maximum(row, 1e-9) for row in rows]
+    found = score(durations, alpha=options.alpha, reference=options.reference, seed=options.seed)
     return replace(found, ranks=tuple(replace(r, rank=numbers[r.rank]) for r in found.ranks))
 
 

@@ -1,14 +1,13 @@
 """`sigma noise analyze`, `project` and `compare`: functions that `cli` registers."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sigma_noise.codes import Exit
+from sigma_noise.failures import failures_are
 from sigma_noise.options import seconds, whole_numbers
 
 RANKS = "8,64,512,2048,16384"
@@ -28,6 +27,10 @@ def analyze(
     alpha: Annotated[
         float, typer.Option(min=1e-6, max=0.5, help="rate at which any of equal ranks is flagged")
     ] = 0.01,
+    reference: Annotated[
+        str,
+        typer.Option(help="what a rank's location is relative to: median of ranks, or min, as NVRx has it"),
+    ] = "median",
     seed: Annotated[int, typer.Option(min=0, help="of resamples")] = 0,
     truth: Annotated[Path | None, typer.Option(help="log of `sigma noise inject`, as a cause")] = None,
     report: Annotated[
@@ -36,20 +39,14 @@ def analyze(
     json_file: Annotated[Path | None, typer.Option("--json", help="file for all numbers")] = None,
 ) -> None:
     """Say what a measurement shows: noise, rhythm, causes, ranks, and many ranks."""
-    import json
-
     from sigma_train.errors import WrongInput
-    from sigma_train.files import must_be_writable, write_text
+    from sigma_train.files import must_be_writable
 
     from sigma_noise import screen, step_causes, steps, steps_view, trace
     from sigma_noise.analysis import Options, injections
     from sigma_noise.analysis import analyze as of_trace
     from sigma_noise.as_json import as_json, of_training
     from sigma_noise.reading import read_any
-
-    def write(to: Path, told: dict[str, Any]) -> None:
-        with must_be_writable("--json", to.parent):
-            write_text(to, json.dumps(told, indent=1, allow_nan=False) + "\n")
 
     measured, log = read_any(path), None if truth is None else trace.read(truth)
     if steps.has_steps(measured):
@@ -67,17 +64,17 @@ def analyze(
         for line in steps_view.lines(noise, why):
             print(line)
         if json_file is not None:
-            write(json_file, of_training(noise, why))
+            write_json(json_file, of_training(noise, why))
         return
     try:
-        options = Options(kernel, tau, whole_numbers("ranks", ranks), window, alpha, seed)
+        options = Options(kernel, tau, whole_numbers("ranks", ranks), window, alpha, seed, reference)
         found = of_trace(measured, options, truth=log, digests=trace.digests(path))
     except ValueError as error:
         raise WrongInput(f"{path}: {as_options(str(error))}") from None
     for line in screen.lines(found):
         print(line)
     if json_file is not None:
-        write(json_file, as_json(found))
+        write_json(json_file, as_json(found))
     if report is not None:
         from sigma_noise import page
 
@@ -85,6 +82,7 @@ def analyze(
             print(f"wrote {page.write(measured, found, report)}")
 
 
+@failures_are(Exit.INTERNAL)
 def project(
     path: Annotated[Path, typer.Argument(help="folder or file of a measurement")],
     kernel: Annotated[str | None, typer.Option(help="else collectives, or the first kernel measured")] = None,
@@ -110,11 +108,14 @@ def project(
         str | None, typer.Option(help="cause, as analyze names them: what a step regains if it were gone")
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="file for all numbers")] = None,
 ) -> None:
-    """S(N): how much longer N ranks take than one, because they wait for the slowest."""
+    """S(N): how much longer N ranks take than one, because they wait for the slowest.  Exit codes: 0 done, 1 over the
+    budget, 2 wrong input, 3 no figure to hold against it, 5 could not be done."""
     from sigma_train.errors import WrongInput
 
-    from sigma_noise import many_ranks
+    from sigma_noise import many_ranks, trace
+    from sigma_noise.as_json import of_projections
     from sigma_noise.reading import read_quanta
 
     measured = read_quanta(path)
@@ -130,17 +131,22 @@ def project(
     many_ranks.show(found)
     if without is not None:
         many_ranks.show_regained(without, gains)
+    is_over = None if budget is None else many_ranks.over_budget(found, budget)
+    if json_file is not None:
+        options = of | {"is_cosched": cosched, "without": without, "budget": budget}
+        write_json(json_file, of_projections(found, gains, options, is_over, trace.digests(path)))
     if budget is None:
         return
-    verdict, largest = many_ranks.over_budget(found, budget), max(found[0].ranks)
-    if verdict is None:
+    largest = max(found[0].ranks)
+    if is_over is None:
         print(f"not decided: no model has a figure for {largest:,} ranks, to be held against {budget:g}")
         raise typer.Exit(Exit.INCONCLUSIVE)
-    if verdict:
+    if is_over:
         print(f"over the budget: S({largest:,}) is above {budget:g}")
         raise typer.Exit(Exit.REGRESSED)
 
 
+@failures_are(Exit.INTERNAL)
 def compare(
     base: Annotated[Path, typer.Argument(help="folder of runs, each the folder of a measurement")],
     new: Annotated[Path, typer.Argument(help="the same, of what is to be judged")],
@@ -152,40 +158,46 @@ def compare(
     calibrate: Annotated[
         Path | None, typer.Option(help="folder of runs of the same code: margins no finer than they differ")
     ] = None,
+    tau: Annotated[
+        float | None,
+        typer.Option(
+            parser=seconds,
+            metavar="TIME",
+            help="threshold of detours of all runs; without it that of the rank with most jitter",
+        ),
+    ] = None,
+    fail_on: Annotated[
+        str, typer.Option(help="verdicts that end with their code and not with 0, by commas")
+    ] = "regressed,inconclusive,unfit",
     alpha: Annotated[float, typer.Option(min=1e-6, max=0.49)] = 0.05,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="file for the verdicts")] = None,
 ) -> None:
     """Judge runs against others.  Exit codes: 0 equivalent or improved, 1 regressed, 2 wrong input, 3 inconclusive,
     4 the machine is unfit, 5 could not be done."""
-    with failures_are(Exit.INTERNAL):
-        from sigma_noise.runs import judged, show
+    from sigma_noise import judge
 
-        found = judged(base, new, kernel, metric, margin or [], calibrate, alpha, seed)
-        show(found, json_file)
-    raise typer.Exit(found.comparison.exit)
+    options = judge.Options(
+        kernel, tuple(metric or ()), judge.as_margins(margin or []), calibrate, tau, alpha, seed,
+        judge.as_verdicts(fail_on),
+    )  # fmt: skip
+    found = judge.judged(base, new, options)
+    judge.show(found)
+    if json_file is not None:
+        write_json(json_file, judge.as_json(found))
+    raise typer.Exit(found.exit)
 
 
 def as_options(text: str) -> str:
     """What the library says of its arguments, of the options they came by."""
-    return re.sub(r"^(?:project: )?(kernel|window|truth|tau|ranks)\b", r"--\1", text)
+    return re.sub(r"^(?:project: )?(kernel|window|truth|tau|ranks|reference)\b", r"--\1", text)
 
 
-@contextmanager
-def failures_are(code: Exit) -> Iterator[None]:
-    """Where 1 has a meaning, a failure must not have it: `code`, and the sentence of `sigma_cli`."""
-    import sys
-    import traceback
+def write_json(to: Path, told: dict[str, Any]) -> None:
+    """Raises: WrongInput for a folder that cannot be written."""
+    import json
 
-    from sigma_train.errors import WrongInput, verdict
+    from sigma_train.files import must_be_writable, write_text
 
-    try:
-        yield
-    except WrongInput:
-        raise
-    except Exception as error:
-        if (found := verdict(error)) is None:
-            traceback.print_exc()
-        else:
-            print(f"error: {found[1]}", file=sys.stderr)
-        raise typer.Exit(code) from None
+    with must_be_writable("--json", to.parent):
+        write_text(to, json.dumps(told, indent=1, allow_nan=False) + "\n")

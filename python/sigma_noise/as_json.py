@@ -1,19 +1,24 @@
-"""An analysis as JSON.  `analysis.schema.json` says what is in it, `training.schema.json` of that of a training.
+"""An analysis as JSON.  `analysis.schema.json` says what is in it, `training.schema.json` of that of a training, and
+`project.schema.json` of projections.
 
 Numbers that are not finite are null.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sigma_noise.analysis import Analysis, Gaps, OfRank
 from sigma_noise.attribution import Attribution
+from sigma_noise.budget import Budget
 from sigma_noise.detours import Noise
 from sigma_noise.plain import plain
+from sigma_noise.project import Projection
 from sigma_noise.step_causes import Late
 from sigma_noise.steps import StepNoise
 from sigma_noise.windows import Exchanges
 
 SCHEMA_VERSION = 1
+MACHINE = ("clock", "cpu", "versions", "imported")  # of what files say of a rank: where it was measured
 
 
 def as_json(found: Analysis) -> dict[str, Any]:
@@ -23,6 +28,7 @@ def as_json(found: Analysis) -> dict[str, Any]:
         "kernel": found.kernel,
         "hosts": {str(rank): host for rank, host in found.hosts.items()},
         "run": plain(found.run),
+        "machines": {str(rank): machine(about) for rank, about in found.about.items()},
         "files": dict(found.digests),
         "series": [series(s) for s in found.series],
         "idle_loop": [gaps(g) for g in found.gaps],
@@ -35,6 +41,11 @@ def as_json(found: Analysis) -> dict[str, Any]:
     }
 
 
+def machine(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a rank: null for what its file does not say."""
+    return {name: plain(about.get(name)) for name in MACHINE}
+
+
 def of_training(noise: StepNoise, why: Late | None) -> dict[str, Any]:
     """Of a record of `sigma train --noise`."""
     derived = {"worst": noise.worst, "cost_share": noise.cost_share}
@@ -42,6 +53,24 @@ def of_training(noise: StepNoise, why: Late | None) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "noise": plain(noise) | derived,
         "late": None if why is None else late(why),
+    }
+
+
+def of_projections(
+    found: Sequence[Projection],
+    gains: Sequence[Budget],
+    options: Mapping[str, Any],
+    is_over_budget: bool | None,
+    digests: Mapping[str, str],
+) -> dict[str, Any]:
+    """`gains`: what would be regained without a cause, of each model."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "options": plain(options),
+        "files": dict(digests),
+        "projections": [plain(p) for p in found],
+        "regained": [plain(b) for b in gains],
+        "is_over_budget": is_over_budget,
     }
 
 

@@ -11,9 +11,11 @@ autocorrelation.
 """
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
 from math import ceil, log, sqrt
+from typing import NamedTuple
 
 import numpy as np
 import ruptures
@@ -35,15 +37,25 @@ CLIP_SIGMA = 2.0  # of a block's distance from the running median, so that a blo
 PENALTY = 1.7
 
 
+class Sides(NamedTuple):
+    """Median of a gauge in the segments before and after a change, NaN where it was not read."""
+
+    before: float
+    after: float
+
+
 @dataclass(frozen=True)
 class Change:
-    """A new level from sample `index`, at `time_s`, on.  `shift` is after / before - 1 of the medians."""
+    """A new level from sample `index`, at `time_s`, on.  `shift` is after / before - 1 of the medians; `clocks` are of
+    the processors that were watched, by gauge.
+    """
 
     time_s: float
     index: int
     before: float
     after: float
     shift: Interval
+    clocks: Mapping[str, Sides] = field(default_factory=dict)
 
 
 def block_medians(x: Array) -> tuple[Array, int]:
@@ -134,9 +146,17 @@ def _refined(z: Array, bounds: NDArray[np.int64], width: int) -> NDArray[np.int6
     return refined
 
 
-def changes(time_s: ArrayLike, x: ArrayLike, *, penalty: float = PENALTY, seed: int = 0) -> list[Change]:
+def changes(
+    time_s: ArrayLike,
+    x: ArrayLike,
+    *,
+    clocks: Mapping[str, tuple[Array, Array]] | None = None,
+    penalty: float = PENALTY,
+    seed: int = 0,
+) -> list[Change]:
     """The changes of level of x [n], whose samples began at time_s [n].
 
+    Args:   clocks: gauges by name, when each was read, by the clock of time_s, and what it said.
     Raises: ValueError as `segments`, or if time_s is not of x's length.
     """
     x, time_s = series(x), series(time_s, "time_s")
@@ -147,10 +167,17 @@ def changes(time_s: ArrayLike, x: ArrayLike, *, penalty: float = PENALTY, seed: 
     for i, at in enumerate(bounds[1:-1], 1):
         before, after = x[bounds[i - 1] : at], x[at : bounds[i + 1]]
         shift = median_shift(before, after, seed=seed)
-        found.append(
-            Change(float(time_s[at]), int(at), float(np.median(before)), float(np.median(after)), shift)
-        )
+        end_s = time_s[bounds[i + 1]] if bounds[i + 1] < len(x) else np.inf
+        edges = (time_s[bounds[i - 1]], time_s[at], end_s)
+        sides = {name: _sides(*gauge, edges) for name, gauge in (clocks or {}).items()}
+        medians = float(np.median(before)), float(np.median(after))
+        found.append(Change(float(time_s[at]), int(at), *medians, shift, sides))
     return found
+
+
+def _sides(at_s: Array, value: Array, edges_s: tuple[float, float, float]) -> Sides:
+    parts = (value[(at_s >= begin) & (at_s < end)] for begin, end in pairwise(edges_s))
+    return Sides(*(float(np.median(part)) if len(part) else float("nan") for part in parts))
 
 
 def critical_penalty(x: Array) -> float:

@@ -34,3 +34,4 @@ _EXITS = {
     Verdict.INCONCLUSIVE: Exit.INCONCLUSIVE,
     Verdict.UNFIT: Exit.UNFIT,
 }
+FAILING = tuple(verdict for verdict in Verdict if verdict.exit)  # that end a command with another code than 0

@@ -3,6 +3,7 @@
 import json
 import sys
 from enum import StrEnum
+from math import isnan
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,11 +124,13 @@ def selftest(
 
     lengths = [seconds(text) for text in length or []] or of_machine.LENGTHS_S
     cells = of_machine.curve(lengths, rate or of_machine.RATES_HZ, duration_s=duration, seed=seed)
-    typer.echo("  length     rate  injected  recall  [95 %]       precision  mean length")
+    typer.echo("  length     rate  injected  recall  [95 %]       precision  mean length  period error")
     for c in cells:
+        period_error = "-" if isnan(c.period_error) else f"{c.period_error:+.3%}"
         typer.echo(
             f"{c.length_s * 1e3:6g} ms {c.rate_hz:5g} Hz {c.injected:9}  {c.recall:6.3f}  "
-            f"[{c.recall_low:.2f}, {c.recall_high:.2f}] {c.precision:9.3f}  {c.mean_length_s * 1e3:8.3f} ms"
+            f"[{c.recall_low:.2f}, {c.recall_high:.2f}] {c.precision:9.3f}  {c.mean_length_s * 1e3:8.3f} ms  "
+            f"{period_error:>12}"
         )
     for rate_hz, limit in of_machine.limits(cells).items():
         seen = (

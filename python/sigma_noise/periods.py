@@ -35,6 +35,7 @@ SURROGATES = 39
 LEAST_P = 1e-6  # a law fitted to so few tells no more
 FITS = 4000
 CLUSTER_GAP = 0.2  # of the mean gap: stamps that are closer move together
+ROUNDING = 1e-12  # of a lowest frequency that is the least that its window holds
 BLOCK_PERIODS = 3  # of the longest sought, in which surrogates keep the number of stamps
 
 # Seconds, what has that period.  Watchdog: pytorch/pytorch#139581; ticks: CONFIG_HZ of 1000, 300, 250 and 100.
@@ -85,7 +86,8 @@ class _Scan:
     high_hz: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.low_hz < self.high_hz or self.window_s * self.low_hz < BLOCK_PERIODS:
+        held = self.window_s * self.low_hz * (1 + ROUNDING)
+        if not 0 < self.low_hz < self.high_hz or held < BLOCK_PERIODS:
             raise ValueError(
                 f"low_hz and high_hz must rise, from {BLOCK_PERIODS / self.window_s:g} or more (3 periods in the "
                 f"window of {self.window_s:g} s), found {self.low_hz:g} and {self.high_hz:g}"

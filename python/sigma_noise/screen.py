@@ -6,15 +6,18 @@ from math import isfinite
 import numpy as np
 
 from sigma_noise.analysis import Analysis, OfRank
+from sigma_noise.changes import Change
 from sigma_noise.detours import Noise
 from sigma_noise.intervals import Interval
 from sigma_noise.periods import Period
 from sigma_noise.project import Projection
 from sigma_noise.scores import RankScore
-from sigma_noise.units import share_of, time_of
+from sigma_noise.units import count, share_of, time_of
 
+HZ = {"khz": 1e3, "mhz": 1e6}  # of gauges such as cpu_khz
 MOST_LINES = 25
 MOST_WARNINGS = 4
+MOST_RANKS = 2  # that stand out, each with its cause
 QUIET, NOISY = 0.01, 0.05  # shares of time: less is quiet, more is noisy
 
 
@@ -26,15 +29,16 @@ def lines(found: Analysis) -> list[str]:
         out += [*noise_of(worst, len(found.of(found.kernel))), *rhythm(worst.periods), *levels(worst)]
     out += idle_loop(found)
     out += [*ranks_of(found), *collectives_of(found)]
-    if worst is not None and worst.causes is not None:
-        out.append(f"causes      rank {worst.rank}: {worst.causes.sentence}")
-    elif worst is not None:
-        out.append("causes      not recorded; `sigma noise run --attribute` reads the counters that tell")
-    out += projection(found)
-    out += [f"warning     {text}" for text in found.warnings[:MOST_WARNINGS]]
-    if len(found.warnings) > MOST_WARNINGS:
-        out.append(f"warning     and {len(found.warnings) - MOST_WARNINGS} more, in the report")
-    return out[:MOST_LINES]
+    out += [*causes_of(found), *projection(found)]
+    return [*out, *warnings_of(found.warnings, MOST_LINES - len(out))]
+
+
+def warnings_of(texts: tuple[str, ...], room: int) -> Iterator[str]:
+    """In so many lines at most, the last of which says how many there are beyond them."""
+    shown = texts if len(texts) <= min(room, MOST_WARNINGS) else texts[: min(room - 1, MOST_WARNINGS)]
+    yield from (f"warning     {text}" for text in shown)
+    if len(shown) < len(texts):
+        yield f"warning     and {len(texts) - len(shown)} more, in --report and --json"
 
 
 def verdict(found: Analysis) -> str:
@@ -44,12 +48,22 @@ def verdict(found: Analysis) -> str:
     word = "quiet" if noise < QUIET else "noisy" if noise < NOISY else "very noisy"
     parts = [f"{word}: {share_of(noise)} of the time of {found.kernel} is noise"]
     if found.scores is not None:
-        flagged = found.scores.flagged
-        parts.append(f"rank {flagged[0]} stands out" if flagged else "no rank stands out")
+        parts.append(standing_out(found.scores.flagged))
     if (best := furthest(found)) is not None:
         N, slowdown = best
         parts.append(f"{N:,} ranks would take {slowdown:.2f} times as long as one")
     return "verdict     " + "; ".join(parts)
+
+
+def standing_out(ranks: list[int]) -> str:
+    match ranks:
+        case []:
+            return "no rank stands out"
+        case [one]:
+            return f"rank {one} stands out"
+        case [one, other]:
+            return f"ranks {one} and {other} stand out"
+    return f"ranks {ranks[0]}, {ranks[1]} and {len(ranks) - 2} more stand out"
 
 
 def furthest(found: Analysis) -> tuple[int, float] | None:
@@ -93,9 +107,25 @@ def levels(s: OfRank) -> Iterator[str]:
     if s.changes:
         big = max(s.changes, key=lambda c: abs(c.shift.estimate))
         yield (
-            f"level       changed {len(s.changes)} times; most at {big.time_s:.1f} s, by {big.shift.estimate:+.1%} "
-            f"{percents(big.shift)}"
+            f"level       changed {count(len(s.changes), 'time')}; most at {big.time_s:.1f} s, by "
+            f"{big.shift.estimate:+.1%} {percents(big.shift)}; {clocks_of(big)}"
         )
+
+
+def clocks_of(change: Change) -> str:
+    """In GHz the one that changed most of those that were read on both sides."""
+    if not change.clocks:
+        return "clocks were not recorded"
+    known = {gauge: sides for gauge, sides in change.clocks.items() if all(map(isfinite, sides))}
+    if not known:
+        return "clocks were not read on both sides"
+    gauge = max(
+        known, key=lambda name: 1 - min(known[name]) / max(*known[name], 1.0)
+    )  # one that slept says 0
+    name, _, unit = gauge.rpartition("_")
+    before, after = (f"{x * HZ[unit] / 1e9:.2f}" for x in known[gauge])
+    of = "" if len(known) == 1 else f", which changed most of {len(known)}"
+    return f"clock of {name.replace('_', ' ')} {before} to {after} GHz{of}"
 
 
 def idle_loop(found: Analysis) -> Iterator[str]:
@@ -111,11 +141,41 @@ def ranks_of(found: Analysis) -> Iterator[str]:
     scores = found.scores
     if scores is None:
         return
-    for r in scores.ranks[:2]:
+    for r in sorted(scores.ranks, key=lambda r: r.rank not in scores.flagged)[:MOST_RANKS]:
         yield f"rank {r.rank:<6} {rank_line(r)}"
     yield (
         f"ranks       {len(scores.ranks)} by {found.ranked}, {scores.steps:,} steps: {scores.pattern}; the slowest of "
         f"them makes {scores.slowdown:.3f} of the median rank"
+    )
+
+
+def causes_of(found: Analysis) -> Iterator[str]:
+    """Of ranks that stand out, by what they are scored by, and of the noisiest."""
+    if found.worst is None:
+        return
+    is_recorded = any(s.causes is not None for s in found.series)
+    standing = [] if found.scores is None else found.scores.flagged[:MOST_RANKS]
+    for r in (r for rank in standing for r in found.scores.ranks if r.rank == rank):
+        own = found.scored(r.rank)
+        of = "" if own is None or own.kernel == found.kernel else f" in {own.kernel}"
+        told = [slowness(r, found.options.reference)] if r.is_slow else []
+        if own is not None and own.causes is not None:
+            told.append(f"{'beside that ' if told else ''}{own.causes.sentence}")
+        elif is_recorded:
+            told.append("unknown: nothing was recorded of it")
+        if told:
+            yield f"causes      rank {r.rank}{of}: {'; '.join(told)}"
+    if not is_recorded:
+        yield "causes      not recorded; `sigma noise run --attribute` reads the counters that tell"
+    elif found.worst.causes is not None and found.worst.rank not in standing:
+        yield f"causes      rank {found.worst.rank}: {found.worst.causes.sentence}"
+
+
+def slowness(r: RankScore, reference: str) -> str:
+    than = {"median": "the median rank's", "min": "the fastest rank's"}[reference]
+    return (
+        f"all its steps are slow, the usual one {share_of(1 / r.location - 1)} longer than {than}, of unknown cause: "
+        "no counter of lost time tells it, clocks and power limits of hosts may"
     )
 
 

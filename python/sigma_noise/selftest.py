@@ -2,7 +2,8 @@
 
 A cell injects stops of one length at one rate for some seconds and measures detours meanwhile.  Recall is the share of
 stops that detours of at least half their length overlap; precision the share of such detours that overlap a stop.  The
-detection limit of a rate is the shortest length from which on both are at least `GOOD`.
+detection limit of a rate is the shortest length from which on both are at least `GOOD`.  The period is that of the
+strongest train in these detours.
 """
 
 import contextlib
@@ -17,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sigma_train.errors import Failure, WrongInput
 
+from sigma_noise import periods
+from sigma_noise.analysis import MOST_HZ
 from sigma_noise.inject import Plan
 from sigma_noise.inject_cli import BEGINS
 from sigma_noise.loops import detours
@@ -35,7 +39,9 @@ EXTRA_S = 1.0  # of measuring beyond the injection, which takes a moment to begi
 
 @dataclass(frozen=True)
 class Cell:
-    """Ratios are NaN where there was nothing to find; intervals are Wilson's, 95 %."""
+    """Ratios are NaN where there was nothing to find; intervals are Wilson's, 95 %.  `period_error` is found / injected
+    - 1, NaN where no period was found or detours are too few for one.
+    """
 
     length_s: float
     rate_hz: float
@@ -46,6 +52,7 @@ class Cell:
     found: int
     precision: float
     mean_length_s: float
+    period_error: float
 
     @property
     def is_good(self) -> bool:
@@ -87,7 +94,20 @@ def judge(stops: Series, found: Series, length_s: float, rate_hz: float) -> Cell
         found=int(long.sum()),
         precision=result.precision,
         mean_length_s=float(lengths.mean()) if len(lengths) else float("nan"),
+        period_error=period_error(stops, found.start_ns[long], rate_hz) if len(stops) else float("nan"),
     )
+
+
+def period_error(stops: Series, found_ns: NDArray[np.int64], rate_hz: float) -> float:
+    """Of detours from half a period before the first stop on; the strongest train may be another's."""
+    begin_ns = int(stops.start_ns[0]) - round(0.5e9 / rate_hz)
+    window_s = float(stops.end_ns[-1] - begin_ns) * 1e-9
+    at_s = (found_ns[found_ns >= begin_ns] - begin_ns) * 1e-9
+    low_hz, high_hz = periods.BLOCK_PERIODS / window_s, max(MOST_HZ, 2 * rate_hz)
+    if len(at_s) < periods.FEWEST_STAMPS or low_hz >= rate_hz:
+        return float("nan")
+    found = periods.find(at_s, window_s, low_hz=low_hz, high_hz=high_hz, most=1)
+    return found[0].period_s * rate_hz - 1 if found else float("nan")
 
 
 def since(series: Series, begin_ns: int) -> Series:

@@ -1,0 +1,170 @@
+"""What gates read of `sigma noise`: one threshold for all runs of a comparison, exit codes, and JSON by its schema."""
+
+import json
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from noise_samples import write
+from sigma_noise import judge, many_ranks
+from sigma_noise.judge import Options, judged
+from sigma_noise.trace import Series
+from sigma_train.errors import Failure, LostRank, WrongInput
+from test_noise_analysis import arms, invoke, measured, quanta
+
+US = 1e-6
+
+
+def schema(name: str) -> jsonschema.Draft202012Validator:
+    found = json.loads((files("sigma_noise") / f"{name}.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(found)
+    return jsonschema.Draft202012Validator(found)
+
+
+def jittery(seed: int, sigma_s: float, detour_s: float) -> Series:
+    """Quanta of 1 ms, of which one in a hundred is interrupted for `detour_s`."""
+    rng = np.random.default_rng(seed)
+    took = 1e-3 + sigma_s * rng.standard_normal(4000)
+    took[rng.permutation(4000)[:40]] += detour_s
+    ends = np.rint(np.cumsum(took) * 1e9).astype(np.int64)
+    return Series(np.append(0, ends[:-1]), ends, np.ones(4000))
+
+
+def arm(folder: Path, sigma_s: float, detour_s: float) -> Path:
+    for run in range(5):
+        write(measured({0: jittery(run, sigma_s, detour_s)}), folder / f"run{run}")
+    return folder
+
+
+def verdict_of(metric: str, base: Path, new: Path, **options: float) -> str:
+    (found,) = judged(base, new, Options(metrics=(metric,), **options)).comparison.metrics
+    return found.verdict
+
+
+def test_detours_are_counted_above_one_threshold(tmp_path):
+    """Defends: a threshold that grows with each run's own jitter, so that the same detours of 15 us are fewer where
+    jitter is more, which would be called an improvement.
+    """
+    still, rough = arm(tmp_path / "a", 0.3 * US, 15 * US), arm(tmp_path / "b", 5 * US, 15 * US)
+    assert verdict_of("detours_per_s", still, rough) != "improved"
+    assert verdict_of("detours_per_s", rough, still) != "regressed"
+    assert judged(still, rough, Options()).tau_s == pytest.approx(30 * US, rel=0.05)
+    assert judged(still, rough, Options(tau_s=2e-5)).tau_s == 2e-5
+    long = arm(tmp_path / "c", 0.3 * US, 90 * US), arm(tmp_path / "d", 5 * US, 90 * US)
+    assert verdict_of("detours_per_s", *long) == "equivalent"
+    assert verdict_of("noise_share", *long) == "regressed"
+
+
+def test_the_threshold_is_told_and_may_be_given(tmp_path):
+    a, b = arms(tmp_path, 1.0)
+    result = invoke("compare", a, b, "--tau", "250us", "--json", tmp_path / "c.json")
+    assert "above 250 us, as asked" in result.output
+    assert json.loads((tmp_path / "c.json").read_text())["tau_s"] == 250e-6
+    assert "that of the rank with most jitter" in " ".join(invoke("compare", a, b).output.split())
+    assert "--tau must be more than 0 s, found 0" in str(invoke("compare", a, b, "--tau", "0s").exception)
+
+
+def test_a_comparison_is_of_its_schema(tmp_path):
+    """Defends: verdicts of which nobody can say of what files, or with which seed."""
+    a, b = arms(tmp_path, 1.10)
+    result = invoke("compare", a, b, "--calibrate", a, "--seed", "7", "--json", tmp_path / "c.json")
+    assert result.exit_code in (1, 3, 4), result.output
+    told = json.loads((tmp_path / "c.json").read_text())
+    check = schema("compare")
+    check.validate(told)
+    assert told["seed"] == 7
+    assert told["new"]["folder"] == str(b)
+    file = next((b / "run3").glob("*.parquet"))
+    assert told["new"]["runs"]["run3"] == {file.name: sha256(file.read_bytes()).hexdigest()}
+    assert told["calibration"] == told["base"]
+    for name in told:
+        assert not check.is_valid({k: v for k, v in told.items() if k != name}), f"{name} may be missing"
+    few = tmp_path / "few.json"
+    assert invoke("compare", a / "run0", b / "run0", "--json", few).exit_code == 3
+    check.validate(json.loads(few.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("fail_on", "code"),
+    [
+        ("regressed", 1),
+        ("unfit,regressed", 1),
+        ("inconclusive, unfit", 0),
+        ("regressed,inconclusive,unfit", 1),
+    ],
+)
+def test_only_verdicts_that_are_named_fail(tmp_path, fail_on, code):
+    a, b = arms(tmp_path, 1.10)
+    to = tmp_path / "c.json"
+    result = invoke("compare", a, b, "--metric", "median_s", "--fail-on", fail_on, "--json", to)
+    assert result.exit_code == code, result.output
+    told = json.loads(to.read_text())
+    assert (told["verdict"], told["exit"]) == ("regressed", code)
+    assert told["fail_on"] == [name.strip() for name in fail_on.split(",")]
+
+
+def test_a_verdict_without_a_code_cannot_fail(tmp_path):
+    error = invoke("compare", tmp_path, tmp_path, "--fail-on", "improved").exception
+    assert isinstance(error, WrongInput)
+    assert str(error) == "--fail-on must be of regressed, inconclusive, unfit by commas, found 'improved'"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), Failure("no"), LostRank("gone"), OSError("full")])
+@pytest.mark.parametrize("verb", ["compare", "project"])
+def test_a_failure_is_no_verdict(tmp_path, monkeypatch, verb, error):
+    """Defends: exit codes 1 and 3 of a failure, which a gate would read as a regression, a budget or a lack of data."""
+
+    def fails(*_, **__):
+        raise error
+
+    write(measured({0: quanta(0, 500)}), tmp_path / "run")
+    monkeypatch.setattr(judge, "judged", fails)
+    monkeypatch.setattr(many_ranks, "projections", fails)
+    arguments = {"compare": ("run", "run"), "project": ("run", "--budget", "1.1")}[verb]
+    result = invoke(verb, *(tmp_path / a if a == "run" else a for a in arguments))
+    assert result.exit_code == 5, result.output
+
+
+def test_wrong_input_of_a_verdict_is_usage(tmp_path):
+    """Defends: 5 for what the user can mend."""
+    for arguments in (("compare", tmp_path, tmp_path), ("project", tmp_path)):
+        assert isinstance(invoke(*arguments).exception, WrongInput)
+
+
+def test_projections_are_of_their_schema(tmp_path):
+    """Defends: a field that was renamed, a refusal that is NaN, a budget of which the file says nothing."""
+    check, to = schema("project"), tmp_path / "p.json"
+    series = jittery(0, 5 * US, 8e-3)
+    hit = series.end_ns[series.seconds > 5e-3]
+    trace = measured({0: series, 1: jittery(1, 5 * US, 8e-3)})
+    trace.rows[0, "event", "gc"] = Series(hit - 8_000_000, hit, np.zeros(len(hit)))
+    write(trace, tmp_path / "run")
+    one = ("project", tmp_path / "run", "--window", "2ms", "--json", to)
+    result = invoke(*one, "--without", "gc", "--ranks", "8,16384", "--budget", "1.0001")
+    assert result.exit_code == 3, (result.output, result.exception)
+    told = json.loads(to.read_text())
+    check.validate(told)
+    assert told["is_over_budget"] is None
+    assert [p["model"] for p in told["projections"]] == ["ecdf", "gpd"]
+    assert told["projections"][0]["refusals"][1]
+    assert told["regained"][0]["seconds"][0] > 0
+    assert set(told["files"]) == {"rank00000.parquet", "rank00001.parquet"}
+    assert told["options"]["without"] == "gc"
+    for name in told:
+        assert not check.is_valid({k: v for k, v in told.items() if k != name}), f"{name} may be missing"
+    result = invoke(*one, "--model", "replay", "--cosched", "--ranks", "8", "--budget", "1.0001")
+    told = json.loads(to.read_text())
+    check.validate(told)
+    assert told["is_over_budget"] is (result.exit_code == 1)
+    assert told["options"]["is_cosched"] is True
+
+
+def test_schemas_agree_on_what_they_share():
+    """Defends: a projection that is told in one way by `analyze` and in another by `project`."""
+    of_analysis, of_project = schema("analysis").schema["$defs"], schema("project").schema["$defs"]
+    for name in ("tail", "number", "count", "positive", "numbers"):
+        assert of_analysis[name] == of_project[name]
+    assert of_analysis["projection"]["required"] == of_project["projection"]["required"]
