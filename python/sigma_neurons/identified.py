@@ -87,7 +87,7 @@ class Identified:
                 for s in stats.sites
             ],
             "share": stats.routing().tolist(),  # of each language's tokens, expert by expert
-            "experts": experts and experts.figures(languages),
+            "experts": None if experts is None else experts.figures(languages),
             "named": {
                 name: self.names(self.mask(k, "specific", "related")) for k, name in enumerate(languages)
             },
