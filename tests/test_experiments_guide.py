@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sigma_experiments import guide_texts
+from sigma_experiments import guide_page, guide_texts
 from sigma_experiments.going_on import go_on
 from sigma_experiments.guide_found import claims, distances, move, parts_of
 from sigma_experiments.guide_languages import spread_windows
@@ -181,6 +181,12 @@ def test_routing_apart():
     """[L, E, K]: languages that share no expert are 1 apart, one is 0 from itself."""
     shares = torch.tensor([[[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]]])
     assert distances(shares, shares).tolist() == [[[0, 1, 0.5], [1, 0, 0.5], [0.5, 0.5, 0]]]
+
+
+def test_the_other_language_that_loses_most():
+    assert guide_page._most_of_others(("a", "b", "c"), np.array([0.3, 0.1, 0.2]), 0) == "c +0.2000"
+    assert guide_page._most_of_others(("a", "b", "c"), np.array([0.0, -0.1, -0.2]), 0) == "b -0.1000"
+    assert guide_page._most_of_others(("a", "b", "c"), np.zeros(3), 1) == ""
 
 
 def found(p: list[list[int]]) -> object:

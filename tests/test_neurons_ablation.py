@@ -3,7 +3,8 @@
 import pytest
 import torch
 from neuron_models import IMPLEMENTATIONS, ours, theirs, tokens
-from sigma_neurons.ablation import deactivate, deactivation_matrix, random_like
+from sigma_neurons.ablation import Deactivation, deactivate, deactivation_matrix, random_like
+from sigma_neurons.matrices import cells, own_of_all, own_others_random
 from sigma_neurons.sites import Site, find_sites
 from sigma_train.errors import WrongInput
 
@@ -120,3 +121,21 @@ def test_the_matrix_has_the_rise_of_each_language_without_each_mask():
     assert found.rise.tolist() == [[1, 0], [0, 2]]
     assert found.random.tolist() == [[0, 0], [0, 0]]  # one of 60 neurons of the layer, three times
     assert (found.masks, found.languages) == (("de", "en"), ("de", "en"))
+
+
+def matrix(sizes: list[int], rise: list[list[float]], at_random: list[float]) -> Deactivation:
+    names = tuple("abc")
+    random = torch.diag(torch.tensor(at_random, dtype=torch.float64))
+    rises = torch.tensor(rise, dtype=torch.float64)
+    return Deactivation(names, tuple(sizes), names, torch.ones(3), rises, random, random)
+
+
+def test_means_are_of_languages_that_have_neurons_and_of_all():
+    """Defends: one mean told as the other; a cell above its control where the control has a loss."""
+    one = matrix([5, 0, 2], [[6, 1, 0], [0, 0, 0], [2, 4, 3]], [1, 0, 2])
+    assert own_others_random(one) == (4.5, 1.75, 1.5)
+    assert own_of_all(one) == 3
+    assert cells([one]) == (2, 1, 1)  # of a 6 beyond 2; of c 3 within 4, and b loses 4
+    other = matrix([1, 1, 1], [[-1, -2, -2], [0, 2, 0], [0, 0, 4]], [-1, 1, 1])
+    assert cells([other]) == (3, 1, 0)  # -1 is no rise; 2 is not more than twice 1
+    assert cells([one, other]) == (5, 2, 1)

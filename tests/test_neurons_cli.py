@@ -1,6 +1,7 @@
 """`sigma neurons` on a small run: what it writes is what the library finds, and wrong input is one sentence."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from sigma_neurons import measured, page
 from sigma_neurons.ablation import deactivate
 from sigma_neurons.identified import identify
 from sigma_neurons.overlap import overlaps
+from sigma_neurons.routed_experts import routed_experts
+from sigma_neurons.sites import Site
+from sigma_neurons.stats import ActivationStats
 from sigma_train.by_language import batches_of_language
 from sigma_train.config import Config
 from sigma_train.errors import WrongInput
@@ -73,7 +77,7 @@ def test_identify_writes_what_the_library_finds(run, tmp_path):
     assert told["lambda"] == want.kinds.lam
     assert told["totals"]["specific"] == int(want.kinds.specific.sum())
     assert np.array(told["layers"]["kinds"]).sum(0).tolist() == list(told["totals"].values())
-    shares = np.array(told["experts"]["share"]).reshape(2, 4, 3)
+    shares = np.array(told["share"]).reshape(2, 4, 3)
     assert shares.sum(1) == pytest.approx(2)  # top_k, in each layer and language
     assert "layer" in out
     by_name = {tuple(unit) for unit in told["named"]["bb"]}
@@ -104,6 +108,59 @@ def test_ablate_measures_and_report_shows(run, tmp_path):
     assert "Without specific" in report
 
 
+@pytest.mark.parametrize("name", ["lambda", "tau"])
+def test_lape_has_no_lambda_and_a_bar_of_its_own(tmp_path, name):
+    with pytest.raises(WrongInput, match=f"neurons: {name} must be left out with score lape, .*, found 0.1"):
+        sigma("identify", tmp_path / "nowhere", "--score", "lape", f"--{name}", 0.1)
+
+
+def routed(*of_experts: list[int]) -> ActivationStats:
+    """A dense layer and one of experts: rows of each expert by language, of 100 tokens of each."""
+    rows = torch.tensor(of_experts).T
+    sites = (Site("dense", 0, 1, 4, "gate"), Site("experts", 1, len(of_experts), 1, "ours"))
+    fired = (torch.ones(2, 1, 4).long(), rows[:, :, None])
+    return ActivationStats(
+        ("a", "b"), sites, torch.tensor([100, 100]), (torch.tensor([[100], [100]]), rows), fired
+    )
+
+
+def test_experts_have_a_score_a_lambda_and_kinds_of_their_own():
+    """Two of twenty, by hand.  Defends: the neurons' lambda, a dense layer as an expert of all languages."""
+    stats = routed([30, 1], [2, 25], [20, 20], *[[3, 3]] * 17)
+    found = identify(stats, 0.1, lam=9.0, tau=0.5).figures()["experts"]
+    lam = 0.2 * math.log(2) / 0.75  # no expert is general: the end of the authors' range
+    assert found["lambda"] == pytest.approx(lam)
+    assert found["tau"] == 0.2  # the 38th of 40 shares
+    assert found["places"] == [[1, e] for e in range(20)]
+    assert found["named"] == {"a": [[1, 0]], "b": [[1, 1]]}
+    assert found["totals"] == {"specific": 2, "related": 0, "general": 0}
+    assert found["of_language"]["b"] == {"specific": 1, "related": 0, "general": 0}
+    h = -(30 / 31) * math.log(30 / 31) - (1 / 31) * math.log(1 / 31)
+    assert found["score"][0] == pytest.approx(h - lam * 0.3, abs=1e-12)
+    assert found["score"][2] == pytest.approx(math.log(2) - lam * 0.2, abs=1e-12)
+
+
+def test_of_experts_one_at_least_is_selected_and_a_general_one_leaves_lambda_at_zero():
+    found = routed_experts(routed([50, 30], [40, 30], *[[1, 1]] * 38), 0.001, "finer")
+    assert (found.top_rate, found.kinds.lam) == (1 / 40, 0)
+    assert found.kinds.selected.nonzero().tolist() == [[0]]
+    assert found.kinds.general.nonzero().tolist() == [[0], [1]]
+    assert routed_experts(routed([7, 7]), 0.5, "finer") is None
+
+
+def test_experts_are_shown(run, tmp_path):
+    out = sigma("identify", run, "--out", tmp_path, "--batches", 2, "--top-rate", 0.1)
+    told = json.loads((tmp_path / "neurons.json").read_text())["experts"]
+    assert "experts" in out
+    assert "the lowest 12.50% of 8 by H - " in " ".join(out.split())
+    sigma("report", run, "--out", tmp_path)
+    report = (tmp_path / "report.html").read_text()
+    for name, own in told["of_language"].items():
+        named = ", ".join(f"{expert} of layer {site}" for site, expert in told["named"][name])
+        cells = [name, own["specific"], own["related"], own["general"], named]
+        assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" in report
+
+
 def test_a_checkpoint_that_was_not_counted_is_refused(run, tmp_path):
     with pytest.raises(WrongInput, match=r"neurons.json is missing; `sigma neurons identify` writes it"):
         sigma("ablate", run, "--out", tmp_path)
@@ -125,7 +182,7 @@ def test_a_checkpoint_that_was_not_counted_is_refused(run, tmp_path):
     with pytest.raises(WrongInput, match=r"is of other neurons than neurons.json; run .sigma neurons ablate"):
         page.write_page(tmp_path)
     file.write_text(json.dumps({"schema_version": 1}))
-    with pytest.raises(WrongInput, match="must be of schema_version 2"):
+    with pytest.raises(WrongInput, match="must be of schema_version 3"):
         page.write_page(tmp_path)
 
 

@@ -12,6 +12,7 @@ from language_texts import write_texts
 from sigma_cli.commands import app
 from sigma_neurons.counting import ActivationCounter
 from sigma_neurons.foreign import Foreign
+from sigma_neurons.scores import lape
 from sigma_train.checkpoint import save_checkpoint
 from sigma_train.config import load_config
 from sigma_train.corpus import find_files, read_corpus
@@ -185,6 +186,26 @@ def test_wrong_input_is_told(folder, text, tmp_path, args, words):
         sigma(*(arg.format(folder=folder, text=text, out=tmp_path / "out") for arg in args))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_lape_from_counting_to_the_page(folder, text, tmp_path):
+    """Defends: neurons of the finer score taken out for those of LAPE, or told with a lambda."""
+    out = ["--out", tmp_path]
+    said = sigma("identify", folder, *out, *own(text), "--batches", 2, "--top-rate", 0.1, "--score", "lape")
+    told = json.loads((tmp_path / "neurons.json").read_text())
+    want = lape(opened(folder, text).count("train", 2).joint(), 0.1)
+    assert (told["score"], told["lambda"], told["totals"]["general"]) == ("lape", None, 0)
+    for k, name in enumerate(told["languages"]):
+        assert told["named"][name] == want[:, k].view(2, 4, 16).nonzero().tolist()
+    assert want.any(0).all()
+    assert "H (LAPE)" in said
+    sigma("ablate", folder, *out, *own(text), "--batches", 1, "--controls", 1)
+    sets = json.loads((tmp_path / "ablation.json").read_text())["sets"]
+    last = list(sets.values())[-1]  # one that is the same as the one before is left out
+    assert list(last["neurons"].values()) == want.sum(0).tolist()
+    assert "with general" not in sets
+    sigma("report", folder, *out)
+    assert "of lowest H (LAPE)" in (tmp_path / "report.html").read_text()
 
 
 def test_another_text_is_refused(folder, text, tmp_path):

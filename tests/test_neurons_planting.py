@@ -1,10 +1,11 @@
 """Planted neurons: where they are said to be, active in their language, and found again by both searches."""
 
+import numpy as np
 import pytest
 import torch
 from neuron_models import ours
 from sigma_experiments.invented import LANGUAGES, SHARES, translate
-from sigma_experiments.planted_languages import searches
+from sigma_experiments.planted_languages import TOLD, is_u_shaped, searches, told
 from sigma_neurons.counting import ActivationCounter
 from sigma_neurons.planting import found_and_right, plant, probes
 from sigma_neurons.scores import lape
@@ -96,11 +97,11 @@ def test_the_joint_probability_misses_a_sure_gate_in_an_expert_that_is_seldom_vi
     stats = ActivationStats(("a", "b"), (site,), torch.tensor([1000, 1000]), (routed,), (fired,))
     truth = torch.zeros(40, 2, dtype=torch.bool)
     truth[20, 0] = True
-    told = {
+    got = {
         name: (found_and_right(own, truth), found_and_right(above, truth)[0])
         for name, (own, above) in searches(stats).items()
     }
-    assert told == {
+    assert got == {
         "H - lambda max p, joint": ((0, 0), 0),
         "LAPE, joint": ((0, 0), 0),
         "H - lambda max p, conditional": ((1, 1), 1),
@@ -114,6 +115,21 @@ def test_recall_and_precision_want_the_right_language():
     chosen = torch.tensor([[1, 0], [1, 0], [1, 1], [0, 0]], dtype=torch.bool)
     assert found_and_right(chosen, truth) == (0.5, 0.25)
     assert found_and_right(torch.zeros_like(truth), truth) == (0, 0)
+
+
+def test_chance_is_of_what_a_search_selects():
+    """Defends: the precision of random neurons, which is the same for all searches, told as their recall."""
+    truth = torch.tensor([[1, 0], [0, 1], [0, 0], [0, 0]], dtype=torch.bool)
+    chosen = torch.tensor([[1, 0], [1, 0], [1, 0], [0, 0]], dtype=torch.bool)
+    above = torch.tensor([[1, 0], [0, 1], [1, 1], [1, 1]], dtype=torch.bool)
+    want = {"recall": 1 / 2, "recall by chance": 3 / 8, "precision": 1 / 3, "planted ones above tau": 1}
+    assert dict(zip(TOLD, told(chosen, above, truth), strict=True)) == want
+
+
+def test_a_u_over_layers():
+    assert is_u_shaped(np.array([20, 21, 38, 4, 12, 63]))
+    assert not is_u_shaped(np.array([71, 1, 1, 8, 13, 2]))
+    assert not is_u_shaped(np.array([7, 7]))
 
 
 def test_a_probe_tells_languages_apart_without_a_bias():

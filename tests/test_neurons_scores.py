@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sigma_neurons.overlap import overlap
 from sigma_neurons.scores import entropy, language_neuron_score, lape, paper_lambda, quantile, released_score
-from sigma_neurons.taxonomy import NeuronTaxonomy, classify_neurons, fit_lambda, stage_profile
+from sigma_neurons.taxonomy import (
+    KINDS,
+    NeuronTaxonomy,
+    classify_by_lape,
+    classify_neurons,
+    fit_lambda,
+    stage_profile,
+)
 from sigma_train.errors import WrongInput
 
 
@@ -96,6 +103,21 @@ def test_lape_keeps_the_planted_neurons():
     found = lape(p, top_rate=0.05)  # two of forty; p above the 76th of eighty
     assert found.nonzero().tolist() == [[0, 0], [2, 0], [2, 1]]  # the second lowest of those that are active
     assert lape(p, top_rate=0.025).nonzero().tolist() == [[0, 0]]
+
+
+def test_kinds_by_lape_are_its_neurons():
+    """Defends: a neuron that it gives to all languages lost, since it has no general ones; another bar."""
+    for p, rate in (
+        (f64([0.9, 0.0], [0.01, 0.0], [0.9, 0.9], *[[0.2, 0.2]] * 37), 0.05),
+        (torch.rand(300, 4, generator=torch.Generator().manual_seed(0)).pow(4).double(), 0.2),
+    ):
+        kinds, want = classify_by_lape(p, rate), lape(p, rate)
+        own = [kinds.of_language(k, "specific", "related") for k in range(p.shape[1])]
+        assert torch.equal(torch.stack(own, dim=1), want)
+        assert all(torch.equal(kinds.of_language(k, *KINDS), own[k]) for k in range(p.shape[1]))
+        assert torch.equal(kinds.specific, want.sum(1) == 1)
+        assert kinds.related.any()
+        assert not kinds.general.any()
 
 
 def planted(seed: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import unicodedata
 
 import numpy as np
 import pytest
@@ -307,6 +308,8 @@ def test_trimmed_spaces_go_to_the_token_that_follows():
     assert spans_of_offsets("ab cd ", [(0, 2), (3, 5)]).tolist() == [[0, 2], [2, 6]]
     assert spans_of_offsets(" ab  cd", [(1, 3), (5, 7)]).tolist() == [[0, 3], [3, 7]]
     assert spans_of_offsets("e\u0301 x", [(0, 1), (3, 4)]).tolist() == [[0, 3], [3, 5]]
+    composed = [(0, 1), (0, 1), (2, 3), (3, 4), (3, 4)]  # of two bytes each
+    assert spans_of_offsets("e\u0301 e\u0301", composed).tolist() == [[0, 3], [0, 3], [3, 4], [4, 7], [4, 7]]
     stripped = Tokenizer.from_str(BYTE_LEVEL.to_str())
     stripped.normalizer = normalizers.Sequence(
         [normalizers.NFD(), normalizers.StripAccents(), normalizers.Strip()]
@@ -315,6 +318,42 @@ def test_trimmed_spaces_go_to_the_token_that_follows():
     found = spans(stripped, text)
     assert (found[0, 0], found[-1, 1]) == (0, len(text.encode()))
     assert (found[1:, 0] == found[:-1, 1]).all()
+
+
+NORMALIZERS = {
+    "lower": (normalizers.Lowercase(), str.lower),
+    "nfkc": (normalizers.NFKC(), lambda text: unicodedata.normalize("NFKC", text)),
+}
+
+
+@pytest.mark.parametrize("kind", NORMALIZERS)
+@pytest.mark.parametrize("base", [BYTE_LEVEL, METASPACE], ids=["bytes", "metaspace"])
+def test_normalisers_that_change_and_add_characters(base, kind):
+    """Lower case of more bytes or characters, ligatures and fractions of several: spans are of the text as it was.
+
+    Defends: offsets of the normalised text, a character that is spread over the spans of what it has become.
+    """
+    normalizer, normalised = NORMALIZERS[kind]
+    tokenizer = Tokenizer.from_str(base.to_str())
+    tokenizer.normalizer = normalizer
+    for text in ("HELLO İstanbul ẞ Ǆ\n", "ﬁne ½ … ﷺ x", "㍿ ア e\u0301 ﬃ", " \u00a0①② Ⅷ"):
+        content, found = text.encode(), spans(tokenizer, text)
+        every_byte = torch.from_numpy(spans_of_lengths(np.ones(len(content), dtype=np.int64)))
+        assert (alignment_ios(every_byte, found, align_spans(every_byte, found)) == 1).all()
+        if base is METASPACE:
+            for piece, (begin, end) in zip(tokenizer.encode(text).tokens, found.tolist(), strict=True):
+                told = normalised(content[begin:end].decode())
+                if piece.startswith("<0x"):
+                    assert int(piece[3:5], 16) in told.encode()
+                else:
+                    assert piece.replace("▁", " ") in told
+
+
+def test_a_character_that_becomes_several_is_the_span_of_each():
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    assert tokenizer.encode("ﬃ ⅧX").tokens == ["f", "f", "i", "Ġ", "v", "i", "i", "i", "x"]
+    assert spans(tokenizer, "ﬃ ⅧX").tolist() == [[0, 3]] * 3 + [[3, 4]] + [[4, 7]] * 4 + [[7, 8]]
 
 
 @pytest.mark.parametrize(("offsets", "words"), [

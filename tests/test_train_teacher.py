@@ -206,7 +206,7 @@ def decoded(piece: str) -> bytes:
     return bytes(BYTES[character] for character in piece)
 
 
-@pytest.mark.parametrize("how", ["max", "mean"])
+@pytest.mark.parametrize("how", ["max", "mean", "bytes"])
 def test_targets_are_those_of_the_covering_tokens(run, corpus, tmp_path, how, monkeypatch):
     """By the definition, token by token; in blocks, whose edges fall anywhere."""
     monkeypatch.setattr("sigma_train.laid_over.BLOCK", 37)
@@ -218,8 +218,11 @@ def test_targets_are_those_of_the_covering_tokens(run, corpus, tmp_path, how, mo
     spans = spans_of_lengths(data.train.token_bytes[data.train.tokens])
     begins, ends = found.begins.numpy(), found.ends.numpy()
     for (a, b), value in zip(spans, got.tolist(), strict=True):
-        over = found.loss[torch.from_numpy((np.maximum(a, begins) < np.minimum(b, ends)) & (a < b))]
-        want = float("nan") if not len(over) else (over.max() if how == "max" else over.mean()).item()
+        covers = (np.maximum(a, begins) < np.minimum(b, ends)) & (a < b)
+        over, want = found.loss[torch.from_numpy(covers)].float(), float("nan")
+        if len(over):
+            share = (b - a) / (ends[covers].max() - begins[covers].min())
+            want = {"max": over.max(), "mean": over.mean(), "bytes": over.sum() * share}[how].item()
         assert value == pytest.approx(want, rel=1e-5, nan_ok=True)
     assert torch.equal(got.isnan(), torch.from_numpy(data.train.tokens == data.tokenizer.eos_id))
 

@@ -2,11 +2,16 @@
 
 import math
 import random
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sigma_train.alignment import align_spans, byte_share
+from sigma_train.kinds import Aggregate
 from sigma_train.selection import Selection, weighted_mean
+from sigma_train.spans import spans_of_lengths
 from sigma_train.teacher_loss import TeacherGuidedLoss, aggregate_teacher_loss, gap
 from sigma_train.uld import uld_loss, uld_to_highest
 
@@ -29,6 +34,37 @@ def test_aggregates_gaps_and_the_kept_token(how):
     assert TeacherGuidedLoss(0.4, aggregate=how)(STUDENT, TEACHER, RANGES).item() == loss
 
 
+def test_identical_tokenisations_leave_the_plain_difference():
+    """Whatever the aggregate: gap_i is l_s[i] - l_t[i], exactly."""
+    spans = torch.from_numpy(spans_of_lengths(np.array([3, 1, 4, 1, 5])))
+    ranges = align_spans(spans, spans)
+    student, teacher = torch.tensor([2.5, 0.125, 3, 7, 1]), torch.tensor([1.25, 4, 3, 0.5, 0.75])
+    for how in get_args(Aggregate):
+        share = byte_share(spans, spans, ranges) if how == "bytes" else None
+        gaps, has_one = gap(student, aggregate_teacher_loss(teacher, ranges, how, share))
+        assert gaps.tolist() == [1.25, -3.875, 0, 6.5, 0.25]
+        assert has_one.all()
+
+
+def test_losses_by_bytes():
+    """Pro|fess|or against Prof|essor: 0.5 over 4 bytes, 2.5 over 9, 2 over 5.  A character in three parts is 3 bytes.
+
+    Defends: a share of tokens instead of bytes, bytes that a token shares counted twice, a special token with a share.
+    """
+    student, teacher = torch.tensor([[0, 0], [0, 3], [3, 7], [7, 9]]), torch.tensor([[0, 4], [4, 9]])
+    ranges = align_spans(student, teacher)
+    share = byte_share(student, teacher, ranges)
+    assert share.isnan().tolist() == [True, False, False, False]
+    got = aggregate_teacher_loss(TEACHER.double(), ranges, "bytes", share)[1:]
+    assert got.tolist() == pytest.approx([0.375, 10 / 9, 0.8], rel=1e-15)
+    loss = TeacherGuidedLoss(0.4, "exclude", aggregate="bytes")
+    assert loss(torch.tensor([9.0, 2, 3, 1]), TEACHER, ranges, share).item() == 3
+    parts, whole = torch.tensor([[0, 3], [0, 3], [0, 3]]), torch.tensor([[0, 3]])
+    ranges = align_spans(whole, parts)
+    share = byte_share(whole, parts, ranges)
+    assert aggregate_teacher_loss(torch.tensor([1.0, 2, 4]), ranges, "bytes", share).tolist() == [7]
+
+
 def test_an_unmapped_token_is_included_or_not():
     student = torch.cat([STUDENT, torch.tensor([4.0])])
     ranges = torch.cat([RANGES, torch.tensor([[-1, -1]])])
@@ -44,6 +80,9 @@ def test_all_tokens_are_plain_cross_entropy():
     got = TeacherGuidedLoss(1.0)(loss, torch.rand(18), ranges)
     want = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    exact = torch.tensor([[1, 0.5, 2.25, 3.75], [0.125, 4, 0.375, 8]])  # whose sums no order of adding rounds
+    for scope in ("batch", "sequence"):
+        assert TeacherGuidedLoss(1.0, scope=scope)(exact, torch.rand(18), ranges[4:12]).item() == 2.5
 
 
 def test_gradients_are_of_kept_tokens_alone():
@@ -109,7 +148,10 @@ def test_vectorised_equals_the_loop():
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    ((TEACHER, RANGES, "median"), "how must be max, mean, sum or first, found 'median'"),
+    ((TEACHER, RANGES, "median"), "how must be max, mean, sum, first or bytes, found 'median'"),
+    ((TEACHER, RANGES, "bytes"), r"share must be \[N\] with how = bytes and none with others, found none with bytes"),
+    ((TEACHER, RANGES, "bytes", TEACHER), r"found one of \[2\] for 3 ranges with bytes"),
+    ((TEACHER, RANGES, "max", STUDENT), r"found one of \[3\] for 3 ranges with max"),
     ((TEACHER[None], RANGES), r"shape \[M\], .* found torch.float32 \[1, 2\] and \[3, 2\]"),
     ((TEACHER.long(), RANGES), "loss must be floating-point .* found torch.int64"),
     ((TEACHER, RANGES[0]), r"ranges of shape \[N, 2\], found .* and \[2\]"),

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from sigma_neurons.ablation import Deactivation, deactivation_matrix
 from sigma_neurons.identified import LEAST_ROUTED, Identified, Probability, identify
-from sigma_neurons.matrices import mean_of, own_others_random
+from sigma_neurons.matrices import cells, mean_of, own_of_all, own_others_random
 from sigma_neurons.measured import load
 from sigma_neurons.pictures import kinds_figure, matrix_figure
 from sigma_neurons.planting import found_and_right, plant
@@ -46,6 +47,7 @@ BASE = {
     "train.save_every": 400,
 }
 SETS = ("specific", "specific and related", "LAPE")
+TOLD = ("recall", "recall by chance", "precision", "planted ones above tau")  # of a search
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,8 @@ class Seen:
 
     found: Identified
     matrices: Mapping[str, Deactivation]  # of SETS
-    planted: Mapping[
-        str, tuple[float, float, float]
-    ]  # of each search: recall, precision, share above its bar
-    chance: float  # recall and precision of as many random neurons and languages
+    planted: Mapping[str, tuple[float, ...]]  # of each search what TOLD names
+    chance: float  # precision of neurons and languages that are drawn at random
 
 
 def run(lab: Lab) -> Page:
@@ -96,10 +96,16 @@ def look(trained: Trained, is_short: bool) -> Seen:
     probed = [(LANGUAGES.index(name), tokens) for name, tokens in one.batches("train", min(batches, 4))]
     truth = plant(one.model, probed, len(LANGUAGES), PLANTED, trained.run.seed)
     planted = {
-        name: (*found_and_right(chosen, truth), found_and_right(above, truth)[0])
+        name: told(chosen, above, truth)
         for name, (chosen, above) in searches(one.count("train", batches)).items()
     }
     return Seen(found, matrices, planted, int(truth.sum()) / truth.numel())
+
+
+def told(chosen: Tensor, above: Tensor, truth: Tensor) -> tuple[float, ...]:
+    """TOLD, of [N, K] bool each.  By chance a planted neuron is chosen as often as any other, whichever they are."""
+    recall, precision = found_and_right(chosen, truth)
+    return recall, float(chosen.double().mean()), precision, found_and_right(above, truth)[0]
 
 
 def searches(stats: ActivationStats) -> dict[str, tuple[Tensor, Tensor]]:
@@ -124,20 +130,28 @@ def searches(stats: ActivationStats) -> dict[str, tuple[Tensor, Tensor]]:
 
 def text(seen: Sequence[Seen], bits: Sequence[float]) -> str:
     tokens = int(seen[0].found.stats.tokens.min())
-    rows = []
+    rows, counts = [], []
     for name in SETS:
-        own, others, at_random = zip(*(own_others_random(one.matrices[name]) for one in seen), strict=True)
-        sizes = [sum(one.matrices[name].sizes) / len(LANGUAGES) for one in seen]
-        rows.append([name, spread(sizes, 1), spread(own, 4), spread(others, 4), spread(at_random, 4)])
-    planted = [
-        [name, *(spread(values, 2) for values in zip(*(one.planted[name] for one in seen), strict=True))]
-        for name in seen[0].planted
-    ]
+        matrices = [one.matrices[name] for one in seen]
+        own, others, at_random = zip(*map(own_others_random, matrices), strict=True)
+        sizes = [sum(one.sizes) / len(LANGUAGES) for one in matrices]
+        of_all = [*map(own_of_all, matrices)]
+        rows.append([name, spread(sizes, 1), *(spread(x, 4) for x in (own, of_all, others, at_random))])
+        counts.append([name, *map(str, cells(matrices))])
+    planted = []
+    for name in seen[0].planted:
+        recall, by_chance, precision, above = zip(*(one.planted[name] for one in seen), strict=True)
+        planted.append(
+            [name, spread(recall, 2), spread(by_chance, 4), spread(precision, 2), spread(above, 2)]
+        )
     kinds = [
         [name, *(spread([float(one.found.mask(k, kind).sum()) for one in seen], 0) for kind in KINDS)]
         for k, name in enumerate(LANGUAGES)
     ]
-    layers, neurons = len(seen[0].found.profile()), len(seen[0].found.p)
+    related = [float(one.found.kinds.related.sum()) for one in seen]
+    own = [one.found.profile().numpy()[:, :2].sum(1) for one in seen]
+    by_layer = "; ".join(" ".join(map(str, of_seed)) for of_seed in own)
+    layers, neurons = len(own[0]), len(seen[0].found.p)
     return f"""
 Four languages of one text: the pivot (60 % of the characters); its letters turned by thirteen, so in the pivot's own
 letters (20 %); an alphabet of its own (10 %); another one with the words of each line reversed (10 %). A model of
@@ -148,27 +162,48 @@ on {tokens:,} tokens of each language; {TOP_RATE:.0%} of {neurons:,} are selecte
 
 ![Kinds by layer](planted-languages-layers.png)
 
+Specific and related neurons from the lowest layer to the highest, seed by seed:
+{by_layer}.
+The first and the last layer have more than the mean of those between in {sum(map(is_u_shaped, own))} of {len(seen)}
+seeds; the paper has a peak in the first layers and one before the last.
+
 ## Without a language's neurons
 
 Rise in bits per byte on validation text, of the language whose neurons are taken out, of the other three, and of the
-language itself without as many random neurons of the same layers (two masks).
+language itself without as many random neurons of the same layers (two masks): means of the languages that have
+neurons, and in "own, of all" of all languages, with 0 for those that have none.
 
-{table(["taken out", "neurons a language", "own", "others", "own, random"], rows)}
+{table(["taken out", "neurons a language", "own", "own, of all", "others", "own, random"], rows)}
+
+Language by language, all seeds together: how many have neurons, how many of these lose more than twice what random
+ones cost, and in how many another language loses more than the one whose neurons they are.
+
+{table(["taken out", "have neurons", "beyond twice random", "another loses more"], counts)}
+
+Related are {spread(related, 1)} neurons of a seed; where these are next to none the second row tries nothing that the
+first does not. What further training moves is tried on real text alone, by `sigma experiment guide-languages`.
 
 ![Rise of each language without the specific and related neurons of each](planted-languages-matrix.png)
 
 ## Planted neurons
 
 {PLANTED} neurons of each language in each layer, in experts drawn at random, get the gate of a linear probe for it;
-the search does not know them. Found is one that is selected and given to its own language. Neurons and languages drawn
-at random have a precision of {seen[0].chance:.4f}; neurons that training made specific count against precision here.
+the search does not know them. Found is one that is selected and given to its own language. By chance recall is the
+share of all neurons and languages that a search selects, precision the share that is planted, {seen[0].chance:.4f};
+neurons that training made specific count against precision here.
 
-{table(["search", "recall", "precision", "planted ones above tau"], planted)}
+{table(["search", *TOLD], planted)}
 
 Only what is above tau in its own language can be found. The joint probability of an expert's neuron is at most the
 expert's share of the language's tokens, however sure its gate is; the conditional one is of the gate alone. tau is the
 top 5 % of all probabilities where no other is said.
 """
+
+
+def is_u_shaped(of_layers: np.ndarray) -> bool:
+    """[L]: whether both ends have more than the mean of what is between."""
+    between = of_layers[1:-1]
+    return len(between) > 0 and min(of_layers[0], of_layers[-1]) > between.mean()
 
 
 def data(seen: Sequence[Seen], bits: Sequence[float]) -> dict[str, Any]:
@@ -183,8 +218,8 @@ def data(seen: Sequence[Seen], bits: Sequence[float]) -> dict[str, Any]:
                 "rise": {name: one.matrices[name].rise.tolist() for name in SETS},
                 "random": {name: one.matrices[name].random.tolist() for name in SETS},
                 "base": one.matrices[SETS[0]].base.tolist(),
-                "planted": {name: list(values) for name, values in one.planted.items()},
-                "chance": one.chance,
+                "planted": {name: dict(zip(TOLD, of, strict=True)) for name, of in one.planted.items()},
+                "precision_by_chance": one.chance,
             }
             for one in seen
         ],

@@ -29,6 +29,11 @@ class Probability(StrEnum):
     conditional = "conditional"
 
 
+class Score(StrEnum):
+    finer = "finer"
+    lape = "lape"
+
+
 class Split(StrEnum):
     train = "train"
     val = "val"
@@ -53,6 +58,9 @@ def identify(
     probability: Annotated[
         Probability, typer.Option(help="of being routed to and active, or of being active where routed to")
     ] = Probability.joint,
+    score: Annotated[
+        Score, typer.Option(help="H - lambda max p, with three kinds, or LAPE's H of the active ones")
+    ] = Score.finer,
     lam: Annotated[
         float | None, typer.Option("--lambda", min=0, help="weight of the maximum; searched where not given")
     ] = None,
@@ -73,10 +81,12 @@ def identify(
 
     from sigma_neurons import view
     from sigma_neurons.identified import identify as found_in
+    from sigma_neurons.identified import must_fit
 
+    must_fit(score.value, lam, tau)
     folder = _folder(out, place)
     run = _opened(place, data, overrides)
-    found = found_in(run.count(split.value, batches), top_rate, probability.value, lam, tau)
+    found = found_in(run.count(split.value, batches), top_rate, probability.value, lam, tau, score.value)
     about = run.about() | {"split": split.value}
     with must_be_writable("--out", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,9 +214,9 @@ def _identified(folder: Path, about: dict[str, Any]) -> Any:
     counts = folder / COUNTS
     if not counts.is_file() or sha256_file(counts) != told["counts_sha256"]:
         raise WrongInput(f"{counts} is not what {folder / 'neurons.json'} was made of; run identify again")
-    return found_in(
-        ActivationStats.read(counts), told["top_rate"], told["probability"], told["lambda"], told["tau"]
-    )
+    chosen_by = (told["lambda"], told["tau"]) if told["score"] == "finer" else (None, None)
+    stats = ActivationStats.read(counts)
+    return found_in(stats, told["top_rate"], told["probability"], *chosen_by, told["score"])
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

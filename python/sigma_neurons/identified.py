@@ -7,9 +7,16 @@ import torch
 from sigma_train.errors import WrongInput
 from torch import Tensor
 
-from sigma_neurons.scores import language_neuron_score
+from sigma_neurons.routed_experts import routed_experts
 from sigma_neurons.stats import ActivationStats
-from sigma_neurons.taxonomy import KINDS, Kind, NeuronTaxonomy, classify_neurons, stage_profile
+from sigma_neurons.taxonomy import (
+    Kind,
+    NeuronTaxonomy,
+    Score,
+    classify_by_lape,
+    classify_neurons,
+    stage_profile,
+)
 
 Probability = Literal["joint", "conditional"]
 LEAST_ROUTED = 100  # tokens of each language at an expert, for a conditional probability
@@ -24,6 +31,10 @@ class Identified:
     top_rate: float
     p: Tensor
     kinds: NeuronTaxonomy
+
+    @property
+    def score(self) -> Score:
+        return "lape" if self.kinds.lam is None else "finer"
 
     @property
     def layers(self) -> Tensor:
@@ -58,20 +69,15 @@ class Identified:
     def figures(self) -> dict[str, Any]:
         """Everything, as JSON has it."""
         languages, stats = self.stats.languages, self.stats
-        experts = stats.routing()
+        experts = routed_experts(stats, self.top_rate, self.score)
         return {
             "languages": list(languages),
             "tokens": stats.tokens.tolist(),
             "probability": self.probability,
+            "score": self.score,
             "top_rate": self.top_rate,
-            "lambda": self.kinds.lam,
-            "tau": self.kinds.tau,
             "neurons": len(self.p),
-            "totals": {kind: int(self.kinds.of_kind(kind).sum()) for kind in KINDS},
-            "of_language": {
-                name: {kind: int(self.mask(k, kind).sum()) for kind in KINDS}
-                for k, name in enumerate(languages)
-            },
+            **self.kinds.figures(languages),
             "layers": {
                 "kinds": self.profile().tolist(),
                 "languages": self.by_layer().tolist(),
@@ -80,10 +86,8 @@ class Identified:
                 {"name": s.name, "layer": s.layer, "experts": s.experts, "units": s.units}
                 for s in stats.sites
             ],
-            "experts": {
-                "share": experts.tolist(),  # of each language's tokens, expert by expert
-                "score": language_neuron_score(experts, self.kinds.lam).tolist(),
-            },
+            "share": stats.routing().tolist(),  # of each language's tokens, expert by expert
+            "experts": None if experts is None else experts.figures(languages),
             "named": {
                 name: self.names(self.mask(k, "specific", "related")) for k, name in enumerate(languages)
             },
@@ -96,8 +100,10 @@ def identify(
     probability: Probability = "joint",
     lam: float | None = None,
     tau: float | None = None,
+    score: Score = "finer",
 ) -> Identified:
     """Raises: WrongInput if no lambda fits, none is selected, or nothing can be told for want of tokens."""
+    must_fit(score, lam, tau)
     p = stats.joint() if probability == "joint" else stats.conditional(LEAST_ROUTED)
     if not p.any():
         raise WrongInput(
@@ -107,4 +113,14 @@ def identify(
         )
     if not round(len(p) * top_rate):
         raise WrongInput(f"neurons: a share of {top_rate} of {len(p)} neurons selects none; raise it")
-    return Identified(stats, probability, top_rate, p, classify_neurons(p, lam, top_rate, tau))
+    kinds = classify_by_lape(p, top_rate) if score == "lape" else classify_neurons(p, lam, top_rate, tau)
+    return Identified(stats, probability, top_rate, p, kinds)
+
+
+def must_fit(score: Score, lam: float | None, tau: float | None) -> None:
+    """Raises: WrongInput if LAPE is given what it has not."""
+    for name, value in (("lambda", lam), ("tau", tau)):
+        if score == "lape" and value is not None:
+            raise WrongInput(
+                f"neurons: {name} must be left out with score lape, which has its own rule, found {value}"
+            )

@@ -57,6 +57,26 @@ def own_others_random(matrix: Deactivation) -> tuple[float, float, float]:
     return rise, of_others, at_random
 
 
+def own_of_all(matrix: Deactivation) -> float:
+    """The mean over all languages of the rise of each without its own neurons, 0 of one that has none."""
+    return float(matrix.rise.diagonal().mean())
+
+
+def cells(matrices: Sequence[Deactivation]) -> tuple[int, int, int]:
+    """How many languages have neurons; of these how many lose more than twice what random ones cost, and in how many
+    another language loses more than the one whose neurons they are.  Languages of all matrices together.
+    """
+    counts = torch.zeros(3, dtype=torch.int64)
+    for matrix in matrices:
+        has, own = torch.tensor(matrix.sizes) > 0, matrix.rise.diagonal()
+        is_own = torch.eye(len(has), dtype=torch.bool)
+        most_of_others = matrix.rise.masked_fill(is_own, -torch.inf).amax(1)
+        is_beyond = own > 2 * matrix.random.diagonal().clamp(min=0)
+        counts += torch.stack([has, has & is_beyond, has & (most_of_others > own)]).sum(1)
+    languages, beyond, harming = counts.tolist()
+    return languages, beyond, harming
+
+
 def mean_of(matrices: Sequence[Deactivation]) -> dict[str, Any]:
     """Of several runs with the same languages, as `pictures.matrix_figure` wants it."""
     sizes = np.mean([m.sizes for m in matrices], axis=0)
@@ -81,6 +101,7 @@ def figures(matrices: Mapping[str, Deactivation]) -> dict[str, Any]:
             "random": matrix.random.tolist(),
             "spread": matrix.spread.tolist(),
             "own": own,
+            "own_of_all": own_of_all(matrix),
             "others": others,
             "own_random": at_random,
         }

@@ -13,9 +13,9 @@ from sigma_train.files import atomic_file, must_be_writable, sha256_file, write_
 from sigma_train.report import STYLE, png
 
 from sigma_neurons import pictures
-from sigma_neurons.taxonomy import KINDS
+from sigma_neurons.taxonomy import KINDS, score_words
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
@@ -68,8 +68,9 @@ def _of_neurons(neurons: dict[str, Any], folder: Path) -> list[str]:
         _p(f"{_whose(neurons)}: {neurons['neurons']:,} neurons, counted on "
            f"{min(neurons['tokens']):,} tokens of each of {len(neurons['languages'])} languages, "
            f"{neurons['split']} split."),
-        _p(f"Of the {neurons['top_rate']:.2%} of lowest H - {neurons['lambda']:.4f} max p, {totals['specific']:,} are "
-           f"specific to one language and {totals['related']:,} related to some; {totals['general']:,} of all neurons "
+        _p(f"Of the {neurons['top_rate']:.2%} of lowest {score_words(neurons['lambda'])}, {totals['specific']:,} are "
+           f"specific to one language and {totals['related']:,} related to "
+           f"{'some or all' if neurons['score'] == 'lape' else 'some'}; {totals['general']:,} of all neurons "
            f"are general. A language has a neuron where its {neurons['probability']} probability is above "
            f"{neurons['tau']:.4f}."),
         _table(
@@ -79,9 +80,25 @@ def _of_neurons(neurons: dict[str, Any], folder: Path) -> list[str]:
         _picture("Kinds by layer", "kinds", pictures.kinds_figure([neurons["layers"]["kinds"]]), folder),
         _picture("Languages by layer", "languages", pictures.languages_figure(neurons), folder),
     ]  # fmt: skip
-    if any(site["experts"] > 1 for site in neurons["sites"]):
+    if neurons["experts"]:
         out.append(_picture("Routing by language", "routing", pictures.routing_figure(neurons), folder))
+        out += _of_experts(neurons["experts"], neurons["sites"])
     return out
+
+
+def _of_experts(experts: dict[str, Any], sites: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for name, own in experts["of_language"].items():
+        named = ", ".join(
+            f"{expert} of layer {sites[site]['layer']}" for site, expert in experts["named"][name]
+        )
+        rows.append([name, *(f"{own[kind]:,}" for kind in KINDS), named])
+    return [
+        _p(f"Experts by their share of a language's tokens alone, whatever their neurons do: the "
+           f"{experts['top_rate']:.2%} of lowest {score_words(experts['lambda'])}, where the share is above "
+           f"{experts['tau']:.4f}."),
+        _table(["language", *KINDS, "specific and related"], rows),
+    ]  # fmt: skip
 
 
 def _whose(neurons: dict[str, Any]) -> str:
@@ -95,14 +112,21 @@ def _of_ablation(ablation: dict[str, Any], folder: Path) -> list[str]:
     for name, of_set in ablation["sets"].items():
         mean = sum(of_set["neurons"].values()) / len(of_set["neurons"])
         rows.append(
-            [name, f"{mean:.1f}", *(f"{of_set[key]:+.4f}" for key in ("own", "others", "own_random"))]
+            [
+                name,
+                f"{mean:.1f}",
+                *(f"{of_set[key]:+.4f}" for key in ("own", "own_of_all", "others", "own_random")),
+            ]
         )
-    out.append(_table(["taken out", "neurons a language", "own", "others", "own, random"], rows))
+    out.append(
+        _table(["taken out", "neurons a language", "own", "own, of all", "others", "own, random"], rows)
+    )
     out.append(
         _p(
             f"Rise of bits per byte on {ablation['batches']} batches of {ablation['batch_size']} x "
             f"{ablation['seq_len']} tokens of each language's validation text; random: mean "
-            f"of {ablation['controls']} masks of as many neurons in each {ablation['within']}."
+            f"of {ablation['controls']} masks of as many neurons in each {ablation['within']}. Means of the languages "
+            "that have neurons; of all: with 0 for those that have none."
         )
     )
     for name, of_set in ablation["sets"].items():

@@ -49,7 +49,7 @@ def languages_figure(neurons: dict[str, Any]) -> Figure:
 
 def routing_figure(neurons: dict[str, Any]) -> Figure:
     """Each expert's share of a language's tokens over its mean share of all languages, layer by layer."""
-    share = np.array(neurons["experts"]["share"])  # [experts of all sites, K]
+    share = np.array(neurons["share"])  # [experts of all sites, K]
     sites = neurons["sites"]
     parts = np.split(share, np.cumsum([site["experts"] for site in sites])[:-1])
     shown = [(site, part) for site, part in zip(sites, parts, strict=True) if site["experts"] > 1]

@@ -1,17 +1,19 @@
 """Neurons in three kinds (arXiv 2505.21505): of one language, of some, of all."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from sigma_train.errors import WrongInput
 from torch import Tensor
 
-from sigma_neurons.scores import language_neuron_score, lowest, paper_lambda, quantile
+from sigma_neurons.scores import language_neuron_score, lape, lowest, paper_lambda, quantile
 
 RELEASED_MOST = 0.2  # lambda of the authors' search, on the scale of their code
 GRID = 64  # lambdas that are tried before the search narrows
+Score = Literal["finer", "lape"]
 Kind = Literal["specific", "related", "general"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -21,11 +23,12 @@ class NeuronTaxonomy:
     """selected [N] bool: the most language-bound; num_languages [N]: how many have p above tau.
 
     specific: selected, of one language; related: selected, of some but not all; general: of all K, selected or not.
+    By LAPE, which has no lambda and no third kind, none is general, and related are those of some or all.
     """
 
     selected: Tensor
     above: Tensor  # [N, K] bool, p > tau
-    lam: float
+    lam: float | None
     tau: float
 
     @property
@@ -38,11 +41,11 @@ class NeuronTaxonomy:
 
     @property
     def related(self) -> Tensor:
-        return self.selected & (self.num_languages > 1) & (self.num_languages < self.above.shape[1])
+        return self.selected & (self.num_languages > 1) & ~self.general
 
     @property
     def general(self) -> Tensor:
-        return self.num_languages == self.above.shape[1]
+        return (self.num_languages == self.above.shape[1]) & (self.lam is not None)
 
     def of_kind(self, kind: Kind) -> Tensor:
         """[N] bool."""
@@ -55,6 +58,18 @@ class NeuronTaxonomy:
             chosen |= self.of_kind(kind)
         return chosen & self.above[:, language]
 
+    def figures(self, languages: Sequence[str]) -> dict[str, Any]:
+        """As JSON has it: what decided, and how many of each kind there are and each language has."""
+        return {
+            "lambda": self.lam,
+            "tau": self.tau,
+            "totals": {kind: int(self.of_kind(kind).sum()) for kind in KINDS},
+            "of_language": {
+                name: {kind: int(self.of_language(k, kind).sum()) for kind in KINDS}
+                for k, name in enumerate(languages)
+            },
+        }
+
 
 def classify_neurons(
     p: Tensor, lam: float | None = None, top_rate: float = 0.01, tau: float | None = None
@@ -63,6 +78,12 @@ def classify_neurons(
     tau = quantile(p, 0.95) if tau is None else tau
     lam = fit_lambda(p, top_rate, tau) if lam is None else lam
     return NeuronTaxonomy(lowest(language_neuron_score(p, lam), top_rate, p), p > tau, lam, tau)
+
+
+def classify_by_lape(p: Tensor, top_rate: float = 0.01) -> NeuronTaxonomy:
+    """As `scores.lape` chooses them, of p [N, K]: the neurons of language k are `of_language(k, *KINDS)`."""
+    tau = quantile(p, 0.95)
+    return NeuronTaxonomy(lape(p, top_rate).any(-1), p > tau, None, tau)
 
 
 def fit_lambda(
@@ -75,6 +96,19 @@ def fit_lambda(
     Where it is not given it is the end of the range that the authors' code searches, 0.2 on its scale.
     Raises: WrongInput if it fails at 0 already: then entropy alone selects general neurons.
     """
+    found = search_lambda(p, top_rate, tau, most, eps)
+    if found is None:
+        raise WrongInput(
+            f"neurons: no lambda keeps neurons of all {p.shape[1]} languages out of the lowest {top_rate:.1%}; "
+            "lower the share"
+        )
+    return found
+
+
+def search_lambda(
+    p: Tensor, top_rate: float = 0.01, tau: float | None = None, most: float | None = None, eps: float = 1e-4
+) -> float | None:
+    """As `fit_lambda`; None if it fails at 0 already."""
     tau = quantile(p, 0.95) if tau is None else tau
     everywhere = (p > tau).all(-1)
 
@@ -82,10 +116,7 @@ def fit_lambda(
         return bool((lowest(language_neuron_score(p, lam), top_rate, p) & everywhere).any())
 
     if fails(0.0):
-        raise WrongInput(
-            f"neurons: no lambda keeps neurons of all {p.shape[1]} languages out of the lowest {top_rate:.1%}; "
-            "lower the share"
-        )
+        return None
     most = paper_lambda(RELEASED_MOST, p.shape[1]) if most is None else most
     good, bad = 0.0, math.inf
     for step in range(1, GRID + 1):
@@ -97,6 +128,11 @@ def fit_lambda(
         middle = (good + bad) / 2
         good, bad = (good, middle) if fails(middle) else (middle, bad)
     return good
+
+
+def score_words(lam: float | None) -> str:
+    """What is low of the neurons that are selected."""
+    return "H (LAPE)" if lam is None else f"H - {lam:.4f} max p"
 
 
 def stage_profile(taxonomy: NeuronTaxonomy, layers: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from sigma_train.console import say
 
 from sigma_neurons.ablation import Deactivation
 from sigma_neurons.identified import Identified
-from sigma_neurons.matrices import own_others_random
+from sigma_neurons.matrices import own_of_all, own_others_random
 from sigma_neurons.overlap import Overlap
-from sigma_neurons.taxonomy import KINDS
+from sigma_neurons.taxonomy import KINDS, score_words
 
 
 def show(found: Identified, folder: Path) -> None:
@@ -21,19 +21,26 @@ def show(found: Identified, folder: Path) -> None:
     rows = zip(figures["layers"]["kinds"], figures["layers"]["languages"], strict=True)
     for layer, (kinds, languages) in enumerate(rows):
         table.add_row(str(layer), *map(str, kinds), *map(str, languages))
-    of_language = figures["of_language"].values()
     table.add_section()
-    table.add_row(
-        "all", *(str(figures["totals"][kind]) for kind in KINDS),
-        *(str(own["specific"] + own["related"]) for own in of_language),
-    )  # fmt: skip
+    experts = figures["experts"]
+    for name, all_of in (("all", figures), *((("experts", experts),) if experts else ())):
+        own = (of["specific"] + of["related"] for of in all_of["of_language"].values())
+        table.add_row(name, *(str(all_of["totals"][kind]) for kind in KINDS), *map(str, own))
     console.print(table)
-    chosen = f"the lowest {found.top_rate:.2%} of {len(found.p)} by H - {found.kinds.lam:.4f} max p"
-    say(console, f"specific: of one language, related: of some, both of {chosen}; general: of all languages")
+    some, general = ("some or all", "none") if found.score == "lape" else ("some", "of all languages")
+    chosen = f"the lowest {found.top_rate:.2%} of {len(found.p)} by {score_words(found.kinds.lam)}"
+    say(console, f"specific: of one language, related: of {some}, both of {chosen}; general: {general}")
     say(
         console,
         f"a language has a neuron where its {found.probability} p is above tau = {found.kinds.tau:.4f}",
     )
+    if experts:
+        lowest = f"the lowest {experts['top_rate']:.2%} of {len(experts['places'])}"
+        say(
+            console,
+            f"experts: by a language's share of tokens alone, {lowest} by {score_words(experts['lambda'])}, tau = "
+            f"{experts['tau']:.4f}",
+        )
     say(console, f"wrote {folder / 'neurons.json'} and counts.safetensors")
 
 
@@ -48,7 +55,9 @@ def show_matrices(matrices: Mapping[str, Deactivation], folder: Path) -> None:
         own, others, at_random = own_others_random(matrix)
         say(
             console,
-            f"own language {own:+.4f} bits per byte, others {others:+.4f}; own at random {at_random:+.4f}",
+            f"own language {own:+.4f} bits per byte, others {others:+.4f}, own at random {at_random:+.4f}: means of "
+            f"the {sum(size > 0 for size in matrix.sizes)} languages that have neurons; own, of all "
+            f"{own_of_all(matrix):+.4f}",
         )
     say(console, f"wrote {folder / 'ablation.json'}")
 

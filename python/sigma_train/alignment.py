@@ -65,6 +65,12 @@ def alignment_iou(student: Tensor, teacher: Tensor, ranges: Tensor) -> Tensor:
     return shared / (student[:, 1] - student[:, 0] + covered - shared)
 
 
+def byte_share(student: Tensor, teacher: Tensor, ranges: Tensor) -> Tensor:
+    """[N] f64: bytes of a student token over those of its teacher tokens together, NaN where it is unmapped."""
+    _, covered = _overlap(student, teacher, ranges)
+    return (student[:, 1] - student[:, 0]) / covered
+
+
 def _columns(name: str, spans: Tensor) -> tuple[Tensor, Tensor]:
     if spans.dim() != 2 or spans.shape[1] != 2 or spans.is_floating_point():
         raise ValueError(

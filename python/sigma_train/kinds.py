@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 # Of [objective], and of its parts outside of the trainer.
-Aggregate = Literal["max", "mean", "sum", "first"]
+Aggregate = Literal["max", "mean", "sum", "first", "bytes"]
 Alignment = Literal["span", "index", "chunk", "edit"]
 Unmapped = Literal["include", "exclude"]
 Scope = Literal["batch", "sequence"]

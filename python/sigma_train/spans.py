@@ -23,7 +23,8 @@ def spans_of_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarra
 
     Several tokens of one character share its bytes.  What lies between two tokens, as a normaliser or the trimming of
     offsets leaves it, goes to them: from its first white space on to the token that follows, for " there" is trimmed
-    to "there"; what is before that, an accent say, to the token it follows.
+    to "there"; what is before that, an accent say, to the token it follows, or to all that end there as parts of one
+    character.
     Raises: OffsetError if begins or ends fall or lie outside the text.
     """
     if not len(offsets):
@@ -48,10 +49,11 @@ def byte_starts(text: str) -> np.ndarray:
 
 
 def _without_gaps(text: str, offsets: np.ndarray) -> np.ndarray:
-    out = offsets.copy()
-    out[0, 0], out[-1, 1] = 0, len(text)
-    for at in np.flatnonzero(out[1:, 0] > out[:-1, 1]):
-        begin, end = out[at, 1], out[at + 1, 0]
+    out, ends = offsets.copy(), offsets[:, 1]
+    out[0, 0] = 0
+    out[ends == ends[-1], 1] = len(text)
+    for at in np.flatnonzero(offsets[1:, 0] > ends[:-1]):
+        begin, end = ends[at], offsets[at + 1, 0]
         cut = next((i for i in range(begin, end) if text[i].isspace()), end)
-        out[at, 1] = out[at + 1, 0] = cut
+        out[np.searchsorted(ends, begin) : at + 1, 1] = out[at + 1, 0] = cut
     return out

@@ -18,13 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sigma_train.alignment import UNMAPPED
+from sigma_train.alignment import UNMAPPED, byte_share
 from sigma_train.config import DataConfig
 from sigma_train.dataset import TokenDataset
 from sigma_train.errors import WrongInput
 from sigma_train.files import atomic_file
 from sigma_train.kinds import Aggregate
 from sigma_train.laid_over import Aligned
+from sigma_train.spans import spans_of_lengths
 from sigma_train.teacher_loss import aggregate_teacher_loss
 
 VERSION = 2
@@ -63,7 +64,12 @@ class TeacherLosses:
         self._must_have_bytes_of(dataset)
         found = torch.empty(dataset.num_tokens)
         for tokens, of_teacher, ranges in aligned.over(dataset, self.begins, self.ends):
-            found[tokens] = aggregate_teacher_loss(self.loss[of_teacher].float(), ranges, how)
+            share = None
+            if how == "bytes":
+                student = torch.from_numpy(spans_of_lengths(dataset.token_bytes[dataset.tokens[tokens]]))
+                teacher = torch.stack([self.begins[of_teacher], self.ends[of_teacher]], dim=1)
+                share = byte_share(student, teacher, ranges)  # of lengths alone, wherever the block begins
+            found[tokens] = aggregate_teacher_loss(self.loss[of_teacher].float(), ranges, how, share)
         return found
 
     def partners(self, dataset: TokenDataset, aligned: Aligned = BY_BYTES) -> Tensor:

@@ -4,7 +4,9 @@
     gap_i = l_s[i] - t_i, without a gradient;  kept are the mapped tokens of the highest gaps
     L = sum(w l_s) / sum(w),  w = 1 for what is kept, and for what is unmapped where that is included
 
-All the teacher gives is one number for each of its own tokens.
+All the teacher gives is one number for each of its own tokens.  With the aggregate bytes, which is no part of the
+paper, t_i is what the teacher loses a byte over these tokens, times the bytes of student token i: what is compared is
+as long on both sides, however long the tokens are.
 """
 
 from dataclasses import dataclass
@@ -18,16 +20,23 @@ from sigma_train.kinds import Aggregate
 from sigma_train.selection import Selection, weighted_mean
 
 
-def aggregate_teacher_loss(loss: Tensor, ranges: Tensor, how: Aggregate = "max") -> Tensor:
+def aggregate_teacher_loss(
+    loss: Tensor, ranges: Tensor, how: Aggregate = "max", share: Tensor | None = None
+) -> Tensor:
     """[N] of loss's dtype: one number of each range of teacher tokens.
 
     NaN where a range is unmapped, or a token that counts is NaN, since it had no context.  Ranges are many, and
     overlap: sums are differences of sums from the start, in f64; the largest is that of two halves that overlap.
-    Args: loss [M]; ranges [N, 2] as `align_spans` gives them.
-    Raises: ValueError if `how` is none of the four, or loss or ranges cannot be.
+    Args: loss [M]; ranges [N, 2] as `align_spans` gives them; share [N] of `byte_share`, with how = bytes alone.
+    Raises: ValueError if `how` is none of the five, or loss, ranges or share cannot be.
     """
     if how not in get_args(Aggregate):
-        raise ValueError(f"aggregate_teacher_loss: how must be max, mean, sum or first, found {how!r}")
+        raise ValueError(f"aggregate_teacher_loss: how must be max, mean, sum, first or bytes, found {how!r}")
+    if (how == "bytes") != (share is not None) or (share is not None and share.shape != ranges.shape[:1]):
+        found = "none" if share is None else f"one of {list(share.shape)} for {len(ranges)} ranges"
+        raise ValueError(
+            f"aggregate_teacher_loss: share must be [N] with how = bytes and none with others, found {found} with {how}"
+        )
     if loss.dim() != 1 or not loss.is_floating_point() or ranges.shape[1:] != (2,):
         raise ValueError(
             "aggregate_teacher_loss: loss must be floating-point of shape [M], ranges of shape [N, 2], found "
@@ -47,7 +56,11 @@ def aggregate_teacher_loss(loss: Tensor, ranges: Tensor, how: Aggregate = "max")
         out[is_mapped] = loss[first]
     else:
         total = _total(loss, first, last)
-        out[is_mapped] = (total / (last - first + 1) if how == "mean" else total).to(loss.dtype)
+        if how == "mean":
+            total /= last - first + 1
+        elif share is not None:
+            total *= share[is_mapped]
+        out[is_mapped] = total.to(loss.dtype)
     return out
 
 
@@ -82,15 +95,19 @@ class TeacherGuidedLoss(Selection):
 
     aggregate: Aggregate = "max"
 
-    def __call__(self, student: Tensor, teacher: Tensor, ranges: Tensor) -> Tensor:
-        """Args: student [B, S] or [S] with a gradient, teacher [M], ranges [B * S, 2] of their tokens."""
+    def __call__(
+        self, student: Tensor, teacher: Tensor, ranges: Tensor, share: Tensor | None = None
+    ) -> Tensor:
+        """Args: student [B, S] or [S] with a gradient, teacher [M], ranges [B * S, 2] of their tokens; with aggregate =
+        bytes their share [B * S] of `byte_share`.
+        """
         if student.dim() not in (1, 2) or len(ranges) != student.numel():
             raise ValueError(
                 "TeacherGuidedLoss: student must be [S] or [B, S] with a range for each token, found "
                 f"{list(student.shape)} and {len(ranges)} ranges"
             )
         rows = student if student.dim() == 2 else student[None]
-        target = aggregate_teacher_loss(teacher.detach(), ranges, self.aggregate).view(rows.shape)
+        target = aggregate_teacher_loss(teacher.detach(), ranges, self.aggregate, share).view(rows.shape)
         return weighted_mean(rows, self.weights(*gap(rows, target)))
 
 
