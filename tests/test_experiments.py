@@ -14,7 +14,7 @@ import forked
 import pytest
 import rank_faults
 from rich.console import Console
-from sigma_experiments import EXPERIMENTS, growth, grown, lab, page, sparse
+from sigma_experiments import EXPERIMENTS, grown, growth, lab, page, sparse
 from sigma_experiments.cli import module_of
 from sigma_experiments.lab import LOCK, SHORT, Lab, Run
 from sigma_train.config import ConfigError

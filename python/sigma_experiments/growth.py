@@ -1,8 +1,8 @@
 """Orthogonal growth against training from scratch (arXiv 2510.08008): more layers by two plans, more experts by copies.
 
 Published: later is better (figure 5), interposition overtakes the stack once the small model has had a Chinchilla
-budget, 1 % of noise beats none and a lot, and growth beats scratch by extra FLOPs and is no worse by total ones.  Beside
-that the small model is trained on, as the one who has it could.
+budget, 1 % of noise beats none and a lot, and growth beats scratch by extra FLOPs and is no worse by total ones.
+Beside that the small model is trained on without growth.
 """
 
 import matplotlib.pyplot as plt
