@@ -119,6 +119,7 @@ def record(name: str, times: list[float], calls: int = 1) -> dict[str, object]:
         **_who(name),
         "median_s": statistics.median(times) / calls,
         "min_s": min(times) / calls,
+        "max_s": max(times) / calls,
         "rounds": len(times),
     }
 

@@ -1,6 +1,7 @@
-"""What k over the run and all statistics of routing cost ten steps of the trainer, against the same steps without.
+"""What k over the run and all statistics of routing cost ten steps of the trainer, against the same work without.
 
-Schedule and sampler give the k that the model has anyway, so that the work is the same; one step of ten is looked at.
+Schedule and sampler have another k at nearly every step.  The steps without have the same k of each layer, known before
+and one after another; one step of ten is looked at.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,36 @@ from sigma_train.config import Config, load_config
 from sigma_train.expert_counts import ExpertCounts
 from sigma_train.loop import Trainer
 
-PRESET, STEPS = "tiny-96", 10
+PRESET, STEPS, LAYERS = "tiny-96", 10, 4
+PHASES = [[step, [1 + step % 2] * LAYERS] for step in range(STEPS)]
 METHODS = {
-    "schedule": "sparsity.phases=[[0, [1, 1, 1, 1]], [0.5, [1, 1, 1, 1]]]",
-    "sampler": "sparsity.sample=[1]",
+    "schedule": [f"sparsity.phases={PHASES}", "model.top_k=2"],
+    "sampler": ["sparsity.sample=[1, 2]"],
 }
+
+
+class EveryTen(ExpertCounts):
+    """Those of the first ten steps, over and over, as the method finds them each time."""
+
+    def of_step(self, step: int) -> tuple[int, ...]:
+        return super().of_step(step % STEPS)
+
+    def of_batch(self, step: int, micro: int) -> tuple[int, ...]:
+        return super().of_batch(step % STEPS, micro)
+
+
+class OneAfterAnother:
+    """The same k of each layer in ten steps, sorted."""
+
+    def __init__(self, experts: ExpertCounts) -> None:
+        drawn = [experts.of_batch(step, 0) for step in range(STEPS)]
+        self.ks = list(zip(*map(sorted, zip(*drawn, strict=True)), strict=True))
+
+    def of_step(self, step: int) -> tuple[int, ...]:
+        return self.ks[step % STEPS]
+
+    def of_batch(self, step: int, micro: int) -> tuple[int, ...]:
+        return self.of_step(step)
 
 
 def settings(out: Path, *more: str) -> Config:
@@ -30,12 +56,13 @@ def test_train_step_with_methods(race, device, tmp_path, method):
     if device.type != "cpu":
         pytest.skip("the trainer runs on a CPU")
     (tmp_path / "run").mkdir()
-    plain = ExpertCounts(settings(tmp_path / "run"))
-    trainer = Trainer(settings(tmp_path / "run", METHODS[method]), Console(quiet=True), False)
-    with_method = trainer.one_step.experts
+    config = settings(tmp_path / "run", *METHODS[method])
+    trainer = Trainer(config, Console(quiet=True), False)
+    with_method = EveryTen(config)
+    without = OneAfterAnother(with_method)
     t, m = trainer.config.train, trainer.config.model
 
-    def steps(experts: ExpertCounts, every: int) -> Callable[[], list[bool]]:
+    def steps(experts: ExpertCounts | OneAfterAnother, every: int) -> Callable[[], list[bool]]:
         """The next ten; which of them were looked at."""
 
         def run() -> list[bool]:
@@ -55,11 +82,11 @@ def test_train_step_with_methods(race, device, tmp_path, method):
     race(
         f"train_step_with_methods/{method}",
         steps(with_method, STEPS),
-        shape=f"{m.num_layers} layers, E{m.num_experts} k1 H{m.hidden_size}, "
+        shape=f"{m.num_layers} layers, E{m.num_experts} k1-2 H{m.hidden_size}, "
         f"{STEPS} x {t.batch_size} x {t.seq_len} tokens",
         check=check,
         limits={"bound_without": 1 << 30},  # as many rounds as ours, though slow
-        bound_without=steps(plain, 0),
+        bound_without=steps(without, 0),
     )
     trainer.metrics.close()
     trainer.saver.close()

@@ -43,14 +43,26 @@ def value_and_grads(
     return [out.detach(), *torch.autograd.grad(out, wanted, grad_out.to(out.dtype))]
 
 
-def balance_rank(rank: int, path: str, logits: torch.Tensor, want: list[float]) -> None:
-    """One of two ranks: its averaged gradient equals its part of `want`.  Here, as a spawned process imports it."""
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    mine = logits[4 * rank : 4 * rank + 4].clone().requires_grad_()
-    counts = nn.global_counts(sk.route(mine).counts)
-    nn.load_balancing_loss(mine, counts).backward()
-    got = mine.grad / 2  # data parallelism averages
-    torch.testing.assert_close(got, torch.tensor(want)[4 * rank : 4 * rank + 4])
+def balance_rank(
+    rank: int, path: str, logits: torch.Tensor, counts: list[int], value: float, want: list[list[float]]
+) -> None:
+    """One of four ranks, whose f is the whole's and its own is not; the mean of values and gradients is the whole's.
+
+    Here, as a spawned process imports it.
+    """
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=4)
+    mine = logits.chunk(4)[rank].clone().requires_grad_()
+    of_mine = sk.route(mine).counts
+    of_all = nn.global_counts(of_mine)
+    f, whole_f = (x / x.sum() for x in (of_all, torch.tensor(counts)))
+    torch.testing.assert_close(f, whole_f, rtol=0, atol=1e-6)
+    assert (of_mine / of_mine.sum() - whole_f).abs().max() > 0.1
+    loss = nn.load_balancing_loss(mine, of_all)
+    loss.backward()
+    mean = loss.detach() / 4
+    dist.all_reduce(mean)
+    torch.testing.assert_close(mean.item(), value, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mine.grad / 4, torch.tensor(want).chunk(4)[rank])  # data parallelism averages
     dist.destroy_process_group()
 
 

@@ -55,8 +55,9 @@ def test_a_rival_that_cannot_run_is_a_line_with_its_reason():
 
     times, reasons, _ = first_calls({"sigma": lambda: 1, "them": refuses}, None)
     assert (times, reasons) == ({}, {"them": "no f32"})
-    race = a_race(candidates=[record("sigma", [0.1]), absent("them", reasons["them"])])
-    assert lines(race)[1] == ("them", "no f32", "", "", "", "", "")
+    race = a_race(candidates=[record("sigma", [0.1, 0.3, 0.2]), absent("them", reasons["them"])])
+    assert lines(race)[0][1:5] == ("200.0", "100.0", "300.0", "3")
+    assert lines(race)[1] == ("them", "no f32", "", "", "", "", "", "")
     assert "| them | no f32 |" in page(document(race))
 
 
@@ -155,7 +156,7 @@ def test_the_page_names_command_environment_and_ratios(monkeypatch):
     assert "`MALLOC_TOP_PAD_=7 OMP_WAIT_POLICY=passive sigma bench forward`" in text
     assert "2 threads, huge pages: " in text
     assert "![roofline](x-roofline.png)" in text
-    assert "| peer | 300.0 | 200.0 | 3 | 3.00 | 7 | 3.3 |" in text
+    assert "| peer | 300.0 | 200.0 | 400.0 | 3 | 3.00 | 7 | 3.3 |" in text
     assert [row[0] for row in lines(race)] == ["sigma", "beside: layer", "bound: dense", "peer"]
     assert "at most (skew 2.50), 1 experts idle. Ours takes 5.0% of the time of the layer" in remarks(race)
     assert rich_table(race).row_count == 4
@@ -210,7 +211,7 @@ def test_what_is_faster_than_the_dense_rate_is_in_the_picture():
     """Defends: torch's bf16 product without instructions for it is four times slower than ours."""
     races = a_run()["races"]
     for race in races:
-        race["candidates"][0] |= {"median_s": 1e-6, "min_s": 1e-6}
+        race["candidates"][0] |= {"median_s": 1e-6, "min_s": 1e-6, "max_s": 1e-6}
     figure = pictures(document(*races))["roofline"]
     fastest = max(race["flops"] / 1e-6 / 1e9 for race in races if race["group"].startswith("layer/forward/"))
     assert min(axes.get_ylim()[1] for axes in figure.axes) > fastest
@@ -274,6 +275,6 @@ def test_every_group_races_and_is_written(tmp_path, monkeypatch):
             assert set(race["rows"]) == {"mean", "most", "idle"}
         assert race["candidates"][0]["kind"] == "ours"
         for candidate in race["candidates"]:
-            figures = {"reason"} if "reason" in candidate else {"median_s", "min_s", "rounds"}
+            figures = {"reason"} if "reason" in candidate else {"median_s", "min_s", "max_s", "rounds"}
             assert set(candidate) == {"name", "kind"} | figures
     assert "unpermute/forward/f32" in (tmp_path / "page.md").read_text()

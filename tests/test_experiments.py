@@ -14,12 +14,13 @@ import forked
 import pytest
 import rank_faults
 from rich.console import Console
-from sigma_experiments import EXPERIMENTS, lab, page
+from sigma_experiments import EXPERIMENTS, grown, growth, lab, page, sparse
 from sigma_experiments.cli import module_of
 from sigma_experiments.lab import LOCK, SHORT, Lab, Run
 from sigma_train.config import ConfigError
 from sigma_train.errors import Failure, WrongInput
 from sigma_train.files import locked
+from sigma_train.model import LanguageModel
 from support import assert_one_sentence, sigma
 
 SMALL = {**SHORT, "model.num_layers": 2, "model.num_experts": 4, "train.steps": 4, "train.eval_every": 2}
@@ -133,6 +134,40 @@ def test_a_training_that_fails_is_named(make_lab, tmp_path):
     (tmp_path / "bad-seed0" / "foreign").write_text("")
     with pytest.raises(Failure, match=r"bad-seed0 failed: train.out: .* holds foreign and no run"):
         make_lab().train([Run("bad", 0, SMALL)])
+
+
+def test_the_figures_of_an_arm_are_of_all_looks(make_lab):
+    """Defends: a page whose JSON has the last look alone, and lacks what its table shows."""
+    made = make_lab(2)
+    trained = list(made.train(sparse.arm("a", made, {})).values())
+    found = json.loads(json.dumps(sparse.data(trained, "router_top1")))
+    assert (found["steps"], found["validation_steps"]) == ([2, 4, 6], [3, 6])
+    assert [curve[-1] for curve in found["validation_bits_per_byte"]] == found["bits_per_byte"]
+    of_layers = {
+        "load_most",
+        "load_entropy",
+        "load_cv",
+        "experts_dead",
+        "router_entropy_of_mean",
+        "router_top1",
+    }
+    assert of_layers <= found.keys()
+    for name in of_layers:
+        assert [looks[-1] for looks in found[name]] == [each.layers(name)[1][-1] for each in trained]
+        assert [len(looks) for looks in found[name]] == [3, 3]
+
+
+def test_each_growth_stands_beside_no_growth(tmp_path):
+    """Defends: growth that looks good because the weights that it began with are; a budget of another model."""
+    arms = {arm.name: arm for arm in grown.arms(grown.FULL, 4)}
+    growing = [arm for arm in arms.values() if arm.target != "small"]
+    assert {arm.target for arm in growing} == {"deep", "wide"}
+    for arm in growing:
+        same = arms[growth.same_of(arm.name, grown.FULL)]
+        assert (same.target, same.point, same.growth.experts) == ("small", arm.point, 1)
+        assert same.growth.layers.sources == (0, 1, 2, 3)
+    active = LanguageModel(config := Run("small", 0, grown.BASE).config(tmp_path)).active_parameters()
+    assert grown.chinchilla_flops(config) == (active, 120 * active**2)
 
 
 @pytest.mark.acceptance

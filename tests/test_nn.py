@@ -230,12 +230,20 @@ def test_a_layer_on_meta_has_shapes():
     assert nn.MoE(24, 20, 6).to("meta")(x).device.type == "meta"
 
 
-def test_global_batch_loss_of_two_ranks_is_that_of_the_whole(tmp_path):
-    """Defends: f of the global batch, p of the rank: averaged gradients equal one process on all tokens."""
-    logits = torch.randn(8, 5)
+def test_global_batch_loss_of_ranks_of_one_domain_each_is_that_of_the_whole(tmp_path):
+    """Defends: f of the global batch, p of the rank: averaged gradients equal one process on all tokens.
+
+    Each rank's tokens lean to experts of their own, so that its own f is far from the whole's.
+    """
+    ranks, tokens, experts = 4, 16, 12
+    domains = 4 * torch.eye(ranks).repeat_interleave(experts // ranks, 1)
+    logits = domains.repeat_interleave(tokens, 0) + torch.randn(ranks * tokens, experts)
     whole = logits.clone().requires_grad_()
-    nn.load_balancing_loss(whole, sk.route(whole).counts).backward()
-    forked.spawn(balance_rank, (str(tmp_path / "store"), logits, whole.grad.tolist()), 2)
+    counts = sk.route(whole).counts
+    loss = nn.load_balancing_loss(whole, counts)
+    loss.backward()
+    path = str(tmp_path / "store")
+    forked.spawn(balance_rank, (path, logits, counts.tolist(), loss.item(), whole.grad.tolist()), ranks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -111,6 +111,26 @@ def test_four_ranks_then_one_are_the_same_run(cache, tmp_path, whole):
     assert ends[0].optim_state.keys() == ends[1].optim_state.keys()
 
 
+SPARSITY = {
+    "phases": ("sparsity.phases=[[0, [4, 2]], [0.5, [1, 1]]]",),
+    "sample": ("sparsity.sample=[1, 2, 4]", 'sparsity.granularity="micro-batch"', "train.grad_accum=2"),
+}
+
+
+@pytest.mark.parametrize("kind", SPARSITY)
+def test_k_changes_on_all_ranks_alike(cache, tmp_path, kind):
+    """Defends: ranks that draw for themselves or switch at another step, rows sent by the k of another step."""
+    settings = [part for text in SPARSITY[kind] for part in ("--set", text)]
+    one, two = (tmp_path / str(ranks) for ranks in (1, 2))
+    for ranks, out in ((1, one), (2, two)):
+        args = without_a_launcher(arguments(ranks, out, "--steps", "6", *settings))
+        results = forked.on_ranks(ranks, args, cache, rank_faults.nothing)
+        assert [result.returncode for result in results] == [0] * ranks, results
+    assert_same_run(two, one)
+    assert rows(two, "top_k") == rows(one, "top_k")
+    assert len({tuple(map(sum, load)) for load in rows(two, "load").values()}) > 1
+
+
 def process_of(rank: int, out: Path) -> int:
     """The process that is this rank of the run in `out`."""
     found = []

@@ -11,7 +11,7 @@ from rich.console import Console
 from sigma_train import probe, routing_statistics
 from sigma_train.load_limits import cv_floor, most_bound, most_floor
 from sigma_train.metrics import deviations
-from sigma_train.progress import RunLine, in_lines, lowest_and_worst
+from sigma_train.progress import RunLine, in_lines, loads
 from sigma_train.routing_statistics import of_limits, of_loads, of_routers, sharpness, top1_sums
 from test_train_guard import rows
 from test_train_sparsity import SMALL  # noqa: F401 - of make_trainer
@@ -242,14 +242,17 @@ def test_limits_are_of_the_k_of_the_interval(make_trainer):
 
 
 def test_the_line_names_the_lowest_layer_and_the_worst():
-    """Defends: the idlest expert of one layer beside the busiest of another; a sign that is lost."""
-    load = [[6, 2, 4, 4], [4, 4, 4, 4], [16, 0, 0, 0]]
-    assert deviations(load) == [(0.5, -0.5), (0, 0), (3, -1)]
-    assert lowest_and_worst(load) == "L0 +50/-50%  L2 +300/-100%"
-    assert lowest_and_worst(load[:2]) == "L0 +50/-50%"
+    """Defends: the idlest expert of one layer beside the busiest of another; a lost sign; another layer's entropy."""
+    load = [[6, 2, 4, 4], [4, 4, 0, 4], [12, 4, 0, 0]]
+    assert deviations(load[::2]) == [(0.5, -0.5), (2, -1)]
+    quarter = (0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(4)
+    assert loads(load) == ["L0 +50/-50%", f"L2 +200/-100% H{quarter:.2f}", "3 dead"]
+    assert loads([[4, 4], [4, 4]]) == ["L0 +0/+0% H1.00"]
+    assert loads([[0, 8], [4, 4]]) == ["L0 +100/-100% H0.00", "1 dead"]
 
 
-FULL = {"share": 0.93, "load": [[6, 2, 4, 4], [160, 0, 0, 0]], "utilisation": 0.95, "mfu_useful": 0.4}
+LOAD = [[125, *[21] * 91, 12, 0, 0, 0], *[[21] * 96] * 9, [1196, *[100] * 8, 52, *[0] * 86]]
+FULL = {"share": 0.93, "load": LOAD, "utilisation": 0.95, "mfu_useful": 0.4}
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
@@ -263,11 +266,11 @@ def test_the_line_fits_80_columns(is_terminal):
     text = (shown if is_terminal else console).file.getvalue()
     assert len(text.splitlines()) == 2
     assert max(map(len, text.splitlines())) <= 80
-    parts = ("loss 10.1234", "1,234,567 tokens/s", "93% of dense", "L0 +50/-50%", "L1 +300/-100%", "util 95%")
-    assert all(part in text for part in (*parts, "mfu 40%"))
+    parts = ("loss 10.1234", "1,234,567 tokens/s", "93% of dense", "L0 +486/-100%", "util 95%", "mfu 40%")
+    assert all(part in text for part in (*parts, "L10 +5506/-100% H0.35", "89 dead"))
 
 
 def test_a_wide_log_has_one_line_a_step():
     parts = ["step 1/2", "loss 1.0", "L0 +50/-50%"]
     assert in_lines(parts, 100) == "step 1/2  loss 1.0  L0 +50/-50%"
-    assert in_lines(parts, 20) == "step 1/2  loss 1.0\n          L0 +50/-50%"
+    assert in_lines(parts, 20) == "step 1/2  loss 1.0\n    L0 +50/-50%"

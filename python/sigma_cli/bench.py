@@ -34,7 +34,7 @@ GPU_ENVIRONMENT = ("CUDA_", "HIP_", "TRITON_", "PYTORCH_", "NVIDIA_TF32_OVERRIDE
 PLACES = ("_HOME", "_DIR", "_PATH", "_VERSION")  # of these, where things lie changes no time
 GPU_PACKAGES = ("triton", "megablocks", "grouped_gemm", "sonicmoe", "liger-kernel", "vllm")
 SHARES = ("race", "ours, ms", "bound, ms", "of", "share", "best peer", "over ours")
-COLUMNS = ("who", "median, ms", "fastest, ms", "rounds", "over ours")
+COLUMNS = ("who", "median, ms", "fastest, ms", "slowest, ms", "rounds", "over ours")
 
 
 def run(
@@ -202,6 +202,7 @@ def lines(race: dict[str, Any]) -> list[tuple[str, ...]]:
                 who,
                 milliseconds(c["median_s"]),
                 milliseconds(c["min_s"]),
+                milliseconds(c["max_s"]),
                 str(c["rounds"]),
                 f"{c['median_s'] / ours:.2f}",
                 f"{flops / c['median_s'] / unit:.{decimals}f}" if has_flops else "",

@@ -9,7 +9,7 @@ EXPERIMENTS = {
     "trade-off": "each balance loss at several strengths: validation over the busiest expert",
     "teacher": "tokens chosen by a teacher of another vocabulary, where part of the text is noise",
     "token-bound": "what the commonest token alone forces on each layer, for several vocabularies",
-    "growth": "more layers or experts from a trained model against scratch, by extra and by total FLOPs",
+    "growth": "more layers or experts from a trained model against not growing and against scratch, by FLOPs",
     "matryoshka": "one model for every k: drawn for each step, micro-batch or layer, beside specialists of one k",
     "planted-languages": "neurons of four invented languages, what each loses without its own, and planted ones",
     "guide-languages": "neurons of 19 languages of one book, what each loses without its own, and what moves them",

@@ -6,6 +6,7 @@ layers begin with several experts, once switched to one late and once left as it
 """
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 from sigma_train.errors import Failure
 
@@ -30,6 +31,8 @@ TITLES = {
     "top1": "Top-1 loss, temperature 0.1",
 }
 
+SHAPES = ("entropy of p", "entropy of f", "deviation of f over chance")
+
 
 def run(lab: Lab) -> Page:
     trained = sparse.by_arm(
@@ -41,7 +44,10 @@ def run(lab: Lab) -> Page:
         "One expert of 96: balance, layer by layer",
         text(trained, commonest, bound),
         {"deviation": deviation_figure(trained, bound), "layers": layers_figure(trained, bound)},
-        data(trained, commonest),
+        {
+            "commonest_token_share": commonest,
+            "arms": {name: sparse.data(runs) for name, runs in trained.items()},
+        },
     )
 
 
@@ -74,7 +80,6 @@ def text(trained: dict[str, list[Trained]], commonest: float, bound: float) -> s
                 *(sparse.percent(most[:, layer]) for layer in (0, 1, sparse.LAYERS - 1)),
                 sparse.percent(least[:, 0]),
                 spread(dead.sum(1), 0),
-                spread(sparse.final(runs, "router_entropy_of_mean")[:, 0], 3),
                 spread(sparse.final_bits(runs), 4),
             ]
         )
@@ -85,8 +90,19 @@ def text(trained: dict[str, list[Trained]], commonest: float, bound: float) -> s
         f"layer {sparse.LAYERS - 1}",
         "idlest, layer 0",
         "experts without a token, all layers",
-        "entropy of p over log E, layer 0",
         "validation, bits per byte",
+    ]
+    lowest_and_highest = (0, sparse.LAYERS - 1)
+    evenness = [
+        [
+            TITLES[name],
+            *(
+                spread(values[:, layer], digits)
+                for values, digits in shapes(runs)
+                for layer in lowest_and_highest
+            ),
+        ]
+        for name, runs in trained.items()
     ]
     t = config.train
     return f"""
@@ -104,11 +120,26 @@ Busiest and idlest expert of the lowest, the second and the highest layer; a thi
 commonest token alone forces on a layer in which equal tokens go to equal experts, E pi_max - 1 = {bound:+.0%}
 (pi_max = {commonest:.3f}).
 
+What tells layers apart. f is the load, p the router's mean probability, both entropies are over log E, and 1 where all
+experts are equal; the deviation of f (its standard deviation over its mean) is in times that of a draw by chance.
+
+{table(("balance", *(f"{what}, layer {layer}" for what in SHAPES for layer in lowest_and_highest)), evenness)}
+
 ![Deviation by layer](balance-layers.png)
 
-The same at the end, layer by layer, and what the router says of itself: where the entropy of its mean probability is 1
-and experts are uneven all the same, the loss E sum f p is at its least and sees nothing.
+The same at the end, layer by layer: where the entropy of p is 1 and experts are uneven all the same, the loss E sum f p
+is at its least and sees nothing.
 """
+
+
+def shapes(runs: list[Trained]) -> list[tuple[np.ndarray, int]]:
+    """Of each of SHAPES [seeds, layers], and its digits."""
+    deviation, floor = (sparse.final(runs, key) for key in ("load_cv", "load_cv_floor"))
+    return [
+        (sparse.final(runs, "router_entropy_of_mean"), 4),
+        (sparse.final(runs, "load_entropy"), 3),
+        (deviation / floor, 1),
+    ]
 
 
 def deviation_figure(trained: dict[str, list[Trained]], bound: float) -> Figure:
@@ -142,8 +173,9 @@ def layers_figure(trained: dict[str, list[Trained]], bound: float) -> Figure:
         ("load_most", "busiest expert, deviation in %", 100),
         ("load_least", "idlest expert, deviation in %", 100),
         ("router_entropy_of_mean", "entropy of mean p over log E", 1),
+        ("load_entropy", "entropy of load f over log E", 1),
     )
-    figure, grid = plt.subplots(1, len(panels), figsize=(12, 3.6))
+    figure, grid = plt.subplots(1, len(panels), figsize=(15, 3.6))
     for axes, (key, title, unit) in zip(grid, panels, strict=True):
         for color, (name, runs) in enumerate(trained.items()):
             sparse.draw_layers(axes, unit * sparse.final(runs, key), color=f"C{color}", label=name)
@@ -151,19 +183,8 @@ def layers_figure(trained: dict[str, list[Trained]], bound: float) -> Figure:
         axes.grid(alpha=0.3)
     grid[0].axhline(100 * bound, color="black", linestyle="--", linewidth=0.8)
     sparse.scale_by_factors(grid[0])
-    grid[2].set_ylim(0.9, 1.005)
+    for axes in grid[2:]:
+        axes.set_ylim(0.85, 1.01)
     grid[2].legend(fontsize=8)
     figure.tight_layout()
     return figure
-
-
-def data(trained: dict[str, list[Trained]], commonest: float) -> dict[str, object]:
-    keys = ("load_most", "load_least", "experts_dead", "router_entropy_of_mean", "router_entropy")
-    arms = {
-        name: {
-            "bits_per_byte": sparse.final_bits(runs),
-            **{key: sparse.final(runs, key).tolist() for key in keys},
-        }
-        for name, runs in trained.items()
-    }
-    return {"commonest_token_share": commonest, "arms": arms}

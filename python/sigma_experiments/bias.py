@@ -37,7 +37,7 @@ def run(lab: Lab) -> Page:
         "The selection bias at several rates, one expert of 96",
         text(trained),
         {"rates": rates_figure(trained)},
-        {name: data(runs) for name, runs in trained.items()},
+        {name: sparse.data(runs, "bias_spread") for name, runs in trained.items()},
     )
 
 
@@ -89,13 +89,6 @@ that a bias of 1 decides alone.
 
 def times_share(deviations: np.ndarray) -> str:
     return spread(list(1 + deviations), 1)
-
-
-def data(runs: list[Trained]) -> dict[str, object]:
-    keys = ("load_most", "load_least", "experts_dead", "bias_spread")
-    steps, _ = sparse.over_time(runs, keys[0])
-    found = {key: sparse.over_time(runs, key)[1].tolist() for key in keys}
-    return {"bits_per_byte": sparse.final_bits(runs), "steps": steps, **found}
 
 
 def rates_figure(trained: dict[str, list[Trained]]) -> Figure:

@@ -1,5 +1,7 @@
 """What `growth` trains: a small model, what grows from it at points of its training, and the grown shapes from scratch.
 
+Beside them each small model is trained on without growth, as the grown ones are.
+
 Everything is compared by FLOPs: extra are those of a run itself, total with what its weights had cost before.  The rate
 is constant after its warm-up, so that a point is not one of a decay.  Grown runs and those from scratch see the same
 text in the same order, and the small model another order, that of seed + 100.
@@ -21,6 +23,7 @@ from sigma_train.growth_config import grown_config
 from sigma_train.growth_cost import mean_flops_per_token
 from sigma_train.growth_layers import LayerGrowthPlan
 from sigma_train.growth_pieces import Growth
+from sigma_train.plan_shapes import unfilled
 
 from sigma_experiments.lab import SHORT, Lab, Run, Trained
 
@@ -62,7 +65,7 @@ class Size:
         return self.unit * self.points[-1]
 
 
-# Ten units are 2.2 M tokens, 20 for each active parameter: about one Chinchilla budget.
+# Ten units are 2.2 M tokens, 20 for each active parameter: one Chinchilla budget.
 FULL, BRIEF = Size(54, (1, 3, 10), 30, 2, (0.0, 0.01, 0.5)), Size(1, (2,), 2, 2, (0.01,))
 
 
@@ -71,7 +74,7 @@ class Arm:
     """A growth at a point, of each seed the same."""
 
     name: str
-    target: str  # the shape that it becomes: "deep" or "wide"
+    target: str  # the shape that it becomes: "deep" or "wide", or "small" where nothing grows
     point: int
     growth: Growth
 
@@ -111,7 +114,21 @@ def arms(size: Size, n: int) -> list[Arm]:
         for point in size.points
     ]
     none, last = LayerGrowthPlan.none(n), size.points[-1]
-    return deep + [Arm(f"wide-{noise:g}", "wide", last, Growth(none, 2, noise)) for noise in size.noises]
+    same = [Arm(same_as(point), "small", point, Growth(none)) for point in size.points]
+    return (
+        same + deep + [Arm(f"wide-{noise:g}", "wide", last, Growth(none, 2, noise)) for noise in size.noises]
+    )
+
+
+def same_as(point: int) -> str:
+    """The arm that does not grow there."""
+    return f"not-grown-{point}"
+
+
+def chinchilla_flops(config: Config) -> tuple[int, float]:
+    """N, its active parameters, and one Chinchilla budget of them, 6 N (20 N)."""
+    n = unfilled(config).active_parameters()
+    return n, 6.0 * n * 20 * n
 
 
 def flops_per_step(config: Config) -> float:
@@ -142,6 +159,7 @@ def train(lab: Lab, size: Size) -> tuple[dict[str, list[Curve]], list[Path]]:
         runs += [
             Run(f"scratch-{target}", seed, {**shared, **lengths[target].scratch, **shapes[target]})
             for target in lengths
+            if target != "small"
         ]
     curves: dict[str, list[Curve]] = {"small": [Curve(trained, 0.0) for trained in small]}
     for run, trained in lab.train(runs).items():

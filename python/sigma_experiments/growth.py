@@ -2,6 +2,7 @@
 
 Published: later is better (figure 5), interposition overtakes the stack once the small model has had a Chinchilla
 budget, 1 % of noise beats none and a lot, and growth beats scratch by extra FLOPs and is no worse by total ones.
+Beside that the small model is trained on without growth.
 """
 
 import matplotlib.pyplot as plt
@@ -47,19 +48,27 @@ def scratch_of(name: str) -> str:
     return "scratch-wide" if name.startswith("wide") else "scratch-deep"
 
 
-def compared(curves: dict[str, list[Curve]], name: str) -> dict[str, list[float]]:
-    """Bits per byte of each seed at growth and at the end, and of scratch by the same extra and total FLOPs."""
-    pairs = list(zip(curves[name], curves[scratch_of(name)], strict=True))
+def same_of(name: str, size: Size) -> str:
+    """The arm that does not grow where this one does."""
+    point = size.points[-1] if name.startswith("wide") else int(name.rpartition("-")[2])
+    return grown.same_as(point)
+
+
+def compared(curves: dict[str, list[Curve]], name: str, size: Size) -> dict[str, list[float]]:
+    """Bits per byte of each seed at growth and at the end, and of the others by the same extra or total FLOPs."""
+    triples = list(zip(*(curves[n] for n in (name, same_of(name, size), scratch_of(name))), strict=True))
     return {
-        "begin": [grown.begin for grown, _ in pairs if grown.begin is not None],
-        "end": [grown.bits[-1] for grown, _ in pairs],
-        "scratch_equal_extra": [scratch.at(grown.extra) for grown, scratch in pairs],
-        "scratch_equal_total": [scratch.at(grown.sunk + grown.extra) for grown, scratch in pairs],
+        "begin": [one.begin for one, _, _ in triples if one.begin is not None],
+        "end": [one.bits[-1] for one, _, _ in triples],
+        "not_grown_equal_extra": [same.at(one.extra) for one, same, _ in triples],
+        "scratch_equal_extra": [scratch.at(one.extra) for one, _, scratch in triples],
+        "scratch_equal_total": [scratch.at(one.sunk + one.extra) for one, _, scratch in triples],
     }
 
 
 def arms_of(curves: dict[str, list[Curve]]) -> list[str]:
-    return [name for name, of_arm in curves.items() if of_arm[0].begin is not None]
+    """Those that grow."""
+    return [name for name in curves if name.startswith((*KINDS, "wide"))]
 
 
 def title(name: str, size: Size) -> str:
@@ -73,9 +82,16 @@ def text(curves: dict[str, list[Curve]], size: Size, seams: dict[str, list[float
     small = curves["small"][0].trained.config
     rows = []
     for name in arms_of(curves):
-        found = compared(curves, name)
+        found = compared(curves, name, size)
         rows.append([title(name, size), *(spread(found[key], 4) for key in found)])
-    columns = ["growth", "at growth", "after the extra FLOPs", "scratch, equal extra", "scratch, equal total"]
+    columns = [
+        "growth",
+        "at growth",
+        "after the extra FLOPs",
+        "not grown, equal extra",
+        "scratch, equal extra",
+        "scratch, equal total",
+    ]
     beside = []
     for point in size.points:
         ends = [[curve.bits[-1] for curve in curves[f"{kind}-{point}"]] for kind in KINDS]
@@ -84,14 +100,21 @@ def text(curves: dict[str, list[Curve]], size: Size, seams: dict[str, list[float
     deepest = curves[f"stack-{size.points[-1]}"][0]
     extra, sunk = deepest.extra, deepest.sunk
     seeds = len(curves["small"])
+    active, budget = grown.chinchilla_flops(small)
+    of_budget = ", ".join(f"{curves[f'stack-{point}'][0].sunk / budget:.2f}" for point in size.points)
     tokens = size.steps * small.train.batch_size * small.train.seq_len
     return f"""
 A small model of {small.model.num_layers} layers and {small.model.num_experts} experts, {small.model.layer_top_k[0]} of
 them a token, hidden size {small.model.hidden_size}, is trained on {tokens:,} tokens of Python source
 ({sunk:.2g} FLOPs) at a constant rate. At points of it its layers are doubled, at the last its experts as well; the
-optimizer starts anew, and each grown model has {extra:.2g} extra FLOPs. The same shape from scratch passes them on its
-way to the total of both. Validation in bits per byte, lower is better;
+optimizer starts anew, and each grown model has {extra:.2g} extra FLOPs. Not grown is the small model with as many more,
+its optimizer anew and on the same text as the grown ones; the grown shape from scratch passes them on its way to the
+total of both. Validation in bits per byte, lower is better;
 {seeds} seed{"s" * (seeds > 1)}, mean [lowest, highest].
+
+One Chinchilla budget of the small model's N = {active:,} active parameters is F_c = 6 N (20 N) = {budget:.3g} FLOPs.
+The points of growth are at {of_budget} F_c, attention's products counted; by 6 N a token, as the paper
+counts, the last is at {tokens / (20 * active):.2f}.
 
 {table(columns, rows)}
 
@@ -123,6 +146,7 @@ def depth_figure(curves: dict[str, list[Curve]], size: Size) -> Figure:
             _draw(by_total, curves[f"{kind}-{point}"], kind, kind if point == last else "", with_sunk=True)
     _draw(by_extra, curves["scratch-deep"], "scratch", "from scratch", most=curves[f"stack-{last}"][0].extra)
     _draw(by_total, curves["scratch-deep"], "scratch", "from scratch")
+    _draw(by_extra, curves[grown.same_as(last)], "small", "the small model, not grown")
     _draw(by_total, curves["small"], "small", "the small model")
     by_extra.set(xlabel="extra FLOPs", ylabel="validation, bits per byte")
     by_total.set(xlabel="total FLOPs")
@@ -152,6 +176,7 @@ def width_figure(curves: dict[str, list[Curve]], size: Size) -> Figure:
     names = [name for name in curves if name.startswith("wide-")]
     for number, name in enumerate(names):
         _draw(axes, curves[name], f"C{2 + number}", title(name, size))
+    _draw(axes, curves[grown.same_as(size.points[-1])], "small", "not grown")
     _draw(axes, curves["scratch-wide"], "scratch", "from scratch", most=curves[names[0]][0].extra)
     axes.set(xlabel="extra FLOPs", ylabel="validation, bits per byte")
     return _finished(figure)
@@ -182,6 +207,7 @@ def data(curves: dict[str, list[Curve]], size: Size, seams: dict[str, list[float
             name: [{"sunk_flops": c.sunk, "extra_flops": c.flops, "bits_per_byte": c.bits} for c in of_arm]
             for name, of_arm in curves.items()
         },
-        "compared": {name: compared(curves, name) for name in arms_of(curves)},
+        "compared": {name: compared(curves, name, size) for name in arms_of(curves)},
+        "chinchilla_flops": grown.chinchilla_flops(curves["small"][0].trained.config)[1],
         "seam": seams,
     }

@@ -36,6 +36,17 @@ BASE = {
     "guard.stats_every": LOOK,
 }
 
+SERIES = (
+    "load_most",
+    "load_least",
+    "load_cv",
+    "load_cv_floor",
+    "load_entropy",
+    "experts_dead",
+    "router_entropy_of_mean",
+    "router_entropy",
+)
+
 
 def arm(name: str, lab: Lab, settings: Mapping[str, Any]) -> list[Run]:
     """A run a seed."""
@@ -63,6 +74,18 @@ def final(trained: Sequence[Trained], name: str) -> np.ndarray:
 def over_time(trained: Sequence[Trained], name: str) -> tuple[list[int], np.ndarray]:
     """Steps, and a statistic [seeds, looks, layers]."""
     return trained[0].layers(name)[0], np.array([each.layers(name)[1] for each in trained], dtype=float)
+
+
+def data(trained: Sequence[Trained], *more: str) -> dict[str, object]:
+    """Of an arm, as JSON: the last and all validations of each seed, SERIES and `more` [seeds, looks, layers]."""
+    validations = [list(zip(*each.validation, strict=True)) for each in trained]
+    return {
+        "bits_per_byte": final_bits(trained),
+        "validation_steps": validations[0][0],
+        "validation_bits_per_byte": [bits for _, bits in validations],
+        "steps": over_time(trained, SERIES[0])[0],
+        **{name: over_time(trained, name)[1].tolist() for name in (*SERIES, *more)},
+    }
 
 
 def draw_layers(axes: Axes, values: np.ndarray, **style: Any) -> None:

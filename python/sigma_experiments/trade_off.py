@@ -51,14 +51,7 @@ def run(lab: Lab) -> Page:
         "Balance against quality, one expert of 96",
         text(chosen, trained),
         {"curve": curve(chosen, trained)},
-        {
-            name: {
-                "bits_per_byte": sparse.final_bits(runs),
-                "load_most": sparse.final(runs, "load_most").tolist(),
-                "load_least": sparse.final(runs, "load_least").tolist(),
-            }
-            for name, runs in trained.items()
-        },
+        {name: sparse.data(runs) for name, runs in trained.items()},
     )
 
 

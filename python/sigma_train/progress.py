@@ -1,5 +1,6 @@
 """The line that a run shows: alive on a terminal, one line every log_every steps elsewhere; both fit 80 columns."""
 
+import math
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -55,11 +56,11 @@ class RunLine:
         """share: of the dense twin's tokens a second; load: counts [layers][E]; the rest: of the ledger."""
         first = [f"loss {loss:.4f}", f"{tokens_per_s:,.0f} tokens/s"]
         more = [] if share is None else [f"{share:.0%} of dense"]
-        more += [] if load is None else [lowest_and_worst(load)]
+        more += [] if load is None else loads(load)
         more += [] if utilisation is None else [f"util {utilisation:.0%}"]
         more += [] if mfu_useful is None else [f"mfu {mfu_useful:.0%}"]
         self._progress.update(self._task, completed=step, description=GAP.join(first))
-        self._more.plain = GAP.join(more)
+        self._more.plain = in_lines(more, self._console.width, "") if more else ""
         if not self._console.is_terminal:
             parts = [f"step {step:5d}/{self._steps}", *first, *more]
             self.say(in_lines(parts, self._console.width))
@@ -68,19 +69,31 @@ class RunLine:
         say(self._console, text, style)
 
 
-def lowest_and_worst(load: Sequence[Sequence[int]]) -> str:
-    """Busiest and idlest expert against an even share, in layer 0 and where the busiest is furthest from it."""
+def loads(load: Sequence[Sequence[int]]) -> list[str]:
+    """Of layer 0 and of that whose busiest expert is furthest from an even share, and the dead of all layers.
+
+    Busiest and idlest expert against an even share; of the second layer the load's entropy over log E, too.
+    """
     of = deviations(load)
     worst = max(range(len(of)), key=lambda layer: of[layer][0])
-    return GAP.join(f"L{i} {100 * of[i][0]:+.0f}/{100 * of[i][1]:+.0f}%" for i in sorted({0, worst}))
+    parts = [f"L{i} {100 * of[i][0]:+.0f}/{100 * of[i][1]:+.0f}%" for i in sorted({0, worst})]
+    parts[-1] += f" H{entropy(load[worst]):.2f}"
+    dead = sum(count == 0 for counts in load for count in counts)
+    return [*parts, f"{dead} dead"] if dead else parts
 
 
-def in_lines(parts: Sequence[str], width: int) -> str:
-    """Side by side as far as they fit, the rest below what comes after the first."""
-    lines, indent = [parts[0]], " " * len(parts[0])
+def entropy(counts: Sequence[int]) -> float:
+    """Of the shares of at least two experts, over the logarithm of their number: 1 where all are equal."""
+    shares = [count / sum(counts) for count in counts if count]
+    return sum(share * -math.log(share) for share in shares) / math.log(len(counts))
+
+
+def in_lines(parts: Sequence[str], width: int, indent: str = 2 * GAP) -> str:
+    """Side by side as far as they fit, the rest below."""
+    lines = [parts[0]]
     for part in parts[1:]:
         if len(lines[-1] + GAP + part) <= width:
             lines[-1] += GAP + part
         else:
-            lines.append(indent + GAP + part)
+            lines.append(indent + part)
     return "\n".join(lines)
