@@ -132,6 +132,8 @@ def test_a_change_of_level_is_shown_with_the_clock():
     series = spun(np.random.default_rng(3), N)  # slower from the middle on
     at = series.start_ns[::50]
     khz = np.where(at < series.start_ns[N // 2], 3.0e6, 2.7e6)
+    later = series.end_ns[-1] + 50 * MS * np.arange(N)  # of another kernel, by another clock
+    at, khz = np.append(at, later), np.append(khz, np.full(N, 1.2e6))
     trace = measured({0: series})
     (line,) = [text for text in screen.lines(analyze(trace)) if text.startswith("level")]
     assert line.startswith("level       changed 1 time; most at")

@@ -243,11 +243,13 @@ def of_rank(
     series, seed = trace.get(rank, "quantum", kernel), options.seed
     start_s = series.since(int(series.start_ns[0]))
     seconds = np.maximum(series.seconds, 1e-9)
-    found = tuple(changes.changes(start_s, seconds, clocks=clocks_of(trace, rank, series), seed=seed))
+    end_s = float(start_s[-1] + seconds[-1])
+    clocks = clocks_of(trace, rank, series)
+    found = tuple(changes.changes(start_s, seconds, clocks=clocks, end_s=end_s, seed=seed))
     bounds = np.array([0, *(change.index for change in found), len(seconds)])
     noise = detours.fixed_work(start_s, seconds, bounds, options.tau_s)
     floor = detours.floor(seconds, bounds)
-    rhythm = rhythm_of(noise, float(start_s[-1] + seconds[-1]), own, seed)
+    rhythm = rhythm_of(noise, end_s, own, seed)
     period = rhythm[0].period_s / float(np.median(seconds)) if rhythm else None
     share = ratio_interval(np.maximum(0.0, seconds - floor), seconds, period=period, seed=seed)
     median = intervals(seconds, ["median"], period=period, seed=seed)["median"]
