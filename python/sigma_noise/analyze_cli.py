@@ -163,7 +163,7 @@ def compare(
         typer.Option(
             parser=seconds,
             metavar="TIME",
-            help="threshold of detours of all runs; without it that of the rank with most jitter",
+            help="threshold of detours of all runs; without it by the jitter of the rank with most",
         ),
     ] = None,
     fail_on: Annotated[
