@@ -100,7 +100,7 @@ class Gaps:
 @dataclass(frozen=True)
 class Analysis:
     """`about`: what files say of each rank; `kernel`: of the first screen; `windows`: by which ranks are scored and
-    projected, where they can be.
+    projected, where they can be; `is_recorded`: something that tells causes was watched, on any rank.
     """
 
     run: Mapping[str, Any]
@@ -115,6 +115,7 @@ class Analysis:
     exchanges: Exchanges | None
     projections: tuple[Projection, ...]
     warnings: tuple[str, ...]
+    is_recorded: bool
     digests: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, kernel: str) -> list[OfRank]:
@@ -183,7 +184,7 @@ def analyze(
         windows,
         None if windows is None else scored(windows, options), exchanges,
         () if windows is None else projected(windows, options),
-        tuple(told), digests or {},
+        tuple(told), bool(injected or trace.names("counter")), digests or {},
     )  # fmt: skip
 
 
