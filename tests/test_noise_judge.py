@@ -9,7 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 from noise_samples import write
-from sigma_noise import judge, many_ranks
+from sigma_noise import judge, many_ranks, reading, selftest
 from sigma_noise.judge import Options, judged
 from sigma_noise.trace import Series
 from sigma_train.errors import Failure, LostRank, WrongInput
@@ -197,6 +197,35 @@ def test_wrong_input_of_a_verdict_is_usage(tmp_path):
     """Defends: 5 for what the user can mend."""
     for arguments in (("compare", tmp_path, tmp_path), ("project", tmp_path)):
         assert isinstance(invoke(*arguments).exception, WrongInput)
+
+
+@pytest.mark.parametrize("verb", ["analyze", "project", "compare", "selftest"])
+@pytest.mark.parametrize("to", ["", ".", "..", "/dev/null"])
+def test_a_file_that_cannot_be_is_refused_before_the_work(monkeypatch, tmp_path, verb, to):
+    """Defends: a traceback, or a regression that ends with 2, once all is measured."""
+    for owner, name in (
+        (reading, "read_any"),
+        (reading, "read_quanta"),
+        (judge, "judged"),
+        (selftest, "curve"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.chdir(tmp_path)
+    arguments = {"compare": [tmp_path, tmp_path], "selftest": []}.get(verb, [tmp_path])
+    error = invoke(verb, *arguments, "--json", to).exception
+    assert isinstance(error, WrongInput), error
+    assert str(error) == f"--json must be a file, found {to or '.'!r}"
+    error = invoke(verb, *arguments, "--json", tmp_path / "none" / "c.json").exception
+    assert isinstance(error, WrongInput), error
+    assert f"--json: cannot write in {tmp_path / 'none'}: No such file or directory" in str(error)
+
+
+def test_a_file_that_could_not_be_written_is_no_wrong_input(tmp_path, monkeypatch):
+    a, b = arms(tmp_path, 1.10)
+    to = tmp_path / "out" / "c.json"
+    to.parent.mkdir()
+    monkeypatch.setattr(judge, "show", lambda _: to.parent.rmdir())  # while it works
+    assert invoke("compare", a, b, "--metric", "median_s", "--json", to).exit_code == 5
 
 
 def test_projections_are_of_their_schema(tmp_path):
