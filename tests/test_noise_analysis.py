@@ -14,7 +14,7 @@ from sigma_noise import screen
 from sigma_noise.analysis import analyze
 from sigma_noise.as_json import as_json
 from sigma_noise.trace import Series, Trace, rank_file
-from sigma_train.errors import verdict
+from sigma_train.errors import WrongInput, verdict
 from support import sigma
 from typer.testing import CliRunner
 
@@ -213,3 +213,9 @@ def test_a_record_of_a_training_is_told_by_its_steps(tmp_path):
     assert "whose report.html has this" in str(
         invoke("analyze", tmp_path / "noise", "--report", tmp_path).exception
     )
+    for option, value in (
+        ("kernel", "spin"), ("tau", "1ms"), ("ranks", "8"), ("window", "1ms"), ("alpha", "0.01"), ("reference", "min"),
+    ):  # fmt: skip
+        error = invoke("analyze", tmp_path / "noise", f"--{option}", value).exception
+        assert isinstance(error, WrongInput), option
+        assert f"whose steps take no --{option}; leave it out" in str(error)

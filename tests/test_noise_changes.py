@@ -52,6 +52,18 @@ def test_a_change_tells_clocks_of_both_sides():
     assert ch.changes(time_s, x)[0].clocks == {}
 
 
+def test_clocks_of_other_work_and_readings_that_failed_are_left_out():
+    """Defends: a clock of the kernel that was measured next; NaN for a level because one reading said nothing."""
+    x = levels(np.random.default_rng(26), 4000, (2000, 1.3))
+    time_s = np.append(0.0, np.cumsum(x)[:-1])
+    end_s = time_s[-1] + x[-1]
+    read_s = np.arange(0.0, 3 * end_s, 10.0)
+    khz = np.select([read_s < time_s[2000], read_s < end_s], [3.0e6, 2.3e6], 1.2e6)
+    khz[[3, 5]], khz[np.searchsorted(read_s, end_s) - 2] = np.nan, np.inf
+    (found,) = ch.changes(time_s, x, clocks={"cpu_khz": (read_s, khz)}, end_s=end_s)
+    assert found.clocks["cpu_khz"] == (3.0e6, 2.3e6)
+
+
 @pytest.mark.parametrize("phi, seed", [(0.0, 21), (0.9, 22)])
 def test_null_alarms_are_at_most_five_per_cent(phi, seed):
     """Defends: a penalty without tau_int (phi = 0.9 alarms in most series then), or one that is too small.

@@ -9,7 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 from noise_samples import write
-from sigma_noise import judge, many_ranks
+from sigma_noise import judge, many_ranks, reading, selftest
 from sigma_noise.judge import Options, judged
 from sigma_noise.trace import Series
 from sigma_train.errors import Failure, LostRank, WrongInput
@@ -24,18 +24,18 @@ def schema(name: str) -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(found)
 
 
-def jittery(seed: int, sigma_s: float, detour_s: float) -> Series:
-    """Quanta of 1 ms, of which one in a hundred is interrupted for `detour_s`."""
+def jittery(seed: int, sigma_s: float, detour_s: float, share: float = 0.01) -> Series:
+    """Quanta of 1 ms, of which a `share` is interrupted for `detour_s`."""
     rng = np.random.default_rng(seed)
     took = 1e-3 + sigma_s * rng.standard_normal(4000)
-    took[rng.permutation(4000)[:40]] += detour_s
+    took[rng.permutation(4000)[: round(4000 * share)]] += detour_s
     ends = np.rint(np.cumsum(took) * 1e9).astype(np.int64)
     return Series(np.append(0, ends[:-1]), ends, np.ones(4000))
 
 
-def arm(folder: Path, sigma_s: float, detour_s: float) -> Path:
+def arm(folder: Path, sigma_s: float, detour_s: float, share: float = 0.01) -> Path:
     for run in range(5):
-        write(measured({0: jittery(run, sigma_s, detour_s)}), folder / f"run{run}")
+        write(measured({0: jittery(run, sigma_s, detour_s, share)}), folder / f"run{run}")
     return folder
 
 
@@ -58,12 +58,77 @@ def test_detours_are_counted_above_one_threshold(tmp_path):
     assert verdict_of("noise_share", *long) == "regressed"
 
 
+def test_one_run_does_not_set_the_threshold(tmp_path):
+    """Defends: ten times the detours called equivalent because one run of the base, or of the calibration, jitters."""
+    base, new = arm(tmp_path / "a", 0.3 * US, 90 * US), arm(tmp_path / "b", 0.3 * US, 90 * US, share=0.1)
+    write(measured({0: jittery(9, 50 * US, 90 * US)}), base / "run5")
+    own = arm(tmp_path / "c", 50 * US, 90 * US)
+    for options in (Options(), Options(calibration=own)):
+        found = judged(base, new, options)
+        assert found.tau_s < 5 * US
+        assert found.threshold.run != "run5"
+    assert verdict_of("detours_per_s", base, new) == "unfit"
+    quiet = arm(tmp_path / "d", 0.3 * US, 90 * US)
+    assert verdict_of("detours_per_s", quiet, new) == "regressed"
+
+
+def test_the_rank_with_most_jitter_sets_the_threshold(tmp_path):
+    for run in range(5):
+        ranks = {rank: jittery(10 * rank + run, (0.3, 5)[rank] * US, 90 * US) for rank in range(2)}
+        write(measured(ranks), tmp_path / f"run{run}")
+    found = judged(tmp_path, tmp_path, Options()).threshold
+    assert (found.folder, found.rank) == (tmp_path, 1)
+    assert found.tau_s == pytest.approx(30 * US, rel=0.05)
+
+
+def test_detours_below_the_threshold_are_no_equivalence(tmp_path):
+    """Defends: no detours on both sides, as none is so long, called equivalent."""
+    base, new = arm(tmp_path / "a", 0.3 * US, 90 * US), arm(tmp_path / "b", 0.3 * US, 90 * US, share=0.1)
+    result = invoke("compare", base, new, "--metric", "detours_per_s", "--tau", "1000000s")
+    assert result.exit_code == 3, result.output
+    told = " ".join(result.output.split())
+    assert "no run has a detour above 1e+06 s, though some have one above their own threshold" in told
+    still = arm(tmp_path / "c", 0.3 * US, 0.0)
+    assert verdict_of("detours_per_s", still, still, tau_s=1e-3) == "equivalent"
+
+
+def test_a_metric_that_runs_do_not_tell_is_named(tmp_path):
+    for name in ("a", "b"):
+        write(measured({0: quanta(0, 40)}), tmp_path / name / "run0")
+    error = invoke("compare", tmp_path / "a", tmp_path / "b", "--metric", "slowdown_2048").exception
+    assert isinstance(error, WrongInput)
+    assert str(error) == (
+        "--metric must be one that all these runs tell, of median_s, p99_s, noise_share, detours_per_s, "
+        "found 'slowdown_2048'"
+    )
+
+
+def test_a_calibration_of_one_run_is_refused(tmp_path):
+    a, b = arms(tmp_path, 1.0)
+    error = invoke("compare", a, b, "--calibrate", a / "run0").exception
+    assert isinstance(error, WrongInput)
+    assert str(error) == f"--calibrate {a / 'run0'} must have 2 runs or more, found 1"
+
+
+def test_a_run_that_is_the_working_folder_has_a_name(tmp_path, monkeypatch):
+    """Defends: a run named "" in the file of the verdict."""
+    a, _ = arms(tmp_path, 1.0, runs=1)
+    monkeypatch.chdir(a / "run0")
+    assert invoke("compare", ".", a, "--json", tmp_path / "c.json").exit_code == 3
+    told = json.loads((tmp_path / "c.json").read_text())
+    assert list(told["base"]["runs"]) == ["run0"]
+    told["base"]["runs"] = {"": told["base"]["runs"]["run0"]}
+    assert not schema("compare").is_valid(told)
+
+
 def test_the_threshold_is_told_and_may_be_given(tmp_path):
     a, b = arms(tmp_path, 1.0)
     result = invoke("compare", a, b, "--tau", "250us", "--json", tmp_path / "c.json")
     assert "above 250 us, as asked" in result.output
     assert json.loads((tmp_path / "c.json").read_text())["tau_s"] == 250e-6
-    assert "that of the rank with most jitter" in " ".join(invoke("compare", a, b).output.split())
+    told = " ".join(invoke("compare", a, b).output.split())
+    found = judged(a, b, Options()).threshold
+    assert f"by the jitter of rank 0 in {found.run} of {found.folder}, the middle run" in told
     assert "--tau must be more than 0 s, found 0" in str(invoke("compare", a, b, "--tau", "0s").exception)
 
 
@@ -132,6 +197,35 @@ def test_wrong_input_of_a_verdict_is_usage(tmp_path):
     """Defends: 5 for what the user can mend."""
     for arguments in (("compare", tmp_path, tmp_path), ("project", tmp_path)):
         assert isinstance(invoke(*arguments).exception, WrongInput)
+
+
+@pytest.mark.parametrize("verb", ["analyze", "project", "compare", "selftest"])
+@pytest.mark.parametrize("to", ["", ".", "..", "/dev/null"])
+def test_a_file_that_cannot_be_is_refused_before_the_work(monkeypatch, tmp_path, verb, to):
+    """Defends: a traceback, or a regression that ends with 2, once all is measured."""
+    for owner, name in (
+        (reading, "read_any"),
+        (reading, "read_quanta"),
+        (judge, "judged"),
+        (selftest, "curve"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.chdir(tmp_path)
+    arguments = {"compare": [tmp_path, tmp_path], "selftest": []}.get(verb, [tmp_path])
+    error = invoke(verb, *arguments, "--json", to).exception
+    assert isinstance(error, WrongInput), error
+    assert str(error) == f"--json must be a file, found {to or '.'!r}"
+    error = invoke(verb, *arguments, "--json", tmp_path / "none" / "c.json").exception
+    assert isinstance(error, WrongInput), error
+    assert f"--json: cannot write in {tmp_path / 'none'}: No such file or directory" in str(error)
+
+
+def test_a_file_that_could_not_be_written_is_no_wrong_input(tmp_path, monkeypatch):
+    a, b = arms(tmp_path, 1.10)
+    to = tmp_path / "out" / "c.json"
+    to.parent.mkdir()
+    monkeypatch.setattr(judge, "show", lambda _: to.parent.rmdir())  # while it works
+    assert invoke("compare", a, b, "--metric", "median_s", "--json", to).exit_code == 5
 
 
 def test_projections_are_of_their_schema(tmp_path):

@@ -86,6 +86,24 @@ def test_a_rank_of_which_nothing_was_recorded_is_unknown():
     assert causes(analyze(replace(trace, rows=rows)))[0] == "rank 3: unknown: nothing was recorded of it"
 
 
+def test_fixed_time_is_not_said_to_be_unwatched():
+    """Defends: the advice to read counters to one who did."""
+    assert causes(analyze(everything(2), Options(kernel="spin_ftq"))) == [
+        "rank 1: fixed time is not attributed"
+    ]
+    trace = everything(2)
+    bare = replace(trace, rows={key: s for key, s in trace.rows.items() if key[1] != "counter"})
+    assert causes(analyze(bare, Options(kernel="spin_ftq"))) == ["rank 1: fixed time is not attributed"]
+    assert causes(analyze(bare, Options(kernel="spin")))[0].startswith("not recorded;")
+
+
+def test_the_page_tells_why_a_rank_has_no_cause():
+    trace = two_kinds()
+    rows = {key: s for key, s in trace.rows.items() if key[0] != 3 or key[1] == "quantum"}
+    table = rendered(analyze(replace(trace, rows=rows)), {}).split("<h2>Ranks</h2>")[1].split("</table>")[0]
+    assert table.count("<td>nothing was recorded of it</tr>") == 1
+
+
 def test_collectives_are_explained_by_what_ranks_are_scored_by():
     """Defends: causes of the first kernel beside scores of the local time before collectives."""
     found = analyze(everything(2))
@@ -132,6 +150,8 @@ def test_a_change_of_level_is_shown_with_the_clock():
     series = spun(np.random.default_rng(3), N)  # slower from the middle on
     at = series.start_ns[::50]
     khz = np.where(at < series.start_ns[N // 2], 3.0e6, 2.7e6)
+    later = series.end_ns[-1] + 50 * MS * np.arange(N)  # of another kernel, by another clock
+    at, khz = np.append(at, later), np.append(khz, np.full(N, 1.2e6))
     trace = measured({0: series})
     (line,) = [text for text in screen.lines(analyze(trace)) if text.startswith("level")]
     assert line.startswith("level       changed 1 time; most at")

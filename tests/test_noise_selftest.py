@@ -73,6 +73,19 @@ def test_a_cell_tells_the_error_of_its_period():
     assert selftest.to_json([judge(stops, few, 0.02, 10.0)])["cells"][0]["period_error"] is None
 
 
+@pytest.mark.parametrize("jitter_s", [0.0, 10e-6, 100e-6, 2e-3])
+@pytest.mark.parametrize("rate_hz", [1.0, 2.0, 5.0, 10.0])
+def test_the_period_of_a_train_is_its_fundamental(rate_hz, jitter_s):
+    """Defends: the 29th harmonic of a train that is nearly exact, on which all multiples are alike."""
+    for seed in range(5):
+        late_s = jitter_s * np.random.default_rng(seed).standard_normal(20)
+        begin = np.rint(1e9 * (np.arange(1, 21) / rate_hz + late_s)).astype(np.int64)
+        stops = Series(begin, begin + 20 * MS, np.ones(20))
+        cell = judge(stops, stops, 0.02, rate_hz)
+        assert cell.recall == 1.0
+        assert abs(cell.period_error) < max(1e-4, jitter_s * rate_hz)
+
+
 def test_the_limit_is_where_all_longer_ones_are_good():
     """Defends: a limit taken from one lucky short cell."""
 

@@ -100,7 +100,7 @@ class Gaps:
 @dataclass(frozen=True)
 class Analysis:
     """`about`: what files say of each rank; `kernel`: of the first screen; `windows`: by which ranks are scored and
-    projected, where they can be.
+    projected, where they can be; `is_recorded`: something that tells causes was watched, on any rank.
     """
 
     run: Mapping[str, Any]
@@ -115,6 +115,7 @@ class Analysis:
     exchanges: Exchanges | None
     projections: tuple[Projection, ...]
     warnings: tuple[str, ...]
+    is_recorded: bool
     digests: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, kernel: str) -> list[OfRank]:
@@ -183,7 +184,7 @@ def analyze(
         windows,
         None if windows is None else scored(windows, options), exchanges,
         () if windows is None else projected(windows, options),
-        tuple(told), digests or {},
+        tuple(told), bool(injected or trace.names("counter")), digests or {},
     )  # fmt: skip
 
 
@@ -243,11 +244,13 @@ def of_rank(
     series, seed = trace.get(rank, "quantum", kernel), options.seed
     start_s = series.since(int(series.start_ns[0]))
     seconds = np.maximum(series.seconds, 1e-9)
-    found = tuple(changes.changes(start_s, seconds, clocks=clocks_of(trace, rank, series), seed=seed))
+    end_s = float(start_s[-1] + seconds[-1])
+    clocks = clocks_of(trace, rank, series)
+    found = tuple(changes.changes(start_s, seconds, clocks=clocks, end_s=end_s, seed=seed))
     bounds = np.array([0, *(change.index for change in found), len(seconds)])
     noise = detours.fixed_work(start_s, seconds, bounds, options.tau_s)
     floor = detours.floor(seconds, bounds)
-    rhythm = rhythm_of(noise, float(start_s[-1] + seconds[-1]), own, seed)
+    rhythm = rhythm_of(noise, end_s, own, seed)
     period = rhythm[0].period_s / float(np.median(seconds)) if rhythm else None
     share = ratio_interval(np.maximum(0.0, seconds - floor), seconds, period=period, seed=seed)
     median = intervals(seconds, ["median"], period=period, seed=seed)["median"]

@@ -2,18 +2,20 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sigma_noise.codes import Exit
 from sigma_noise.failures import failures_are
-from sigma_noise.options import seconds, whole_numbers
+from sigma_noise.options import given, must_take_json, seconds, whole_numbers
 
 RANKS = "8,64,512,2048,16384"
+OF_QUANTA = ("kernel", "tau", "ranks", "window", "alpha", "reference")  # options that steps have no use for
 
 
 def analyze(
+    context: typer.Context,
     path: Annotated[Path, typer.Argument(help="folder or file of a measurement")],
     kernel: Annotated[str | None, typer.Option(help="of the first screen; else the first measured")] = None,
     tau: Annotated[
@@ -40,7 +42,7 @@ def analyze(
 ) -> None:
     """Say what a measurement shows: noise, rhythm, causes, ranks, and many ranks."""
     from sigma_train.errors import WrongInput
-    from sigma_train.files import must_be_writable
+    from sigma_train.files import must_be_writable, write_json
 
     from sigma_noise import screen, step_causes, steps, steps_view, trace
     from sigma_noise.analysis import Options, injections
@@ -48,12 +50,17 @@ def analyze(
     from sigma_noise.as_json import as_json, of_training
     from sigma_noise.reading import read_any
 
+    must_take_json(json_file)
     measured, log = read_any(path), None if truth is None else trace.read(truth)
     if steps.has_steps(measured):
         # Of sigma train: ranks are told apart by steps, whose phases are no fixed work.
         if report is not None:
             raise WrongInput(
                 f"{path}: a record of sigma train, whose report.html has this; leave --report out"
+            )
+        if unused := [name for name in given(context) if name in OF_QUANTA]:
+            raise WrongInput(
+                f"{path}: a record of sigma train, whose steps take no --{unused[0]}; leave it out"
             )
         try:
             injected = {} if log is None else injections(measured, log)
@@ -113,11 +120,13 @@ def project(
     """S(N): how much longer N ranks take than one, because they wait for the slowest.  Exit codes: 0 done, 1 over the
     budget, 2 wrong input, 3 no figure to hold against it, 5 could not be done."""
     from sigma_train.errors import WrongInput
+    from sigma_train.files import write_json
 
     from sigma_noise import many_ranks, trace
     from sigma_noise.as_json import of_projections
     from sigma_noise.reading import read_quanta
 
+    must_take_json(json_file)
     measured = read_quanta(path)
     of = {
         "kernel": kernel, "ranks": whole_numbers("ranks", ranks), "window_s": window,
@@ -163,7 +172,7 @@ def compare(
         typer.Option(
             parser=seconds,
             metavar="TIME",
-            help="threshold of detours of all runs; without it that of the rank with most jitter",
+            help="threshold of detours of all runs; without it by the jitter of the rank with most",
         ),
     ] = None,
     fail_on: Annotated[
@@ -175,8 +184,11 @@ def compare(
 ) -> None:
     """Judge runs against others.  Exit codes: 0 equivalent or improved, 1 regressed, 2 wrong input, 3 inconclusive,
     4 the machine is unfit, 5 could not be done."""
+    from sigma_train.files import write_json
+
     from sigma_noise import judge
 
+    must_take_json(json_file)
     options = judge.Options(
         kernel, tuple(metric or ()), judge.as_margins(margin or []), calibrate, tau, alpha, seed,
         judge.as_verdicts(fail_on),
@@ -191,13 +203,3 @@ def compare(
 def as_options(text: str) -> str:
     """What the library says of its arguments, of the options they came by."""
     return re.sub(r"^(?:project: )?(kernel|window|truth|tau|ranks|reference)\b", r"--\1", text)
-
-
-def write_json(to: Path, told: dict[str, Any]) -> None:
-    """Raises: WrongInput for a folder that cannot be written."""
-    import json
-
-    from sigma_train.files import must_be_writable, write_text
-
-    with must_be_writable("--json", to.parent):
-        write_text(to, json.dumps(told, indent=1, allow_nan=False) + "\n")

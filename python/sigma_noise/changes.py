@@ -151,12 +151,14 @@ def changes(
     x: ArrayLike,
     *,
     clocks: Mapping[str, tuple[Array, Array]] | None = None,
+    end_s: float = np.inf,
     penalty: float = PENALTY,
     seed: int = 0,
 ) -> list[Change]:
     """The changes of level of x [n], whose samples began at time_s [n].
 
     Args:   clocks: gauges by name, when each was read, by the clock of time_s, and what it said.
+            end_s: of the last sample, beyond which clocks are of other work.
     Raises: ValueError as `segments`, or if time_s is not of x's length.
     """
     x, time_s = series(x), series(time_s, "time_s")
@@ -167,8 +169,8 @@ def changes(
     for i, at in enumerate(bounds[1:-1], 1):
         before, after = x[bounds[i - 1] : at], x[at : bounds[i + 1]]
         shift = median_shift(before, after, seed=seed)
-        end_s = time_s[bounds[i + 1]] if bounds[i + 1] < len(x) else np.inf
-        edges = (time_s[bounds[i - 1]], time_s[at], end_s)
+        until_s = time_s[bounds[i + 1]] if bounds[i + 1] < len(x) else end_s
+        edges = (time_s[bounds[i - 1]], time_s[at], until_s)
         sides = {name: _sides(*gauge, edges) for name, gauge in (clocks or {}).items()}
         medians = float(np.median(before)), float(np.median(after))
         found.append(Change(float(time_s[at]), int(at), *medians, shift, sides))
@@ -176,7 +178,8 @@ def changes(
 
 
 def _sides(at_s: Array, value: Array, edges_s: tuple[float, float, float]) -> Sides:
-    parts = (value[(at_s >= begin) & (at_s < end)] for begin, end in pairwise(edges_s))
+    is_read = np.isfinite(value)
+    parts = (value[is_read & (at_s >= begin) & (at_s < end)] for begin, end in pairwise(edges_s))
     return Sides(*(float(np.median(part)) if len(part) else float("nan") for part in parts))
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sigma_noise import analyze_cli, formats_cli, inject_cli
-from sigma_noise.options import names, seconds, sizes, whole_numbers
+from sigma_noise.options import given, names, seconds, sizes, whole_numbers
 
 app = typer.Typer(
     no_args_is_help=True, help="How noisy this machine is, why, and what that costs on many ranks."
@@ -84,9 +84,7 @@ def run(
         threshold_s=threshold, seed=seed, pin=whole_numbers("pin", pin), threads=threads,
         sizes=sizes(size or []), backend=backend.value, attribute=attribute,
     )  # fmt: skip
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-    plan.check_used([name.replace("_", "-") for name in given])
+    plan.check_used(given(context))
     if nproc is not None and is_launched() and RESTART_COUNT not in os.environ:
         raise WrongInput("--nproc starts ranks, and these have been started by torchrun; leave it out")
     if nproc is not None and not is_launched():

@@ -48,7 +48,7 @@ class MetricComparison:
     p: float  # two-sided, of "no change beyond the margin", adjusted for the number of metrics (Holm)
     p_equivalent: float  # of "a change of the margin or more" (TOST)
     runs: tuple[int, int]
-    method: str  # "permutation", "welch", or "none" where runs are too few
+    method: str  # "permutation", "welch", or "none" where runs are too few or do not tell
     sentence: str
 
 
@@ -72,6 +72,7 @@ def compare(
     metrics: Sequence[str] | None = None,
     alpha: float = 0.05,
     throttled: Sequence[str] = (),
+    unseen: Mapping[str, str] | None = None,
     most_noise: float = MOST_NOISE,
 ) -> Comparison:
     """Judge `new` against `base`, each a number a run for every metric.
@@ -87,6 +88,7 @@ def compare(
              margins: over `MARGINS`, by metric.
              metrics: which to judge; all that both have if None.
              throttled: units that were throttled, as the sentence is to name them.
+             unseen: metrics whose numbers do not tell, with the reason; they are inconclusive.
     Raises:  ValueError for no common metric, one without a margin or in one set only, or a number that is no measure.
     """
     names = _names(base, new, metrics)
@@ -96,7 +98,14 @@ def compare(
     reasons = _unfit(base, throttled, most_noise)
     level = alpha / 2.0 / len(names)  # of Holm's first step
     tests = [
-        _Test.of(name, _logs("base", name, base), _logs("new", name, new), margin[name], level)
+        _Test.of(
+            name,
+            _logs("base", name, base),
+            _logs("new", name, new),
+            margin[name],
+            level,
+            (unseen or {}).get(name),
+        )
         for name in names
     ]
     adjusted = holm(np.array([test.p for test in tests]))
@@ -124,16 +133,23 @@ class _Test:
     name: str
     runs: tuple[int, int]
     margin: float
-    shift: Shift | None  # of logs; None where runs are too few
+    shift: Shift | None  # of logs; None where runs are too few, or their numbers do not tell
     estimate: float
+    unseen: str | None
 
     @classmethod
     def of(
-        cls, name: str, a: NDArray[np.float64], b: NDArray[np.float64], margin: float, level: float
+        cls,
+        name: str,
+        a: NDArray[np.float64],
+        b: NDArray[np.float64],
+        margin: float,
+        level: float,
+        unseen: str | None,
     ) -> "_Test":
         runs = (len(a), len(b))
-        enough = shift(a, b, level) if min(runs) >= LEAST_RUNS else None
-        return cls(name, runs, margin, enough, float(b.mean() - a.mean()))
+        enough = shift(a, b, level) if unseen is None and min(runs) >= LEAST_RUNS else None
+        return cls(name, runs, margin, enough, float(b.mean() - a.mean()), unseen)
 
     @property
     def edge(self) -> float:
@@ -166,6 +182,8 @@ class _Test:
         )  # fmt: skip
 
     def _sentence(self, verdict: Verdict, low: float, high: float, reach: float) -> str:
+        if self.unseen is not None:
+            return f"{self.name}: {self.unseen}"
         if self.shift is None:
             missing = [f"{LEAST_RUNS - n} more of {arm}" for arm, n in zip(("base", "new"), self.runs, strict=True)
                        if n < LEAST_RUNS]  # fmt: skip

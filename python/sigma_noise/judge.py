@@ -16,7 +16,7 @@ from sigma_noise.codes import FAILING, Exit, Verdict
 from sigma_noise.compare import MARGINS, Comparison, compare
 from sigma_noise.options import names
 from sigma_noise.plain import plain
-from sigma_noise.runs import Arm, arm_of, told
+from sigma_noise.runs import Arm, Threshold, arm_of, told
 from sigma_noise.shape import Shape, shape
 from sigma_noise.units import time_of
 
@@ -26,7 +26,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Options:
-    """`tau_s`: threshold of detours of all runs; none: that of the rank with most jitter.  `calibration`: a folder of
+    """`tau_s`: threshold of detours of all runs; none: by the rank with most jitter.  `calibration`: a folder of
     runs of equal code.  `fail_on`: verdicts that end the command with their code.
     """
 
@@ -49,13 +49,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Judged:
-    """The verdicts, and how much all times differ in shape, which decides nothing."""
+    """The verdicts, and how much all times differ in shape, which decides nothing.  `threshold`: whose jitter set tau;
+    None where it was given.
+    """
 
     options: Options
     base: Arm
     new: Arm
     calibration: Arm | None
     tau_s: float
+    threshold: Threshold | None
     comparison: Comparison
     shape: Shape
 
@@ -75,31 +78,45 @@ def judged(base: Path, new: Path, options: Options) -> Judged:
             raise WrongInput(
                 f"{arm.folder}: runs must measure what {base} has, {told(arms[0].plan)}, found {told(arm.plan)}"
             )
-    tau_s = max(arm.tau_s for arm in everyone) if options.tau_s is None else options.tau_s
+    threshold = max(arm.threshold for arm in arms) if options.tau_s is None else None
+    tau_s = options.tau_s if threshold is None else threshold.tau_s
     numbers = [arm.numbers(tau_s) for arm in arms]
+    common = [name for name in numbers[0] if name in numbers[1]]
+    if unknown := [name for name in options.metrics if name not in common]:
+        raise WrongInput(
+            f"--metric must be one that all these runs tell, of {', '.join(common)}, found {unknown[0]!r}"
+        )
     margins = options.margins if own is None else calibrated(own, tau_s, options)
     try:
         found = compare(
             *numbers,
             margins=margins,
-            metrics=options.metrics or [name for name in numbers[0] if name in numbers[1]],
+            metrics=options.metrics or common,
             alpha=options.alpha,
             throttled=sorted({unit for arm in arms for unit in arm.throttled}),
+            unseen=hidden(arms, tau_s),
         )
     except ValueError as error:
         raise WrongInput(str(error)) from None
     differ = shape(arms[0].samples, arms[1].samples, seed=options.seed)
-    return Judged(options, *arms, own, tau_s, found, differ)
+    return Judged(options, *arms, own, tau_s, threshold, found, differ)
+
+
+def hidden(arms: Sequence[Arm], tau_s: float) -> dict[str, str]:
+    """Metrics that one threshold leaves nothing of, with the reason: equal numbers of no detours are no equivalence."""
+    if any(arm.has_detours(tau_s) for arm in arms) or not any(arm.has_detours(None) for arm in arms):
+        return {}
+    above = f"no run has a detour above {time_of(tau_s)}, though some have one above their own threshold"
+    return {"detours_per_s": f"{above}; give a lower --tau"}
 
 
 def calibrated(arm: Arm, tau_s: float, options: Options) -> Mapping[str, float]:
     """Margins no finer than halves of runs of equal code differ by.  Raises: WrongInput where runs are too few."""
-    try:
-        rng = np.random.default_rng(options.seed)
-        pairs = split(arm.numbers(tau_s), len(arm.runs) // 2, COMPARISONS, rng)
-        return calibrate(pairs, options.margins).margins
-    except ValueError as error:
-        raise WrongInput(f"--calibrate {arm.folder}: {error}") from None
+    if len(arm.runs) < 2:
+        raise WrongInput(f"--calibrate {arm.folder} must have 2 runs or more, found {len(arm.runs)}")
+    rng = np.random.default_rng(options.seed)
+    pairs = split(arm.numbers(tau_s), len(arm.runs) // 2, COMPARISONS, rng)
+    return calibrate(pairs, options.margins).margins
 
 
 def as_margins(texts: Sequence[str]) -> dict[str, float]:
@@ -132,8 +149,7 @@ def show(found: Judged) -> None:
             f"{m.runs[0]}, {m.runs[1]}", str(m.verdict),
         )  # fmt: skip
     console.print(table)
-    whose = "as asked" if found.options.tau_s is not None else "that of the rank with most jitter"
-    say(console, f"detours of all runs are those above {time_of(found.tau_s)}, {whose}")
+    say(console, f"detours of all runs are those above {time_of(found.tau_s)}, {whose(found.threshold)}")
     apart = (
         f"all times, which decide nothing: {differ.wasserstein_log:.2%} apart (Wasserstein-1 of their logarithms, "
         f"p {differ.p:.3g}), {differ.similarity:.3f} similar"
@@ -142,6 +158,13 @@ def show(found: Judged) -> None:
     for reason in found.comparison.reasons:
         say(console, reason)
     say(console, f"verdict: {found.comparison.verdict}")
+
+
+def whose(threshold: Threshold | None) -> str:
+    if threshold is None:
+        return "as asked"
+    _, folder, run, rank = threshold
+    return f"by the jitter of rank {rank} in {run} of {folder}, the middle run of the rank with most"
 
 
 def as_json(found: Judged) -> dict[str, Any]:

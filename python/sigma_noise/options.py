@@ -1,7 +1,8 @@
-"""Times, lists and sizes on a command line."""
+"""Times, lists, sizes and files on a command line."""
 
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import typer
 
@@ -37,6 +38,25 @@ def whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
     if not all(part.isdecimal() for part in names(text)):
         raise WrongInput(f"--{option} must be whole numbers by commas, found {text!r}")
     return tuple(int(part) for part in names(text))
+
+
+def given(context: typer.Context) -> list[str]:
+    """Options and arguments that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    named = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    return [name.replace("_", "-") for name in named]
+
+
+def must_take_json(path: Path | None) -> None:
+    """Before the work.  Raises: WrongInput for a file of --json that cannot be made."""
+    from sigma_train.errors import WrongInput
+    from sigma_train.files import must_take_files
+
+    if path is None:
+        return
+    if path.exists() and not path.is_file():
+        raise WrongInput(f"--json must be a file, found {str(path)!r}")
+    must_take_files("--json", path.parent)
 
 
 def sizes(texts: list[str]) -> dict[str, dict[str, int]]:

@@ -42,7 +42,11 @@ def rendered(found: Analysis, pictures: dict[str, bytes]) -> str:
     environment = Environment(
         loader=PackageLoader("sigma_noise", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"time": screen.time_of, "share": screen.share_of}
+    environment.filters |= {
+        "time": screen.time_of,
+        "share": screen.share_of,
+        "untold": screen.untold,
+    }
     return environment.get_template("page.html.j2").render(
         found=found,
         first=screen.lines(found),

@@ -218,7 +218,7 @@ def _strongest(t: Array, scan: _Scan) -> tuple[float, float]:
     h = scan.h(t)
     at = int(h.argmax())
     frequency = _refined(t, float(scan.frequencies[at]), scan.step_hz)
-    return _fundamental(t, frequency, scan.low_hz - scan.step_hz), float(h[at])
+    return _fundamental(t, frequency, scan, h), float(h[at])
 
 
 def _refined(t: Array, frequency: float, step: float) -> float:
@@ -228,10 +228,12 @@ def _refined(t: Array, frequency: float, step: float) -> float:
     return frequency
 
 
-def _fundamental(t: Array, frequency: float, low_hz: float) -> float:
+def _fundamental(t: Array, frequency: float, scan: _Scan, h: Array) -> float:
     """The lowest f of which `frequency` is a multiple and whose own harmonics are there.
 
-    Pulses at multiples of 100 ms are as coherent at 20 Hz as at 10; at 5 Hz only every second harmonic is.
+    Pulses at multiples of 100 ms are as coherent at 20 Hz as at 10; at 5 Hz only every second harmonic is.  Of a train
+    without jitter all multiples are alike, so the highest H may be that of the 29th: beyond the 10th, f is asked where
+    its own H is over half of that.
     """
     k = np.arange(1, HARMONICS + 1)
     power = _harmonics(t, frequency)
@@ -239,18 +241,25 @@ def _fundamental(t: Array, frequency: float, low_hz: float) -> float:
         if power[k % d == 0].mean() > 8 * power[k % d != 0].mean():
             frequency *= d
             break
-    while lower := [
-        f for d in range(HARMONICS // 2, 1, -1) if (f := frequency / d) >= low_hz and _is_whole(t, f, d)
-    ]:
+    while lower := [f for d, f in _divided(frequency, scan, h) if _is_whole(t, f, d)]:
         frequency = lower[0]
     return frequency
+
+
+def _divided(frequency: float, scan: _Scan, h: Array) -> list[tuple[int, float]]:
+    """(d, frequency / d) that may be the fundamental, the lowest first."""
+    d = np.arange(int(frequency / (scan.low_hz - scan.step_hz)), 1, -1)
+    at = np.clip(np.rint((frequency / d - scan.low_hz) / scan.step_hz).astype(np.int64), 0, len(h) - 1)
+    live = (d <= HARMONICS // 2) | (h[at] > 0.5 * h.max())
+    return [(int(each), frequency / int(each)) for each in d[live]]
 
 
 def _is_whole(t: Array, frequency: float, d: int) -> bool:
     """Whether what no multiple of a divisor of d has is there as well as the multiples of d."""
     k = np.arange(1, HARMONICS + 1)
-    power = _harmonics(t, frequency)
-    return bool(power[np.gcd(k, d) == 1].mean() > 0.25 * power[k % d == 0].mean())
+    others = _harmonics(t, frequency)[np.gcd(k, d) == 1]
+    multiples = _harmonics(t, frequency * d)[: max(2, HARMONICS // d)]
+    return bool(others.mean() > 0.25 * multiples.mean())
 
 
 def _harmonics(t: Array, frequency: float) -> Array:

@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median_high
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +29,24 @@ Floats = NDArray[np.float64]
 class Quanta:
     """Fixed work of one rank: begin and length, seconds [n], and where its level changes, [0, ..., n]."""
 
+    rank: int
     start_s: Floats
     seconds: Floats
     bounds: NDArray[np.int64]
+
+    @property
+    def own_tau_s(self) -> float:
+        """By this rank's jitter in this run."""
+        return detours.work_threshold(self.seconds, self.bounds)
+
+
+class Threshold(NamedTuple):
+    """Of detours, by the jitter of one rank in one run of a folder."""
+
+    tau_s: float
+    folder: Path
+    run: str
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -46,9 +62,26 @@ class Arm:
     files: Mapping[str, Mapping[str, str]]
 
     @property
-    def tau_s(self) -> float:
-        """The threshold of detours for the rank that has most jitter, so that no rank's jitter passes for detours."""
-        return max(detours.work_threshold(of.seconds, of.bounds) for run in self.runs for of in run)
+    def threshold(self) -> Threshold:
+        """Of the rank with most jitter, so that no rank's passes for detours, in the middle one of its runs, so that a
+        single run cannot hide the detours of all others.
+        """
+        ranks = zip(*self.runs, strict=True)
+        return max(
+            median_high(
+                Threshold(of.own_tau_s, self.folder, name, of.rank)
+                for name, of in zip(self.files, rank, strict=True)
+            )
+            for rank in ranks
+        )
+
+    def has_detours(self, tau_s: float | None) -> bool:
+        """Above tau_s, or above the own threshold of some rank in some run."""
+        return any(
+            len(detours.fixed_work(of.start_s, of.seconds, of.bounds, tau_s).detours) > 0
+            for run in self.runs
+            for of in run
+        )
 
     @property
     def samples(self) -> list[Floats]:
@@ -84,7 +117,7 @@ def arm_of(folder: Path, kernel: str | None) -> Arm:
         about = {"kernel": name, "ranks": len(measured.ranks)} | {k: measured.run.get(k) for k in PLAN}
         plans.append(plain(about))
         throttled += throttled_in(measured)
-        files[path.name] = digests(path)
+        files[path.name or path.resolve().name] = digests(path)
     if len(different := sorted({told(plan) for plan in plans})) > 1:
         raise WrongInput(f"{folder}: runs must measure the same, found {' and '.join(different[:2])}")
     return Arm(folder, runs, plans[0], tuple(throttled), files)
@@ -120,7 +153,7 @@ def quanta_of(measured: Trace, name: str, path: Path) -> list[Quanta]:
         if not len(series):
             raise WrongInput(f"{path}: rank {rank} has no quantum of {name}")
         seconds = np.maximum(series.seconds, 1e-9)
-        found.append(Quanta(series.since(int(series.start_ns[0])), seconds, changes.segments(seconds)))
+        found.append(Quanta(rank, series.since(int(series.start_ns[0])), seconds, changes.segments(seconds)))
     return found
 
 

@@ -153,7 +153,6 @@ def causes_of(found: Analysis) -> Iterator[str]:
     """Of ranks that stand out, by what they are scored by, and of the noisiest."""
     if found.worst is None:
         return
-    is_recorded = any(s.causes is not None for s in found.series)
     standing = [] if found.scores is None else found.scores.flagged[:MOST_RANKS]
     for r in (r for rank in standing for r in found.scores.ranks if r.rank == rank):
         own = found.scored(r.rank)
@@ -161,14 +160,22 @@ def causes_of(found: Analysis) -> Iterator[str]:
         told = [slowness(r, found.options.reference)] if r.is_slow else []
         if own is not None and own.causes is not None:
             told.append(f"{'beside that ' if told else ''}{own.causes.sentence}")
-        elif is_recorded:
-            told.append("unknown: nothing was recorded of it")
+        elif found.is_recorded:
+            told.append(f"unknown: {untold(own)}")
         if told:
             yield f"causes      rank {r.rank}{of}: {'; '.join(told)}"
-    if not is_recorded:
+    worst = found.worst
+    if not found.is_recorded and not worst.is_fixed_time:
         yield "causes      not recorded; `sigma noise run --attribute` reads the counters that tell"
-    elif found.worst.causes is not None and found.worst.rank not in standing:
-        yield f"causes      rank {found.worst.rank}: {found.worst.causes.sentence}"
+    elif worst.rank not in standing:
+        yield f"causes      rank {worst.rank}: {untold(worst) if worst.causes is None else worst.causes.sentence}"
+
+
+def untold(own: OfRank | None) -> str:
+    """Why no cause is told of a rank."""
+    if own is None:
+        return "too few quanta"
+    return "fixed time is not attributed" if own.is_fixed_time else "nothing was recorded of it"
 
 
 def slowness(r: RankScore, reference: str) -> str:
