@@ -142,10 +142,18 @@ def train(lab: Lab, size: Size) -> tuple[dict[str, list[Curve]], list[Path]]:
     kept = {"train.save_every": size.unit, "train.keep": size.points[-1]}
     length = {"train.steps": size.steps, "train.eval_every": size.look}
     bases = [Run("small", seed + OTHER_TEXT, {**shared, **kept, **length}) for seed in range(lab.seeds)]
-    small = list(lab.train(bases).values())
-    chosen = arms(size, small[0].config.model.num_layers)
-    lengths = {arm.target: _length(small[0].config, arm, size) for arm in chosen}
-    shapes = {arm.target: shape(small[0].config, arm) for arm in chosen}
+    config = bases[0].config(lab.folder)
+    chosen = arms(size, config.model.num_layers)
+    lengths = {arm.target: _length(config, arm, size) for arm in chosen}
+    shapes = {arm.target: shape(config, arm) for arm in chosen}
+    scratch = [
+        Run(f"scratch-{target}", seed, {**shared, **lengths[target].scratch, **shapes[target]})
+        for target in lengths
+        if target != "small"
+        for seed in range(lab.seeds)
+    ]
+    trained = lab.train([*scratch, *bases])  # the longest first, so that no core waits for one at the end
+    small = [trained[base] for base in bases]
     runs, sunk, begins = [], {}, {}
     for seed, base in enumerate(small):
         for arm in chosen:
@@ -156,14 +164,9 @@ def train(lab: Lab, size: Size) -> tuple[dict[str, list[Curve]], list[Path]]:
             sunk[run] = flops_per_step(base.config) * arm.point * size.unit
             begins[run] = bits_of(begin)
             runs.append(run)
-        runs += [
-            Run(f"scratch-{target}", seed, {**shared, **lengths[target].scratch, **shapes[target]})
-            for target in lengths
-            if target != "small"
-        ]
-    curves: dict[str, list[Curve]] = {"small": [Curve(trained, 0.0) for trained in small]}
-    for run, trained in lab.train(runs).items():
-        curves.setdefault(run.arm, []).append(Curve(trained, sunk.get(run, 0.0), begins.get(run)))
+    curves: dict[str, list[Curve]] = {"small": [Curve(each, 0.0) for each in small]}
+    for run, each in (lab.train(runs) | {run: trained[run] for run in scratch}).items():
+        curves.setdefault(run.arm, []).append(Curve(each, sunk.get(run, 0.0), begins.get(run)))
     return curves, [checkpoint(base, size.steps) for base in small]
 
 

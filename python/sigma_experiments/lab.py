@@ -251,7 +251,7 @@ class _Trainings:
         with self._lock:
             if self._is_over:
                 return trained
-            process = started(["train", "--config", str(settings), "--resume"], log)
+            process = started(["train", "--no-report", "--config", str(settings), "--resume"], log)
             self._running.add(process)
         code = process.wait()
         with self._lock:

@@ -28,6 +28,7 @@ def train(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="of all ranks of --nproc, after one of them died")
     ] = 3,
+    report: Annotated[bool, typer.Option(help="a sample and report.html at the end")] = True,
 ) -> None:
     """Train a sparse mixture-of-experts language model on text."""
     import contextlib
@@ -84,6 +85,10 @@ def train(
             highlight=False,
         )
         trainer.run()
+        if not report:
+            trainer.ledger.turn("unknown")
+            say(console, sentence(trainer.ledger.totals()))
+            return
         sample = generate(model, trainer.data.tokenizer, "def ", ranks=ranks)
         if ranks.is_first:
             say(console, "\nsample:\n", "bold")
