@@ -68,6 +68,17 @@ def test_sigterm_saves_and_exits_0(cache, tmp_path):
     assert load_checkpoint(latest).step == max(losses(tmp_path / "run"))
 
 
+def test_a_run_without_a_report_draws_one_when_it_is_asked_for(cache, tmp_path):
+    args = ["train", "--preset", "smoke", "--steps", "2", "--out", str(tmp_path / "run"), "--resume"]
+    result = sigma(*args, "--no-report", env=cache)
+    assert result.returncode == 0, result.stderr
+    assert "went into useful steps" in result.stdout
+    assert "sample" not in result.stdout
+    assert not list((tmp_path / "run").glob("*.[hp][tn][mg]*"))
+    assert sigma(*args, env=cache).returncode == 0
+    assert (tmp_path / "run" / "report.html").stat().st_size > 5000
+
+
 def test_a_run_reports_loads_and_samples(cache, tmp_path):
     result = sigma(
         "train", "--preset", "smoke", "--steps", "20", "--set", "train.sample_every=10",
