@@ -103,6 +103,16 @@ def test_a_metric_that_runs_do_not_tell_is_named(tmp_path):
     )
 
 
+def test_a_margin_of_what_a_calibration_does_not_tell_stays(tmp_path, monkeypatch):
+    """Defends: a margin that was asked for and silently is the default."""
+    own = judge.arm_of(arms(tmp_path, 1.0)[0], None)
+    told = {"median_s": own.numbers(1e-3)["median_s"]}
+    monkeypatch.setattr(judge.Arm, "numbers", lambda *_: told)
+    found = judge.calibrated(own, 1e-3, Options(margins={"slowdown_2048": 0.2}))
+    assert found["slowdown_2048"] == 0.2
+    assert found["median_s"] > 0
+
+
 def test_a_calibration_of_one_run_is_refused(tmp_path):
     a, b = arms(tmp_path, 1.0)
     error = invoke("compare", a, b, "--calibrate", a / "run0").exception
@@ -191,6 +201,8 @@ def test_a_failure_is_no_verdict(tmp_path, monkeypatch, verb, error):
     arguments = {"compare": ("run", "run"), "project": ("run", "--budget", "1.1")}[verb]
     result = invoke(verb, *(tmp_path / a if a == "run" else a for a in arguments))
     assert result.exit_code == 5, result.output
+    told = f"error: {error}" if str(error) else "ZeroDivisionError"
+    assert told in result.stderr
 
 
 def test_wrong_input_of_a_verdict_is_usage(tmp_path):
@@ -215,6 +227,10 @@ def test_a_file_that_cannot_be_is_refused_before_the_work(monkeypatch, tmp_path,
     error = invoke(verb, *arguments, "--json", to).exception
     assert isinstance(error, WrongInput), error
     assert str(error) == f"--json must be a file, found {to or '.'!r}"
+    for long in ("x" * 240, "x" * 300):  # the unfinished file has a longer name
+        error = invoke(verb, *arguments, "--json", long).exception
+        assert isinstance(error, WrongInput), error
+        assert "--json: cannot write in .: File name too long" in str(error)
     error = invoke(verb, *arguments, "--json", tmp_path / "none" / "c.json").exception
     assert isinstance(error, WrongInput), error
     assert f"--json: cannot write in {tmp_path / 'none'}: No such file or directory" in str(error)

@@ -166,7 +166,7 @@ def test_wrong_input_is_named_before_anything_is_checked(cache, tmp_path):
         (["--baseline", "/no/such"], "--baseline: cannot read /no/such: No such file or directory"),
         (
             ["--json", "/no/such/x"],
-            "--json: cannot write /no/such/x; name a file in a folder that can be written",
+            "--json: cannot write in /no/such: No such file or directory; name another folder",
         ),
         (["--check", "rates", "--nproc", "2"], "--nproc is of the check 'ranks', which --check leaves out"),
     ):

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from sigma_train.console import say
 from sigma_train.errors import Stopped, WrongInput
-from sigma_train.files import atomic_file, must_be_writable, must_take_files, write_text
+from sigma_train.files import atomic_file, must_be_writable, must_take_file, write_text
 from sigma_train.markdown import table
 from sigma_train.processor import processor_name
 
@@ -111,7 +111,7 @@ def check_place(option: str, path: Path | None) -> None:
         return
     with must_be_writable(option, path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    must_take_files(option, path.parent)
+    must_take_file(option, path)
 
 
 def write_page(document: dict[str, Any], output: Path) -> list[Path]:

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from sigma_train.console import say
 from sigma_train.errors import Failure, WrongInput
-from sigma_train.files import write_text
+from sigma_train.files import must_take_file, write_text
 from sigma_train.launch import launch
 from sigma_train.ranks import Ranks, is_launched, joined
 
@@ -101,8 +101,7 @@ def run(options: Options) -> int:
 def prepared(options: Options) -> Baseline | None:
     """The baseline, once everything that can be refused has been looked at."""
     for name, path in (("--save-baseline", options.save_baseline), ("--json", options.json_file)):
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise WrongInput(f"{name}: cannot write {path}; name a file in a folder that can be written")
+        must_take_file(name, path)
     if options.nproc and is_launched():
         raise WrongInput("--nproc starts ranks, and these have been started by torchrun; leave it out")
     if options.nproc and "ranks" not in options.checks:

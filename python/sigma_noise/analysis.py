@@ -32,7 +32,6 @@ from sigma_noise.windows import (
     windows_of,
 )
 
-MOST_HZ = 60.0  # what is faster is found by its multiples
 MOST_CYCLES = 5e3  # of the highest frequency sought, in a window: a search of 60 Hz in 83 s takes some 3 s
 FEWEST_CYCLES = 10  # of the lowest, as surrogates keep the number of stamps in parts of 3; in short windows 3
 CLOCKS = ("cpu_khz", "sm_mhz")  # ends of the names of gauges of frequencies
@@ -305,11 +304,13 @@ def rhythm_of(noise: Noise, window_s: float, own: Mapping[str, float], seed: int
     """
     low = max(periods.BLOCK_PERIODS / window_s, min(1.0, FEWEST_CYCLES / window_s))
     high = MOST_CYCLES / window_s
-    if high >= MOST_HZ:
-        return periods_in(noise, 0.0, window_s, low, MOST_HZ, own, seed)
-    stretch_s = MOST_CYCLES / MOST_HZ
+    if high >= periods.MOST_HZ:
+        return periods_in(noise, 0.0, window_s, low, periods.MOST_HZ, own, seed)
+    stretch_s = MOST_CYCLES / periods.MOST_HZ
     slow = periods_in(noise, 0.0, window_s, low, high, own, seed)
-    fast = periods_in(noise, (window_s - stretch_s) / 2, stretch_s, max(low, high / 2), MOST_HZ, own, seed)
+    fast = periods_in(
+        noise, (window_s - stretch_s) / 2, stretch_s, max(low, high / 2), periods.MOST_HZ, own, seed
+    )
     seen = [p.frequency_hz for p in slow]
     return slow + tuple(p for p in fast if all(abs(p.frequency_hz / f - 1) > 1 / MOST_CYCLES for f in seen))
 

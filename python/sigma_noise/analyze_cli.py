@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from sigma_noise.codes import Exit
+from sigma_noise.codes import FAILING, Exit
 from sigma_noise.failures import failures_are
-from sigma_noise.options import given, must_take_json, seconds, whole_numbers
+from sigma_noise.options import given, seconds, whole_numbers
 
 RANKS = "8,64,512,2048,16384"
 OF_QUANTA = ("kernel", "tau", "ranks", "window", "alpha", "reference")  # options that steps have no use for
@@ -42,7 +42,7 @@ def analyze(
 ) -> None:
     """Say what a measurement shows: noise, rhythm, causes, ranks, and many ranks."""
     from sigma_train.errors import WrongInput
-    from sigma_train.files import must_be_writable, write_json
+    from sigma_train.files import must_be_writable, must_take_file, must_take_files, write_json
 
     from sigma_noise import screen, step_causes, steps, steps_view, trace
     from sigma_noise.analysis import Options, injections
@@ -50,7 +50,11 @@ def analyze(
     from sigma_noise.as_json import as_json, of_training
     from sigma_noise.reading import read_any
 
-    must_take_json(json_file)
+    must_take_file("--json", json_file)
+    if report is not None:
+        with must_be_writable("--report", report):
+            report.mkdir(parents=True, exist_ok=True)
+        must_take_files("--report", report)
     measured, log = read_any(path), None if truth is None else trace.read(truth)
     if steps.has_steps(measured):
         # Of sigma train: ranks are told apart by steps, whose phases are no fixed work.
@@ -85,8 +89,7 @@ def analyze(
     if report is not None:
         from sigma_noise import page
 
-        with must_be_writable("--report", report):
-            print(f"wrote {page.write(measured, found, report)}")
+        print(f"wrote {page.write(measured, found, report)}")
 
 
 @failures_are(Exit.INTERNAL)
@@ -120,13 +123,13 @@ def project(
     """S(N): how much longer N ranks take than one, because they wait for the slowest.  Exit codes: 0 done, 1 over the
     budget, 2 wrong input, 3 no figure to hold against it, 5 could not be done."""
     from sigma_train.errors import WrongInput
-    from sigma_train.files import write_json
+    from sigma_train.files import must_take_file, write_json
 
     from sigma_noise import many_ranks, trace
     from sigma_noise.as_json import of_projections
     from sigma_noise.reading import read_quanta
 
-    must_take_json(json_file)
+    must_take_file("--json", json_file)
     measured = read_quanta(path)
     of = {
         "kernel": kernel, "ranks": whole_numbers("ranks", ranks), "window_s": window,
@@ -177,18 +180,18 @@ def compare(
     ] = None,
     fail_on: Annotated[
         str, typer.Option(help="verdicts that end with their code and not with 0, by commas")
-    ] = "regressed,inconclusive,unfit",
+    ] = ",".join(FAILING),
     alpha: Annotated[float, typer.Option(min=1e-6, max=0.49)] = 0.05,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="file for the verdicts")] = None,
 ) -> None:
     """Judge runs against others.  Exit codes: 0 equivalent or improved, 1 regressed, 2 wrong input, 3 inconclusive,
     4 the machine is unfit, 5 could not be done."""
-    from sigma_train.files import write_json
+    from sigma_train.files import must_take_file, write_json
 
     from sigma_noise import judge
 
-    must_take_json(json_file)
+    must_take_file("--json", json_file)
     options = judge.Options(
         kernel, tuple(metric or ()), judge.as_margins(margin or []), calibrate, tau, alpha, seed,
         judge.as_verdicts(fail_on),

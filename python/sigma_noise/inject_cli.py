@@ -11,7 +11,7 @@ import typer
 from sigma_train.errors import Failure, Stopped, WrongInput, verdict
 
 from sigma_noise.codes import Exit
-from sigma_noise.options import must_take_json, seconds
+from sigma_noise.options import seconds
 
 BEGINS = "begins"  # the line of the standard error that a caller can wait for
 
@@ -118,11 +118,11 @@ def selftest(
     json_file: Annotated[Path | None, typer.Option("--json", help="file to write")] = None,
 ) -> None:
     """What can be seen on this machine: stops of known length and rate, injected and looked for."""
-    from sigma_train.files import write_json
+    from sigma_train.files import must_take_file, write_json
 
     from sigma_noise import selftest as of_machine
 
-    must_take_json(json_file)
+    must_take_file("--json", json_file)
     lengths = [seconds(text) for text in length or []] or of_machine.LENGTHS_S
     cells = of_machine.curve(lengths, rate or of_machine.RATES_HZ, duration_s=duration, seed=seed)
     typer.echo("  length     rate  injected  recall  [95 %]       precision  mean length  period error")

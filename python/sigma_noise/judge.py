@@ -16,7 +16,7 @@ from sigma_noise.codes import FAILING, Exit, Verdict
 from sigma_noise.compare import MARGINS, Comparison, compare
 from sigma_noise.options import names
 from sigma_noise.plain import plain
-from sigma_noise.runs import Arm, Threshold, arm_of, told
+from sigma_noise.runs import Arm, Numbers, Threshold, arm_of, told
 from sigma_noise.shape import Shape, shape
 from sigma_noise.units import time_of
 
@@ -94,7 +94,7 @@ def judged(base: Path, new: Path, options: Options) -> Judged:
             metrics=options.metrics or common,
             alpha=options.alpha,
             throttled=sorted({unit for arm in arms for unit in arm.throttled}),
-            unseen=hidden(arms, tau_s),
+            unseen=hidden(arms, numbers, tau_s),
         )
     except ValueError as error:
         raise WrongInput(str(error)) from None
@@ -102,9 +102,10 @@ def judged(base: Path, new: Path, options: Options) -> Judged:
     return Judged(options, *arms, own, tau_s, threshold, found, differ)
 
 
-def hidden(arms: Sequence[Arm], tau_s: float) -> dict[str, str]:
+def hidden(arms: Sequence[Arm], numbers: Sequence[Numbers], tau_s: float) -> dict[str, str]:
     """Metrics that one threshold leaves nothing of, with the reason: equal numbers of no detours are no equivalence."""
-    if any(arm.has_detours(tau_s) for arm in arms) or not any(arm.has_detours(None) for arm in arms):
+    are_seen = any(any(of_arm["detours_per_s"]) for of_arm in numbers)
+    if are_seen or not any(arm.has_detours for arm in arms):
         return {}
     above = f"no run has a detour above {time_of(tau_s)}, though some have one above their own threshold"
     return {"detours_per_s": f"{above}; give a lower --tau"}
@@ -116,7 +117,7 @@ def calibrated(arm: Arm, tau_s: float, options: Options) -> Mapping[str, float]:
         raise WrongInput(f"--calibrate {arm.folder} must have 2 runs or more, found {len(arm.runs)}")
     rng = np.random.default_rng(options.seed)
     pairs = split(arm.numbers(tau_s), len(arm.runs) // 2, COMPARISONS, rng)
-    return calibrate(pairs, options.margins).margins
+    return {**(options.margins or {}), **calibrate(pairs, options.margins).margins}
 
 
 def as_margins(texts: Sequence[str]) -> dict[str, float]:

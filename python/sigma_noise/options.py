@@ -1,8 +1,7 @@
-"""Times, lists, sizes and files on a command line."""
+"""Times, lists and sizes on a command line."""
 
 import re
 from fractions import Fraction
-from pathlib import Path
 
 import typer
 
@@ -45,18 +44,6 @@ def given(context: typer.Context) -> list[str]:
     sources = {name: context.get_parameter_source(name) for name in context.params}
     named = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
     return [name.replace("_", "-") for name in named]
-
-
-def must_take_json(path: Path | None) -> None:
-    """Before the work.  Raises: WrongInput for a file of --json that cannot be made."""
-    from sigma_train.errors import WrongInput
-    from sigma_train.files import must_take_files
-
-    if path is None:
-        return
-    if path.exists() and not path.is_file():
-        raise WrongInput(f"--json must be a file, found {str(path)!r}")
-    must_take_files("--json", path.parent)
 
 
 def sizes(texts: list[str]) -> dict[str, dict[str, int]]:

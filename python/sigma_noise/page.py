@@ -2,13 +2,12 @@
 
 import base64
 import io
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
-from sigma_train.files import atomic_file, write_text
+from sigma_train.files import atomic_file, write_json, write_text
 
 from sigma_noise import screen
 from sigma_noise.analysis import Analysis
@@ -26,7 +25,7 @@ def write(trace: Trace, found: Analysis, out: Path) -> Path:
     for title, content in pictures.items():
         with atomic_file(out / f"{title.lower().replace(' ', '-')}.png") as file:
             file.write(content)
-    write_text(out / "analysis.json", json.dumps(as_json(found), indent=1, allow_nan=False) + "\n")
+    write_json(out / "analysis.json", as_json(found))
     write_text(out / "report.html", rendered(found, pictures))
     return out / "report.html"
 

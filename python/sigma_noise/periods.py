@@ -20,6 +20,7 @@ from scipy import fft
 
 from sigma_noise.intervals import Array
 
+MOST_HZ = 60.0  # what is faster is found by its multiples
 HARMONICS = 20
 PENALTY = 4.0
 BINS_A_CYCLE = 4  # of the highest harmonic's

@@ -75,10 +75,11 @@ class Arm:
             for rank in ranks
         )
 
-    def has_detours(self, tau_s: float | None) -> bool:
-        """Above tau_s, or above the own threshold of some rank in some run."""
+    @property
+    def has_detours(self) -> bool:
+        """Above the own threshold of some rank in some run."""
         return any(
-            len(detours.fixed_work(of.start_s, of.seconds, of.bounds, tau_s).detours) > 0
+            len(detours.fixed_work(of.start_s, of.seconds, of.bounds).detours) > 0
             for run in self.runs
             for of in run
         )

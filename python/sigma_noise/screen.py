@@ -30,12 +30,12 @@ def lines(found: Analysis) -> list[str]:
     out += idle_loop(found)
     out += [*ranks_of(found), *collectives_of(found)]
     out += [*causes_of(found), *projection(found)]
-    return [*out, *warnings_of(found.warnings, MOST_LINES - len(out))]
+    return [*out, *warnings_of(found.warnings)]
 
 
-def warnings_of(texts: tuple[str, ...], room: int) -> Iterator[str]:
-    """In so many lines at most, the last of which says how many there are beyond them."""
-    shown = texts if len(texts) <= min(room, MOST_WARNINGS) else texts[: min(room - 1, MOST_WARNINGS)]
+def warnings_of(texts: tuple[str, ...]) -> Iterator[str]:
+    """The first, and how many there are beyond them."""
+    shown = texts[:MOST_WARNINGS]
     yield from (f"warning     {text}" for text in shown)
     if len(shown) < len(texts):
         yield f"warning     and {len(texts) - len(shown)} more, in --report and --json"
@@ -119,13 +119,16 @@ def clocks_of(change: Change) -> str:
     known = {gauge: sides for gauge, sides in change.clocks.items() if all(map(isfinite, sides))}
     if not known:
         return "clocks were not read on both sides"
-    gauge = max(
-        known, key=lambda name: 1 - min(known[name]) / max(*known[name], 1.0)
-    )  # one that slept says 0
+    gauge = max(known, key=lambda name: moved(*known[name]))
     name, _, unit = gauge.rpartition("_")
     before, after = (f"{x * HZ[unit] / 1e9:.2f}" for x in known[gauge])
     of = "" if len(known) == 1 else f", which changed most of {len(known)}"
     return f"clock of {name.replace('_', ' ')} {before} to {after} GHz{of}"
+
+
+def moved(before: float, after: float) -> float:
+    """Over the higher of both; a clock that slept says 0."""
+    return abs(after - before) / max(before, after, 1.0)
 
 
 def idle_loop(found: Analysis) -> Iterator[str]:

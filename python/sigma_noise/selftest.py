@@ -23,7 +23,6 @@ from scipy.stats import binomtest
 from sigma_train.errors import Failure, WrongInput
 
 from sigma_noise import periods
-from sigma_noise.analysis import MOST_HZ
 from sigma_noise.inject import Plan
 from sigma_noise.inject_cli import BEGINS
 from sigma_noise.loops import detours
@@ -103,7 +102,7 @@ def period_error(stops: Series, found_ns: NDArray[np.int64], rate_hz: float) -> 
     begin_ns = int(stops.start_ns[0]) - round(0.5e9 / rate_hz)
     window_s = float(stops.end_ns[-1] - begin_ns) * 1e-9
     at_s = (found_ns[found_ns >= begin_ns] - begin_ns) * 1e-9
-    low_hz, high_hz = periods.BLOCK_PERIODS / window_s, max(MOST_HZ, 2 * rate_hz)
+    low_hz, high_hz = periods.BLOCK_PERIODS / window_s, max(periods.MOST_HZ, 2 * rate_hz)
     if len(at_s) < periods.FEWEST_STAMPS or low_hz >= rate_hz:
         return float("nan")
     found = periods.find(at_s, window_s, low_hz=low_hz, high_hz=high_hz, most=1)

@@ -92,15 +92,10 @@ def search(
 
 def _must_be_places(json_file: Path | None, plot: Path | None = None) -> None:
     """Raises: WrongInput, before minutes of measuring, if a file cannot be written where it is wanted."""
-    from sigma_train.errors import WrongInput
-    from sigma_train.files import must_take_files
+    from sigma_train.files import must_take_file
 
     for option, path in (("--json", json_file), ("--plot", plot)):
-        if path is None:
-            continue
-        if path.is_dir():
-            raise WrongInput(f"{option}: {path} is a folder; name a file")
-        must_take_files(option, path.parent)
+        must_take_file(option, path)
 
 
 def numbers(option: str, text: str | None) -> list[int]:

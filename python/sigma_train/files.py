@@ -114,6 +114,18 @@ def must_take_files(setting: str, folder: Path) -> None:
         pass
 
 
+def must_take_file(setting: str, path: Path | None) -> None:
+    """As `atomic_file` would make it.  Raises: WrongInput if it cannot be made, or is there and no file."""
+    if path is None:
+        return
+    with must_be_writable(setting, path.parent):
+        if path.exists() and not path.is_file():
+            raise WrongInput(f"{setting} must be a file, found {str(path)!r}")
+        probe = temporary_name(path)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+
+
 def sync(path: Path) -> None:
     """fsync a file or a folder (a rename is durable once its folder is)."""
     fd = os.open(path, os.O_RDONLY)
