@@ -20,7 +20,8 @@ from sigma_train.ranks import Ranks
 def weights_must_fit(config: Config) -> None:
     """Each rank makes all of them before they are spread.
 
-    Raises: MemoryError if this machine has less memory than that twice over, swap or not: it would be filled first.
+    Raises: MemoryError if they are more than twice this machine's memory, which no swap makes up for: it would be
+    filled before the system refuses.
     """
     weights = sum(p.numel() * p.element_size() for p in unfilled(config).parameters())
     if weights > 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):

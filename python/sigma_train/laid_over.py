@@ -53,20 +53,22 @@ class Aligned:
         Yields: both slices, and [n, 2] int64: the first and last of the teacher's slice for each, -1 without.
         """
         at = 0
-        for block in self._blocks(dataset):
-            tokens = dataset.tokens[block]
-            student = torch.from_numpy(spans_of_lengths(dataset.token_bytes[tokens], at))
-            until = int(student[-1, 1])
-            hi = int(torch.searchsorted(begins, until))
-            if self.kind == "span":  # a token that begins before this block may reach into it
-                lo = int(torch.searchsorted(ends, at, right=True))
-                ranges = align_spans(student, _spans(begins, ends, lo, hi))
-            else:
-                lo = int(torch.searchsorted(begins, at))
-                ranges = self._of_piece(tokens, student, _spans(begins, ends, lo, hi))
-            yield block, slice(lo, hi), ranges
-            at = until
-        edit_distance.cache_clear()
+        try:
+            for block in self._blocks(dataset):
+                tokens = dataset.tokens[block]
+                student = torch.from_numpy(spans_of_lengths(dataset.token_bytes[tokens], at))
+                until = int(student[-1, 1])
+                hi = int(torch.searchsorted(begins, until))
+                if self.kind == "span":  # a token that begins before this block may reach into it
+                    lo = int(torch.searchsorted(ends, at, right=True))
+                    ranges = align_spans(student, _spans(begins, ends, lo, hi))
+                else:
+                    lo = int(torch.searchsorted(begins, at))
+                    ranges = self._of_piece(tokens, student, _spans(begins, ends, lo, hi))
+                yield block, slice(lo, hi), ranges
+                at = until
+        finally:  # also where only the first are wanted
+            edit_distance.cache_clear()
 
     def _blocks(self, dataset: TokenDataset) -> Iterator[slice]:
         size = BLOCK if self.kind == "span" else PIECE
