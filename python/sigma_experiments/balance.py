@@ -14,19 +14,17 @@ from sigma_experiments import sparse
 from sigma_experiments.lab import Lab, Trained
 from sigma_experiments.page import Page, draw, spread, table
 
-EARLY = (8, 6, 4, 2, 1, 1)
-SWITCH = 0.6  # of the steps
 ARMS = {
     "plain": {},
-    "schedule": {"sparsity.phases": [[0, EARLY], [SWITCH, (1,) * sparse.LAYERS]]},
-    "stay": {"model.top_k": EARLY},
+    "schedule": sparse.SCHEDULE,
+    "stay": {"model.top_k": sparse.EARLY},
     "bias": {"router.balance": "bias", "router.bias_rate": 1e-2},
     "top1": {"router.balance": "top1", "router.top1_temperature": 0.1},
 }
 TITLES = {
     "plain": "plain loss, k = 1",
-    "schedule": f"plain loss, k = {EARLY}, then 1",
-    "stay": f"plain loss, k = {EARLY} throughout",
+    "schedule": f"plain loss, k = {sparse.EARLY}, then 1",
+    "stay": f"plain loss, k = {sparse.EARLY} throughout",
     "bias": "selection bias, rate 0.01",
     "top1": "Top-1 loss, temperature 0.1",
 }
@@ -65,7 +63,7 @@ def must_be_one_run(schedule: list[Trained], stay: list[Trained]) -> None:
 
 def switch_step(trained: Trained) -> int:
     """The last step before it."""
-    return round(SWITCH * trained.config.train.steps)
+    return round(sparse.SWITCH * trained.config.train.steps)
 
 
 def text(trained: dict[str, list[Trained]], commonest: float, bound: float) -> str:
@@ -108,9 +106,9 @@ def text(trained: dict[str, list[Trained]], commonest: float, bound: float) -> s
     return f"""
 {sparse.described(trained)}, mean [lowest, highest]. Hidden size {config.model.hidden_size}, steps of
 {t.batch_size * t.seq_len:,} tokens, vocabulary {config.model.vocab_size:,}. Deviations from an even share are those of
-the last {2 * config.guard.stats_every} steps. k = {EARLY} over the layers goes to 1 at {SWITCH:.0%} of the
-steps; the run that switches and the one that stays have, until then, equal losses bit for bit, which is checked: they
-go on from one state.
+the last {2 * config.guard.stats_every} steps. k = {sparse.EARLY} over the layers goes to 1 at {sparse.SWITCH:.0%}
+of the steps; the run that switches and the one that stays have, until then, equal losses bit for bit, which is checked:
+they go on from one state.
 
 {table(columns, rows)}
 

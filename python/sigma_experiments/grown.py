@@ -154,7 +154,7 @@ def train(lab: Lab, size: Size) -> tuple[dict[str, list[Curve]], list[Path]]:
     ]
     trained = lab.train([*scratch, *bases])  # the longest first, so that no core waits for one at the end
     small = [trained[base] for base in bases]
-    runs, sunk, begins = [], {}, {}
+    folders, sunk = {}, {}
     for seed, base in enumerate(small):
         for arm in chosen:
             begin = lab.folder / f"{arm.name}-seed{seed}.begin"
@@ -162,10 +162,11 @@ def train(lab: Lab, size: Size) -> tuple[dict[str, list[Curve]], list[Path]]:
             own = lengths[arm.target].grown | shapes[arm.target] | {"train.init_from": str(begin)}
             run = Run(arm.name, seed, {**shared, **own})
             sunk[run] = flops_per_step(base.config) * arm.point * size.unit
-            begins[run] = bits_of(begin)
-            runs.append(run)
+            folders[run] = begin
+    with lab.threads() as pool:
+        begins = dict(zip(folders, pool.map(bits_of, folders.values()), strict=True))
     curves: dict[str, list[Curve]] = {"small": [Curve(each, 0.0) for each in small]}
-    for run, each in (lab.train(runs) | {run: trained[run] for run in scratch}).items():
+    for run, each in (lab.train(list(folders)) | {run: trained[run] for run in scratch}).items():
         curves.setdefault(run.arm, []).append(Curve(each, sunk.get(run, 0.0), begins.get(run)))
     return curves, [checkpoint(base, size.steps) for base in small]
 

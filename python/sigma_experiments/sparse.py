@@ -16,6 +16,9 @@ from sigma_experiments.page import spread
 
 LAYERS, EXPERTS = 6, 96
 LOOK = 25  # steps between looks
+EARLY = (8, 6, 4, 2, 1, 1)  # experts a token in each layer, before the schedule's switch
+SWITCH = 0.6  # of the steps
+SCHEDULE = {"sparsity.phases": [[0, EARLY], [SWITCH, (1,) * LAYERS]]}
 BASE = {
     "model.vocab_size": 1024,
     "model.num_layers": LAYERS,

@@ -42,7 +42,7 @@ from sigma_experiments.page import Page, spread, table
 
 TEXT_BYTES, SHORT_BYTES = 2_400_000, 80_000
 STEPS, TEACHER_STEPS = 240, 400
-NOT_SHORT = ("random", "chunk")
+NOT_SHORT = ("random", "chunk", "random-longer", "student-longer")
 TOP = 64  # probabilities of the teacher that ULD sees
 COVERED_TOKENS = 20_000  # of the student's, over which alignments are looked at
 LOOKS = 16  # batches of the training text over which a trained student's choice is counted
@@ -83,7 +83,11 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "edit": ("the same, paired by edit distance", {**GUIDED, "objective.alignment": "edit"}),
     "chunk": ("the same, paired by chunks", {**GUIDED, "objective.alignment": "chunk"}),
     "uld": ("all tokens, and ULD", {"objective.kind": "uld"}),
-    "longer": ("all tokens, FLOPs of the teacher's reading added", {}),
+}
+ALONE = ("plain", "random", "student")  # without a teacher
+LONGER = {name: f"{name}-longer" for name in ALONE}
+ARMS |= {
+    LONGER[name]: (f"{ARMS[name][0]}, FLOPs of the teacher's reading added", ARMS[name][1]) for name in ALONE
 }
 
 
@@ -104,16 +108,14 @@ class Costs:
 def run(lab: Lab) -> Page:
     texts = write_texts(lab.folder / "text", SHORT_BYTES if lab.is_short else TEXT_BYTES)
     teacher = Run("teacher", 0, settings(lab, TEACHER, texts.teacher, {}))
-    alone = lab.train(
-        [teacher, *students(lab, texts, "plain", "random", "student")]
-    )  # of the teacher's own time
+    alone = lab.train([teacher, *students(lab, texts, *ALONE)])  # these while the teacher is trained
     trained_teacher = alone.pop(teacher)
     place, losses = read_by(trained_teacher, lab, texts)
     costs = costs_of(trained_teacher, lab, texts, losses)
     guided = lab.train(
         [
+            *students(lab, texts, *LONGER.values(), more_steps=costs.longer),  # no core waits for a long one
             *students(lab, texts, *(name for name in ARMS if reads_teacher(name)), teacher=place),
-            *students(lab, texts, "longer", more_steps=costs.longer),
         ]
     )
     found = sparse.by_arm(alone | guided)
@@ -148,7 +150,7 @@ def reads_teacher(name: str) -> bool:
 
 def chooses(name: str) -> bool:
     """Whether it learns from some tokens alone; of all of them `plain` stands for the others."""
-    return ARMS[name][1].get("objective.kind") != "uld" and name != "longer"
+    return ARMS[name][1].get("objective.kind") != "uld" and name not in LONGER.values()
 
 
 def students(
@@ -319,10 +321,10 @@ students' text it has {losses.bits_per_byte:.4f} bits per byte, noise and all. A
 
 ![Bits per byte on clean text](teacher-quality.png)
 
-Equal steps in all rows but the last, which has as many FLOPs as a guided student and the teacher's reading of the text
+Equal steps, and so equal FLOPs of the student, in all rows but the last ones. These are the students without a teacher
+with as many FLOPs as a guided one and the teacher's reading of the text
 ({costs.reading:.2e}) together, in a short form at most twice the steps. The teacher's
-training, {costs.training:.2e} FLOPs, is counted nowhere. Of the students without a teacher those that learn from all
-tokens are best at equal steps, so these alone were run for longer. All students begin anew; the teacher is one. ULD
+training, {costs.training:.2e} FLOPs, is counted nowhere. All students begin anew; the teacher is one. ULD
 adds {student.objective.uld_weight:g} times the distance between the sorted probabilities of the student and the
 teacher's {TOP} highest, tokens paired by their bytes, and leaves none out.
 

@@ -1,7 +1,7 @@
 """Balance against quality (left open by Sigma-MoE-Tiny, arXiv 2512.16248): each loss at several strengths.
 
 Too little and experts stand idle, too much and tokens go where there is room: validation over the deviation of the
-busiest expert, at the same tokens.
+busiest expert, at the same tokens.  Beside the losses the schedule of `balance`, which computes more until its switch.
 """
 
 from typing import Any
@@ -20,13 +20,17 @@ KINDS = {
     "plain": "plain loss, coefficient",
     "top1": "Top-1 loss, temperature",
     "bias": "selection bias, rate",
+    "schedule": f"plain loss, k = {sparse.EARLY}, then 1",
     "none": "nothing",
 }
 
 
 def arms() -> dict[str, tuple[str, float, dict[str, Any]]]:
     """Kind, strength and settings by name."""
-    found: dict[str, tuple[str, float, dict[str, Any]]] = {"none": ("none", 0.0, {"router.balance": "none"})}
+    found: dict[str, tuple[str, float, dict[str, Any]]] = {
+        "none": ("none", 0.0, {"router.balance": "none"}),
+        "schedule": ("schedule", 0.0, sparse.SCHEDULE),  # the longest first
+    }
     for coef in PLAIN:
         found[f"plain-{coef:g}"] = "plain", coef, {"router.balance_coef": coef}
     for temperature in TOP1:
@@ -62,15 +66,17 @@ def text(chosen: dict[str, tuple[str, float, Any]], trained: dict[str, list[Trai
         most = sparse.final(runs, "load_most")
         rows.append([
             f"{KINDS[kind]} {strength:g}" if strength else KINDS[kind],
-            sparse.percent(most[:, 0]),
-            sparse.percent(most.mean(1)),
+            *(sparse.percent(of_layer) for of_layer in (most[:, 0], most[:, 1], most.mean(1))),
+            sparse.percent(sparse.final(runs, "load_least")[:, 0]),
             spread(sparse.final(runs, "experts_dead").sum(1), 0),
             spread(sparse.final_bits(runs), 4),
         ])  # fmt: skip
     columns = (
         "balance",
         "busiest expert, layer 0",
-        "busiest expert, mean of layers",
+        "layer 1",
+        "mean of layers",
+        "idlest, layer 0",
         "experts without a token, all layers",
         "validation, bits per byte",
     )
@@ -102,7 +108,7 @@ def curve(chosen: dict[str, tuple[str, float, Any]], trained: dict[str, list[Tra
                     x.mean(), y.mean(), xerr=bars[0], yerr=bars[1], color=f"C{color}", marker="o", capsize=2
                 )
                 strength = chosen[name][1]
-                label = f"{strength:g}" if strength else "none"
+                label = f"{strength:g}" if strength else kind
                 axes.annotate(label, (x.mean(), y.mean()), (5, 5), textcoords="offset points", fontsize=8)
                 centers.append((x.mean(), y.mean()))
             if centers:
