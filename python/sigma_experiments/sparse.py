@@ -1,4 +1,4 @@
-"""One expert of 96 in six layers: what `balance`, `bias`, `trade-off` and `token-bound` train, and what they look at.
+"""One expert of 96 in six layers: what `balance`, `bias`, `collapse`, `trade-off` and `token-bound` train and look at.
 
 Deviation of an expert: its tokens over an even share, less one, over the steps between two looks; of a layer, that of
 its busiest and of its idlest expert (Sigma-MoE-Tiny, arXiv 2512.16248, figure 2; the first is DeepSeek's MaxVio).
