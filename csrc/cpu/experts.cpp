@@ -74,12 +74,13 @@ void swiglu_row(const Kernels& isa, const float* gate, const float* up, X* out, 
 
 // Columns i0..i1 of gate and of up for one expert's rows, and their SwiGLU; `next` as in gemm_nt_columns.
 template <class X, class W>
-void gate_up_columns(const Kernels& isa, const Experts<X, W>& m, int64_t e, int64_t i0, int64_t i1, X* hidden,
-                     const W* next) {
+void gate_up_columns(const Kernels& isa, const Experts<X, W>& m, int64_t e, int64_t i0, int64_t i1,
+                     SpacedRows<X>& spaced, X* hidden, const W* next) {
   alignas(64) float tile[kRowChunk * 2 * kColumnBlock];  // where no backward wants them
   const int64_t columns = i1 - i0, end = m.offsets[e + 1];
   for (int64_t r0 = m.offsets[e]; r0 < end; r0 += kRowChunk) {
     const int64_t r1 = std::min(end, r0 + kRowChunk);
+    const Rows<const X> x = spaced.of(by_token(m, m.x, m.ldx), r0, r1, m.H);
     const auto half = [&](int64_t n0, int64_t in_tile, const W* ahead) {
       const float* const factors = m.gate_up_scale ? m.gate_up_scale + n0 : nullptr;
       const Rows<float> y = m.gate_up
@@ -89,7 +90,7 @@ void gate_up_columns(const Kernels& isa, const Experts<X, W>& m, int64_t e, int6
                                        .N = 2 * m.I,
                                        .K = m.H,
                                        .offsets = m.offsets,
-                                       .x = by_token(m, m.x, m.ldx),
+                                       .x = x,
                                        .w = m.gate_up_proj + n0 * m.gate_up_row,
                                        .w_expert = m.gate_up_expert,
                                        .w_row = m.gate_up_row,
@@ -112,12 +113,15 @@ template <class X, class W>
 void gate_up_and_swiglu(const Experts<X, W>& m, X* hidden) {
   const Kernels& isa = kernels();
   const ColumnTasks tasks(m.E, m.offsets, m.I, m.threads);
-#pragma omp parallel for schedule(dynamic, tasks.at_once) \
-    num_threads(m.threads) if (m.T * m.k * m.I * m.H > (1 << 15))
-  for (int64_t i = 0; i < tasks.count; ++i) {
-    const auto [e, i0, i1, continues] = tasks[i];
-    const W* const next = continues ? m.gate_up_proj + e * m.gate_up_expert + i1 * m.gate_up_row : nullptr;
-    gate_up_columns(isa, m, e, i0, i1, hidden, next);
+#pragma omp parallel num_threads(m.threads) if (m.T * m.k * m.I * m.H > (1 << 15))
+  {
+    SpacedRows<X> spaced;
+#pragma omp for schedule(dynamic, tasks.at_once)
+    for (int64_t i = 0; i < tasks.count; ++i) {
+      const auto [e, i0, i1, continues] = tasks[i];
+      const W* const next = continues ? m.gate_up_proj + e * m.gate_up_expert + i1 * m.gate_up_row : nullptr;
+      gate_up_columns(isa, m, e, i0, i1, spaced, hidden, next);
+    }
   }
 }
 

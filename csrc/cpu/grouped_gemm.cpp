@@ -140,12 +140,17 @@ template <class X, class W, class Y>
 void grouped_gemm_nt(const GroupedGemm<X, W, Y>& g) {
   const Kernels& isa = kernels();
   const ColumnTasks tasks(g.E, g.offsets, g.N, g.threads);
-#pragma omp parallel for schedule(dynamic, tasks.at_once) \
-    num_threads(g.threads) if (!is_serial(g.threads, 2.0 * g.offsets[g.E] * g.N * g.K))
-  for (int64_t i = 0; i < tasks.count; ++i) {
-    const auto [e, n0, n1, continues] = tasks[i];
-    const W* const next = continues ? g.w + e * g.w_expert + n1 * g.w_row : nullptr;
-    gemm_nt_columns(isa, g, e, g.offsets[e], g.offsets[e + 1], n0, n1, next);
+#pragma omp parallel num_threads(g.threads) if (!is_serial(g.threads, 2.0 * g.offsets[g.E] * g.N * g.K))
+  {
+    SpacedRows<X> spaced;
+    GroupedGemm<X, W, Y> task = g;
+#pragma omp for schedule(dynamic, tasks.at_once)
+    for (int64_t i = 0; i < tasks.count; ++i) {
+      const auto [e, n0, n1, continues] = tasks[i];
+      const W* const next = continues ? g.w + e * g.w_expert + n1 * g.w_row : nullptr;
+      task.x = spaced.of(g.x, g.offsets[e], g.offsets[e + 1], g.K);
+      gemm_nt_columns(isa, task, e, g.offsets[e], g.offsets[e + 1], n0, n1, next);
+    }
   }
 }
 
