@@ -6,8 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch.distributed as dist
-from sigma_noise import a2a, loops
+from noise_fake_gpu import FakeGpu
+from sigma_noise import a2a, cuda, loops
 from sigma_noise.offset import offset
+from sigma_noise.plan import Plan
+from sigma_noise.trace import Trace
+from sigma_noise.windows import exchanges_of
 from sigma_noise.work import work
 from sigma_train.ranks import Ranks
 
@@ -64,4 +68,39 @@ def check_late_rank(rank: int, size: int, path: str) -> None:
     assert (of_first.start_ns < local.start_ns).all(), "the late one began before the other had arrived"
     assert (local.end_ns <= of_second.start_ns).all()
     assert (of_first.end_ns >= of_second.start_ns).all(), "the one that waited ended before all had come"
+    dist.destroy_process_group()
+
+
+def check_late_gpu(rank: int, size: int, path: str) -> None:
+    """What is enqueued on rank 1 takes 5 ms, on the others 0.1: `sigma_noise.collectives` must name it."""
+    ranks = joined(rank, size, path)
+    fake = FakeGpu(lambda i: 5_000_000 if rank == 1 else 100_000)
+    plan = Plan(
+        kernels=("a2a",), modes=("fwq",), backend="cuda", quantum_s=1e-3, duration_s=0.2, warm_up_s=0,
+        sizes={"gemm": {"R": 2, "N": 3, "K": 4}, "a2a": {"bytes": 4096}},
+    )  # fmt: skip
+    told = ranks.gathered(cuda.measure(plan, ranks, fake.gpu(uuid=f"fake {rank}")))
+    trace = Trace(
+        told[0].run,
+        {r: about for one in told for r, about in one.ranks.items()},
+        {key: series for one in told for key, series in one.rows.items()},
+    )
+    assert trace.names() == ["a2a", "a2a_local"]
+    for r in range(size):
+        measured = trace.ranks[r]["measured"]
+        assert measured["a2a_local"]["kernel"] == "gemm"
+        assert measured["a2a_local"]["steps"] == told[0].ranks[0]["measured"]["a2a_local"]["steps"]
+        doubts = [found["residual_ns"] for found in measured["a2a"]["offsets"]]
+        assert [found["residual_ns"] for found in trace.ranks[r]["clock"]["offsets"]] == [max(doubts)] * 2
+    exchanges, wrong = exchanges_of(trace)
+    assert exchanges is not None, wrong
+    parts = exchanges.parts
+    assert parts.impossible == parts.unmatched == 0
+    n = len(parts.step)
+    assert n >= 8
+    assert parts.times_last[1] >= 0.8 * n, parts.times_last
+    assert parts.caused_wait_s.argmax() == 1
+    local_s, wait_s = parts.local_s.mean(axis=1), parts.wait_s.mean(axis=1)
+    assert local_s[1] == local_s.max()
+    assert wait_s[1] == wait_s.min()
     dist.destroy_process_group()

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from sigma_noise import cuda, detours
+from sigma_noise import cuda_replays, detours
 from sigma_noise.changes import segments
+from sigma_noise.gpu import Gpu
 from sigma_noise.spans import Match, match
 from sigma_noise.trace import Series
 
@@ -33,7 +34,7 @@ class SideStream:
 class Disturbed:
     """`replay`, every so often with a spin before it; `spins` are its number and the events around the spin."""
 
-    def __init__(self, gpu: cuda.Gpu, replay: Callable[[], None], spin: Callable[[Any, Any], None]) -> None:
+    def __init__(self, gpu: Gpu, replay: Callable[[], None], spin: Callable[[Any, Any], None]) -> None:
         self.gpu, self.replay, self.spin = gpu, replay, spin
         self.spins: list[tuple[int, Any, Any]] = []
         self.calls = 0
@@ -47,13 +48,17 @@ class Disturbed:
 
 
 def measured(
-    gpu: cuda.Gpu, replay: Callable[[], None], spin: Callable[[Any, Any], None], duration_s: float
+    gpu: Gpu, replay: Callable[[], None], spin: Callable[[Any, Any], None], duration_s: float
 ) -> tuple[Series, Series]:
     """Quanta, and the spins within them by the device's own events."""
     disturbed = Disturbed(gpu, replay, spin)
-    edges, _ = cuda.replays(gpu, disturbed, 0, duration_s)
+    edges = cuda_replays.replays(gpu, disturbed, 0, duration_s).edges_ns
     quanta = Series(edges[:-1], edges[1:], np.ones(len(edges) - 1))
-    seen = [(n - cuda.BATCH, begin.elapsed_time(end)) for n, begin, end in disturbed.spins if n >= cuda.BATCH]
+    seen = [
+        (n - cuda_replays.BATCH, begin.elapsed_time(end))
+        for n, begin, end in disturbed.spins
+        if n >= cuda_replays.BATCH
+    ]
     start = quanta.start_ns[[n for n, _ in seen]]
     length_ns = np.array([round(ms * 1e6) for _, ms in seen], np.int64)
     return quanta, Series(start, start + length_ns, length_ns * 1e-9)

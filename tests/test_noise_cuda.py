@@ -3,81 +3,20 @@
 What a real one does with a graph and its timer no test here can see.
 """
 
-import ctypes
-from types import SimpleNamespace
-
 import noise_spins
 import numpy as np
 import pytest
-import torch
-from sigma_noise import cuda, loops
+from noise_fake_gpu import AHEAD_NS, FakeGpu
+from sigma_noise import cuda, cuda_clock, cuda_replays, loops
 from sigma_noise import measure as measure_module
 from sigma_noise.offset import Offset
 from sigma_noise.plan import Plan
 from sigma_train.errors import WrongInput
 from sigma_train.ranks import Ranks
 
-AHEAD_NS = 1_700_000_000_123_456_789  # of the device's timer
-
 
 def on_gpu(**settings) -> Plan:
     return Plan(**{"modes": ("fwq",), "backend": "cuda"} | settings)
-
-
-class FakeGpu:
-    """Work takes the time that `work` gives it, in order of enqueuing; now is when the host last looked."""
-
-    def __init__(self, work_ns):
-        self.at_ns, self.work_ns, self.replayed, self.captures = 0, work_ns, 0, []
-        fake = self
-
-        class Event:
-            def record(self):
-                fake.at_ns = max(fake.at_ns, loops.now_ns())
-                self.ns = fake.at_ns
-
-            def elapsed_time(self, end):
-                return float(np.float32((end.ns - self.ns) * 1e-6))
-
-            def synchronize(self):
-                while loops.now_ns() < self.ns:
-                    pass
-
-            def query(self):
-                return loops.now_ns() >= self.ns
-
-        self.event = Event
-
-    def captured(self, step):
-        step()
-        self.captures.append(step)
-
-        def replay():
-            self.at_ns = max(self.at_ns, loops.now_ns()) + int(self.work_ns(self.replayed))
-            self.replayed += 1
-
-        return replay
-
-    def run_arithmetic(self, blocks, rounds, steps, stamps, sums, stream):
-        """Rounds of 1 us a step, on multiprocessors 5, 6, ..., by a timer of 32 ns."""
-        out = np.frombuffer((ctypes.c_int64 * (blocks * rounds * 4)).from_address(stamps), np.int64)
-        out = out.reshape(blocks, rounds, 4)
-        begin = loops.now_ns()
-        for block in range(blocks):
-            edges = begin + 1000 * steps * np.arange(rounds + 1)
-            out[block, :, 0], out[block, :, 1] = edges[:-1], edges[1:]
-            out[block, :, 3] = block + 5
-        while loops.now_ns() < begin + 1000 * steps * rounds:
-            pass
-        out[..., :2] = (out[..., :2] + AHEAD_NS) // 32 * 32
-
-    def gpu(self, native=True):
-        kernels = SimpleNamespace(run_arithmetic=self.run_arithmetic, work_threads=256)
-        return cuda.Gpu(
-            device=torch.device("cpu"), about={"name": "fake"}, processors=2, event=self.event,
-            captured=self.captured, synchronize=lambda: None, stream=lambda: 0,
-            native=kernels if native else None,
-        )  # fmt: skip
 
 
 def test_edges_of_replays_are_the_events():
@@ -86,13 +25,13 @@ def test_edges_of_replays_are_the_events():
     fake = FakeGpu(lambda i: work_ns[i])
     replay = fake.captured(lambda: None)
     before = loops.now_ns()
-    edges, _ = cuda.replays(fake.gpu(), replay, 1500, 0.0)
+    edges = cuda_replays.replays(fake.gpu(), replay, 1500, 0.0).edges_ns
     after = loops.now_ns()
-    assert len(edges) - 1 >= 1500 - cuda.BATCH
+    assert len(edges) - 1 >= 1500 - cuda_replays.BATCH
     assert before < edges[0] < edges[-1] < after
-    assert len(edges) - 1 == fake.replayed - cuda.BATCH
+    assert len(edges) - 1 == fake.replayed - cuda_replays.BATCH
     took = np.diff(edges)
-    want = work_ns[cuda.BATCH : cuda.BATCH + len(took)]
+    want = work_ns[cuda_replays.BATCH : cuda_replays.BATCH + len(took)]
     # Equal but where this CPU was too late to enqueue the next, which makes a quantum longer.
     assert np.mean(np.abs(took - want) <= 8) >= 0.5
     assert (took - want >= -8).all()
@@ -117,8 +56,9 @@ def test_spins_between_replays_are_found():
 
 def test_a_queue_that_ran_dry_is_counted():
     fake = FakeGpu(lambda i: 0)
-    _, dry = cuda.replays(fake.gpu(), fake.captured(lambda: None), 2000, 0.0)
-    assert dry >= 1
+    found = cuda_replays.replays(fake.gpu(), fake.captured(lambda: None), 2000, 0.0)
+    assert len(found.is_dry) == len(found.edges_ns) - 1
+    assert found.is_dry.any()
 
 
 @pytest.mark.parametrize("kernel", ["copy", "gemm", "grouped"])
@@ -129,13 +69,13 @@ def test_steps_of_a_quantum_are_captured_together(kernel, monkeypatch):
         "grouped": {"R": 6, "E": 2, "N": 3, "K": 4},
     }
     fake = FakeGpu(lambda i: 50_000)
-    calls, made = [], cuda.STEPS[kernel]
+    calls, made = [], cuda_replays.STEPS[kernel]
 
     def counted(*args):
         step = made(*args)
         return lambda: (calls.append(1), step())
 
-    monkeypatch.setitem(cuda.STEPS, kernel, counted)
+    monkeypatch.setitem(cuda_replays.STEPS, kernel, counted)
     plan = on_gpu(
         kernels=(kernel,), quantum_s=2e-4, duration_s=0.02, warm_up_s=0, sizes={kernel: sizes[kernel]}
     )
@@ -149,7 +89,7 @@ def test_steps_of_a_quantum_are_captured_together(kernel, monkeypatch):
     series = trace.get(0, "quantum", kernel)
     assert series.end_ns[-1] - series.start_ns[0] >= 0
     assert (series.end_ns[:-1] == series.start_ns[1:]).all()
-    assert trace.ranks[0]["gpu"] == {"name": "fake"}
+    assert trace.ranks[0]["gpu"] == {"name": "fake", "uuid": "fake"}
 
 
 def test_stamps_of_the_device_come_to_the_hosts_clock():
@@ -182,9 +122,14 @@ def test_clocks_that_drift():
     stamps = AHEAD_NS + np.array([0, 1_000_000, 5_000_000_000, 10_000_000_000])
     before = Offset(AHEAD_NS, 77 - AHEAD_NS, 5)
     after = Offset(AHEAD_NS + 10_000_000_000, 77 - AHEAD_NS + 100_000, 5)  # 10 us a second
-    assert cuda.on_the_host(stamps, before, after).tolist() == [77, 1_000_087, 5_000_050_077, 10_000_100_077]
+    assert cuda_clock.on_the_host(stamps, before, after).tolist() == [
+        77,
+        1_000_087,
+        5_000_050_077,
+        10_000_100_077,
+    ]
     assert (
-        cuda.on_the_host(stamps, before, before.__class__(after.at_ns, before.offset_ns, 5))[3]
+        cuda_clock.on_the_host(stamps, before, before.__class__(after.at_ns, before.offset_ns, 5))[3]
         == 10_000_000_077
     )
 
@@ -198,8 +143,8 @@ def test_ranks_begin_together_and_know_their_offsets(monkeypatch):
     monkeypatch.setattr(
         cuda, "offset", lambda ranks, identity: (done.append("offset"), Offset(len(done), 7, 1))[1]
     )
-    real = cuda.replays
-    monkeypatch.setattr(cuda, "replays", lambda *args: (done.append(args[3]), real(*args))[1])
+    real = cuda_replays.replays
+    monkeypatch.setattr(cuda_replays, "replays", lambda *args: (done.append(args[3]), real(*args))[1])
     plan = on_gpu(kernels=("copy",), duration_s=0.02, warm_up_s=0.01, sizes={"copy": {"bytes": 64}})
     trace = cuda.measure(plan, Ranks(1, 2), fake.gpu())
     assert done == ["offset", 0.0, 0.01, "together", 0.02, "offset"]
@@ -210,15 +155,15 @@ def test_sizes_are_of_the_gpu():
     """Defends: the caches of the CPU, and what it copies at once, where a GPU is measured."""
     plan = on_gpu(kernels=("copy",), sizes={"copy": {"bytes": 4096}})
     plan.check(1)
-    assert cuda.sizes_of("copy", plan) == {"bytes": 4096}
-    assert cuda.sizes_of("gemm", plan) == {"R": 4096, "N": 4096, "K": 4096}
+    assert cuda_replays.sizes_of("copy", plan) == {"bytes": 4096}
+    assert cuda_replays.sizes_of("gemm", plan) == {"R": 4096, "N": 4096, "K": 4096}
 
 
 @pytest.mark.parametrize(
     "plan, message",
     [
-        (on_gpu(modes=("ftq",)), "--mode ftq is of the CPU alone"),
-        (on_gpu(kernels=("a2a",)), "--kernel a2a is of the CPU alone"),
+        (on_gpu(modes=("detours",)), "--mode detours is gaps of a loop that reads the CPU's clock"),
+        (on_gpu(kernels=("a2a",)), "--kernel a2a wants at least 2 ranks, found 1"),
         (on_gpu(), "--kernel spin: the CUDA kernels were not built here"),
         (on_gpu(kernels=("gemm",), threads=2), "--threads is of the CPU alone"),
         (on_gpu(kernels=("gemm",), threshold_s=1.0), "--threshold is of the CPU alone"),

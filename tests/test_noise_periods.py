@@ -260,6 +260,17 @@ def test_known_sources():
     assert pr.likely_sources(1.0, {"counters": 0.99}) == ("sigma noise: counters", "telemetry, 1 s")
 
 
+def test_the_grid_of_cells_of_which_some_are_missing():
+    """Defends: a spectrum over cells that were left out, whose lines lie elsewhere; a step that is not the begins'."""
+    start_s = 0.5 + 0.01 * np.delete(np.arange(300), [20, 21, 150])
+    step_s, stretch = sp.on_a_grid(start_s)
+    assert step_s == pytest.approx(0.01)
+    assert stretch == slice(148, 297)
+    assert sp.on_a_grid(np.arange(100.0)) == (1.0, slice(0, 100))
+    with pytest.raises(ValueError, match="start_s must have two samples or more, found 1"):
+        sp.on_a_grid([1.0])
+
+
 def test_fold():
     t = np.array([0.05, 1.05, 2.05, 0.95, 3.25])
     centre, count = pr.fold(t, 1.0, bins=4)

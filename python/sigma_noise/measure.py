@@ -10,7 +10,7 @@ from sigma_train.errors import Failure, WrongInput
 from sigma_train.ranks import Ranks
 
 from sigma_noise import host, loops
-from sigma_noise.a2a import AllToAll
+from sigma_noise.a2a import AllToAll, repeated
 from sigma_noise.offset import offset
 from sigma_noise.plan import WITH_THREADS, Plan, as_options
 from sigma_noise.trace import Key, Series, Trace
@@ -52,6 +52,17 @@ def together(ranks: Ranks) -> None:
     """Returns when all ranks have come; a collective."""
     if ranks.size > 1:
         dist.barrier()
+
+
+def coarse(name: str, chunk: loops.Calibration, quantum_s: float) -> list[str]:
+    """What is to be said of chunks that are too long for their quantum; nothing of others."""
+    chunks = quantum_s / max(chunk.quantum_s, 1e-9)
+    if chunks >= 0.9 * loops.CHUNKS:
+        return []
+    return [
+        f"{name}: a chunk of {chunk.quantum_s:.2g} s fits only {chunks:.0f} times into a quantum; "
+        f"{loops.CHUNKS * chunk.quantum_s:.1g} s would hold {loops.CHUNKS}"
+    ]
 
 
 class Measuring:
@@ -104,12 +115,7 @@ class Measuring:
             chunk = self.calibrated(made, partial(loops.calibrate, made, chunk_s, is_least=False))
             series, info = loops.run_fixed_time(made, chunk, plan.quantum_s, plan.duration_s)
             self.keep(kernel + FIXED_TIME, series, made, "ftq", asdict(info))
-            chunks = plan.quantum_s / max(chunk.quantum_s, 1e-9)
-            if chunks < 0.9 * loops.CHUNKS:
-                self.warn(
-                    f"{kernel}{FIXED_TIME}: a step of {chunk.quantum_s:.2g} s fits only {chunks:.0f} times into a "
-                    f"quantum; {loops.CHUNKS * chunk.quantum_s:.1g} s would hold {loops.CHUNKS}"
-                )
+            self.warnings += coarse(kernel + FIXED_TIME, chunk, plan.quantum_s)
 
     def all_to_all(self) -> None:
         """Local quanta of spin under a2a_local, collectives under a2a from arrival to end."""
@@ -118,7 +124,7 @@ class Measuring:
         made = self.made("spin")
         calibrated = self.calibrated(made, partial(loops.calibrate, made, plan.quantum_s))
         exchange = AllToAll(self.ranks, made, num_bytes, plan.seed)
-        local, collective = exchange.measure(plan.duration_s, plan.warm_up_s)
+        local, collective = repeated(self.ranks, exchange.rounds, plan.duration_s, plan.warm_up_s)
         self.keep("a2a_local", local, made, "fwq", asdict(calibrated))
         self.rows[self.ranks.rank, "quantum", "a2a"] = collective
         self.measured["a2a"] = {"mode": "collective", "bytes": num_bytes, "backend": dist.get_backend()}

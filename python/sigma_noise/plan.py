@@ -23,7 +23,7 @@ class Plan:
     pin:         CPUs that the ranks of a host take in turn; none: wherever the scheduler puts them
     threads:     of gemm and grouped
     sizes:       by kernel, see `sigma_noise.work`; of a2a: bytes
-    backend:     cpu, or cuda, which measures fixed work alone
+    backend:     cpu, or cuda, which measures no detours
     attribute:   counters of the thread, its host and its accelerators are kept beside the quanta
     """
 
@@ -44,6 +44,11 @@ class Plan:
     def times_kernels(self) -> bool:
         return bool({"fwq", "ftq"} & set(self.modes))
 
+    @property
+    def worked_on(self) -> set[str]:
+        """Kernels whose sizes matter: of an all-to-all on GPUs that of its local work as well."""
+        return {*self.kernels, *(("gemm",) if self.backend == "cuda" and "a2a" in self.kernels else ())}
+
     def check(self, ranks: int) -> None:
         """Raises: WrongInput, by the name of the option."""
         known = (*KERNELS, "a2a")
@@ -54,7 +59,7 @@ class Plan:
                 raise WrongInput(f"--{option} wants different names, found {','.join(given) or 'none'}")
         if self.backend == "cuda":
             self._check_cuda()
-        if wrong := [name for name in self.sizes if name not in self.kernels]:
+        if wrong := [name for name in self.sizes if name not in self.worked_on]:
             raise WrongInput(f"--size {wrong[0]}: no such kernel is measured, of {', '.join(self.kernels)}")
         if "a2a" in self.kernels and ranks < 2:
             raise WrongInput("--kernel a2a wants at least 2 ranks, found 1; --nproc 2 starts them")
@@ -74,17 +79,16 @@ class Plan:
             loops.check_seconds("duration_s", self.duration_s)
             if self.times_kernels:
                 loops.check_quanta(self.quantum_s, self.duration_s)
-            for kernel in set(self.kernels) - {"a2a"}:
+            for kernel in self.worked_on - {"a2a"}:
                 checked_sizes(kernel, self.sizes.get(kernel, {}), self.backend)
         except ValueError as error:
             raise WrongInput(as_options(error)) from None
 
     def _check_cuda(self) -> None:
-        if wrong := [mode for mode in self.modes if mode != "fwq"]:
-            raise WrongInput(f"--mode {wrong[0]} is of the CPU alone; --backend cuda measures fwq")
-        if "a2a" in self.kernels:
+        if "detours" in self.modes:
             raise WrongInput(
-                "--kernel a2a is of the CPU alone; --backend cuda measures spin, copy, gemm and grouped"
+                "--mode detours is gaps of a loop that reads the CPU's clock, which a GPU does not run; --backend cuda "
+                "measures fwq and ftq"
             )
         if self.threads > 1 or self.threshold_s is not None:
             option = "threads" if self.threads > 1 else "threshold"

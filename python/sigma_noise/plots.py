@@ -117,14 +117,16 @@ def folded(found: Analysis) -> Figure | None:
 
 
 def lines(trace: Trace, found: Analysis) -> Figure | None:
-    """Welch's spectrum of work done, of the noisiest rank with quanta of fixed time."""
+    """Welch's spectrum of work done, of the noisiest rank with quanta of fixed time, where none is missing."""
     worst = max((s for s in found.series if s.is_fixed_time), key=lambda s: s.noise.share, default=None)
     if worst is None:
         return None
-    count = trace.get(worst.rank, "quantum", worst.kernel).value
+    cells = trace.get(worst.rank, "quantum", worst.kernel)
+    step_s, stretch = spectrum.on_a_grid(cells.since(int(cells.start_ns[0])))
+    count = cells.value[stretch]
     if len(count) < spectrum.FEWEST or np.ptp(count) == 0:
         return None
-    s = spectrum.welch(count, worst.noise.observed_s / len(count))
+    s = spectrum.welch(count, step_s)
     figure, axes = plt.subplots(figsize=(7, 3.4))
     axes.plot(s.frequency_hz, s.power, color=BLUE, linewidth=0.8, label="chunks², a Hz")
     axes.plot(s.frequency_hz, s.alarm, color=RED, linewidth=0.8, linestyle="--", label="a line is above this")

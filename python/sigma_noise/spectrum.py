@@ -57,6 +57,17 @@ def welch(x: ArrayLike, step_s: float, *, segments: int = SEGMENTS) -> Spectrum:
     return _alarmed(frequency[inner], power[inner], ar1_shape(x, frequency[inner] * step_s), freedom)
 
 
+def on_a_grid(start_s: ArrayLike) -> tuple[float, slice]:
+    """How far begins [n] are apart, and the longest stretch of which none is missing.  Raises: ValueError below two."""
+    gaps = np.diff(series(start_s, "start_s"))
+    if not len(gaps):
+        raise ValueError("start_s must have two samples or more, found 1")
+    step_s = float(np.median(gaps))
+    cuts = np.concatenate([[0], np.flatnonzero(gaps > 1.5 * step_s) + 1, [len(gaps) + 1]])
+    longest = int(np.argmax(np.diff(cuts)))
+    return step_s, slice(int(cuts[longest]), int(cuts[longest + 1]))
+
+
 def ar1_shape(x: Array, cycles: Array) -> Array:
     """|1 - phi exp(-2 pi i c)|^-2 at c cycles a sample, with phi of x: an AR(1) spectrum, up to a factor."""
     y = x - x.mean()

@@ -15,7 +15,7 @@ from sigma_noise.units import time_of
 
 COLLECTIVE, LOCAL = "a2a", "a2a_local"
 FIXED_TIME = "ftq"
-PROCESSOR = re.compile(r"_mp\d+$")  # at the end of a kernel's name: of one multiprocessor of a GPU
+PROCESSOR = re.compile(r"_mp\d+(?=(_ftq)?$)")  # after a kernel's name: of one multiprocessor of a GPU
 WINDOW_S = 1e-2  # useful work between barriers, where nobody says how much there is
 FEWEST_QUANTA = 30
 
