@@ -65,8 +65,9 @@ def train(
     from sigma_train.ledger_view import sentence
     from sigma_train.loop import Trainer
     from sigma_train.mesh import sizes
-    from sigma_train.report import noise_of, write_report
 
+    if report:  # before the run: what is missing for it is not to be found out at the end
+        from sigma_train.report import noise_of, write_report
     if (size := os.environ.get("WORLD_SIZE", "")).isdigit() and is_launched():
         sizes(cfg, int(size))  # once they meet, one that refuses is a lost rank to one that is still joining
 
