@@ -60,6 +60,25 @@ def test_moe_experts_at_a_real_size():
     check_experts(experts_inputs(1024, 512, 256, 48, 1))
 
 
+@pytest.mark.parametrize("dtype, page", [(torch.float32, 1024), (torch.bfloat16, 2048)], ids=str)
+def test_rows_whole_pages_apart(dtype, page):
+    """Defends: an expert's rows in its neighbour's place, where they are copied; bits that depend on how x lies."""
+    counts = torch.tensor([3, 4, 0, 62, 63, 64, 200, 5])  # too few to be copied, and too many
+    offsets = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
+    x = torch.randn(int(offsets[-1]), page, dtype=dtype)[:, : page - 24]
+    weight = torch.randn(len(counts), 70, page - 24, dtype=dtype)
+    got = sk.grouped_gemm(x, weight, offsets)
+    want = reference.grouped_gemm(x.double(), weight.double(), offsets)
+    assert_close(got, want, tolerance(dtype, page))
+    assert torch.equal(got, sk.grouped_gemm(x.contiguous(), weight, offsets))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_tokens_whole_pages_apart(k):
+    """Defends: rows that are copied by another token's place, in the layer, forward and backward."""
+    check_experts(experts_inputs(120, 1024, 70, 5, k))
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_all_tokens_on_one_expert(k):
     """Defends: contraction longer than one chunk in the weight gradient; 15 experts without a row get zero."""
