@@ -53,6 +53,11 @@ def test_a_real_size():
     check(bf16_inputs(1024, 512, 256, 48, 1))
 
 
+def test_tokens_whole_pages_apart():
+    """Defends: rows of bf16 that are copied, in the layer."""
+    check(bf16_inputs(120, 2048, 40, 5, 1))
+
+
 def layer_of_torch(x, index, weights, gate_up, down):
     out = torch.zeros_like(x)
     for e in range(down.shape[0]):

@@ -1,6 +1,7 @@
 // The expert layer as a sequence of grouped GEMMs.
 //
-// Tokens are gathered as the GEMM reads its rows and scattered as it writes them, so no permuted copy exists.
+// Tokens are gathered as the GEMM reads its rows and scattered as it writes them, so no permuted copy of all
+// exists, but of one expert's (spaced_rows.h).
 // For top-1 the routing weight is a factor in the last epilogue and there is no combine pass. Saved for
 // backward: gate_up [R, 2I].  The output before weighting is not: the gradient of a routing weight is
 // <grad_out, W_down h> = <W_down^T grad_out, h>, and W_down^T grad_out is needed anyway.  SwiGLU is taken
@@ -17,6 +18,7 @@
 #include "permute.h"
 #include "route.h"
 #include "scratch.h"
+#include "spaced_rows.h"
 
 namespace sigma::cpu {
 namespace {
@@ -113,9 +115,10 @@ template <class X, class W>
 void gate_up_and_swiglu(const Experts<X, W>& m, X* hidden) {
   const Kernels& isa = kernels();
   const ColumnTasks tasks(m.E, m.offsets, m.I, m.threads);
+  const Scratch scratch(m.threads, SpacedRows<X>::bytes(by_token(m, m.x, m.ldx)));
 #pragma omp parallel num_threads(m.threads) if (m.T * m.k * m.I * m.H > (1 << 15))
   {
-    SpacedRows<X> spaced;
+    SpacedRows<X> spaced(scratch);
 #pragma omp for schedule(dynamic, tasks.at_once)
     for (int64_t i = 0; i < tasks.count; ++i) {
       const auto [e, i0, i1, continues] = tasks[i];

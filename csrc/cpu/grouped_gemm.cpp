@@ -15,6 +15,7 @@
 
 #include "dispatch.h"
 #include "scratch.h"
+#include "spaced_rows.h"
 
 namespace sigma::cpu {
 namespace {
@@ -140,9 +141,10 @@ template <class X, class W, class Y>
 void grouped_gemm_nt(const GroupedGemm<X, W, Y>& g) {
   const Kernels& isa = kernels();
   const ColumnTasks tasks(g.E, g.offsets, g.N, g.threads);
+  const Scratch scratch(g.threads, SpacedRows<X>::bytes(g.x));
 #pragma omp parallel num_threads(g.threads) if (!is_serial(g.threads, 2.0 * g.offsets[g.E] * g.N * g.K))
   {
-    SpacedRows<X> spaced;
+    SpacedRows<X> spaced(scratch);
     GroupedGemm<X, W, Y> task = g;
 #pragma omp for schedule(dynamic, tasks.at_once)
     for (int64_t i = 0; i < tasks.count; ++i) {

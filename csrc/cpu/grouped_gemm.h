@@ -72,30 +72,6 @@ template <class X, class W, class Y>
 void gemm_nt_columns(const Kernels& isa, const GroupedGemm<X, W, Y>& g, int64_t e, int64_t r0, int64_t r1,
                      int64_t n0, int64_t n1, const W* next);
 
-// A thread's copy of one expert's rows of x, a line between two of them.  Rows of a model are whole pages
-// apart: where they lie, they share a set of the first cache with the rows of W beside them and those that
-// are asked for, which is more than a set holds (Zen 3: 8 %).
-template <class X>
-class SpacedRows {
- public:
-  // Rows r0..r1 for gemm_nt_columns, copied unless the last call's are the same ones; x itself where the rows
-  // are too few to pay, too many to stay in the second cache, or not whole pages apart.
-  Rows<const X> of(const Rows<const X>& x, int64_t r0, int64_t r1, int64_t K) {
-    const int64_t rows = r1 - r0, ld = K + kLine<X>;
-    if (x.ld * static_cast<int64_t>(sizeof(X)) % kPage != 0 || rows < kFewest || rows * ld > kMost) return x;
-    if (first_ != r0)
-      for (int64_t i = 0; i < rows; ++i) std::copy_n(x(r0 + i), K, copy_ + i * ld);
-    first_ = r0;
-    return {.base = copy_, .ld = ld, .first = r0};
-  }
-
- private:
-  static constexpr int64_t kPage = 4096, kFewest = 4, kMost = (256 << 10) / sizeof(X);
-
-  int64_t first_ = -1;
-  alignas(64) X copy_[kMost];
-};
-
 constexpr int64_t kColumnBlock =
     64;  // of a forward task, at most: 64 * K weights stay in L2 across row chunks
 

@@ -16,6 +16,7 @@ from sigma_experiments.page import Page, spread, table
 
 STEPS = 150
 PLAIN, TOP1, BIAS = (1e-3, 1e-2, 1e-1), (1.0, 0.1, 0.03), (1e-3, 1e-2)
+SHORT = ("schedule", "none", "plain-0.01", "top1-0.1", "bias-0.01")
 KINDS = {
     "plain": "plain loss, coefficient",
     "top1": "Top-1 loss, temperature",
@@ -29,7 +30,7 @@ def arms() -> dict[str, tuple[str, float, dict[str, Any]]]:
     """Kind, strength and settings by name."""
     found: dict[str, tuple[str, float, dict[str, Any]]] = {
         "none": ("none", 0.0, {"router.balance": "none"}),
-        "schedule": ("schedule", 0.0, sparse.SCHEDULE),  # the longest first
+        "schedule": ("schedule", 0.0, sparse.SCHEDULE),
     }
     for coef in PLAIN:
         found[f"plain-{coef:g}"] = "plain", coef, {"router.balance_coef": coef}
@@ -44,7 +45,7 @@ def arms() -> dict[str, tuple[str, float, dict[str, Any]]]:
 def run(lab: Lab) -> Page:
     chosen = arms()
     if lab.is_short:  # one of each kind
-        chosen = {name: arm for name, arm in chosen.items() if name in ("none", "plain-0.01", "top1-0.1")}
+        chosen = {name: arm for name, arm in chosen.items() if name in SHORT}
     runs = [
         each
         for name, (_, _, settings) in chosen.items()

@@ -199,8 +199,8 @@ int main() {
                        {33, 67, 35, 5, 2},
                        {70, 130, 65, 4, 1},
                        {300, 33, 18, 3, 3},
-                       {20, 1024, 9, 2, 2},  // rows a page apart in f32, two pages: copied, and too many
-                       {40, 2048, 9, 2, 2},
+                       {60, 1024, 9, 5, 1},  // rows whole pages apart: in f32, and in bf16 too
+                       {60, 2048, 9, 5, 1},
                        {700, 64, 32, 2, 1}}) {
     const std::vector<int32_t> indices = random_indices(c);
     const int64_t R = c.T * c.k;
