@@ -10,6 +10,8 @@ from sigma_noise import cuda, cuda_replays, cuda_spin, detours, loops
 from sigma_noise.cuda_cells import cells_within, counted
 from sigma_noise.cuda_clock import on_the_host
 from sigma_noise.cuda_replays import Replays, in_cells
+from sigma_noise.loops import Calibration
+from sigma_noise.measure import coarse
 from sigma_noise.offset import Offset
 from sigma_noise.plan import Plan
 from sigma_noise.run import rows
@@ -171,11 +173,21 @@ def test_coarse_and_idle_cells_are_said(monkeypatch):
     idle = Replays(np.arange(0, 60 * MS, 400_000), np.ones(149, bool), 1e-6)
     monkeypatch.setattr(cuda_replays, "replays", lambda *_: idle)
     trace = cuda.measure(plan, Ranks(), FakeGpu(lambda i: 0).gpu())
-    coarse, left_out = trace.ranks[0]["warnings"]
-    assert coarse == "gemm_ftq: a chunk of 0.0004 s fits only 5 times into a quantum; 0.4 s would hold 1000"
+    few, left_out = trace.ranks[0]["warnings"]
+    assert few == "gemm_ftq: a chunk of 0.0004 s fits only 5 times into a quantum; 0.4 s would hold 1000"
     assert left_out.startswith("gemm_ftq: 10 of 10 cells were left out")
     assert len(trace.get(0, "quantum", "gemm_ftq")) == 0
     assert rows(trace, 0) == []
+
+
+@pytest.mark.parametrize(
+    "chunk_s, advice", [(4e-4, "0.4"), (4.1e-4, "0.5"), (2.05e-4, "0.3"), (9.3e-3, "1e+01"), (3e-5, "0.03")]
+)
+def test_the_quantum_that_is_advised_would_do(chunk_s, advice):
+    """Defends: 0.2 s where chunks of 205 us want 0.205, for which the same is said again."""
+    (sentence,) = coarse("gemm_ftq", Calibration(1, chunk_s), 1e-3)
+    assert sentence.endswith(f" {advice} s would hold 1000")
+    assert coarse("gemm_ftq", Calibration(1, chunk_s), float(advice)) == []
 
 
 def test_a_chunk_is_longer_than_enqueuing_it(monkeypatch):
