@@ -1,6 +1,7 @@
 """The all-to-all on GPUs that are fakes: queues on this CPU, whose collective is gloo's or takes a given time."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import forked
 import noise_ranks
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from noise_fake_gpu import FakeGpu
-from sigma_noise import cuda, cuda_a2a, gpu, loops
+from sigma_noise import a2a, cuda, cuda_a2a, gpu, loops
 from sigma_noise.a2a import Values
 from sigma_noise.cuda_clock import EventClock
 from sigma_noise.plan import Plan
+from sigma_noise.work import work
 from sigma_train.errors import Failure, WrongInput
 from sigma_train.ranks import Ranks
 
@@ -125,12 +127,40 @@ def test_what_came_as_something_else_is_a_failure():
         rounds(2)
 
 
+def only_once(exchange):
+    """An exchange that does nothing from the second time on."""
+    left = [exchange]
+    return lambda *args: left.pop()(*args) if left else None
+
+
+def test_an_exchange_that_does_nothing_later_is_a_failure(monkeypatch):
+    """Defends: a check passed by what the call before had received."""
+    rounds = rounds_of(Enqueued(lambda i: 0, lambda i: 0))
+    rounds.exchange = only_once(rounds.exchange)
+    on_cpu = a2a.AllToAll(ONE, work("spin"), 64, 1)
+    fake = {
+        "barrier": lambda: None,
+        "all_to_all_single": only_once(lambda received, sent: received.copy_(sent)),
+    }
+    monkeypatch.setattr(a2a, "dist", SimpleNamespace(**fake))
+    for of_device in (rounds, on_cpu.rounds):
+        of_device(1)
+        with pytest.raises(Failure, match="a2a: what rank 0 sent to rank 0 came as something else"):
+            of_device(1)
+
+
+@pytest.mark.parametrize("lack", ["gpu", "spin", "a2a"])
+def test_what_one_rank_lacks_both_refuse(tmp_path, lack):
+    """Defends: ranks that wait in a collective for one that has refused alone."""
+    forked.spawn(noise_ranks.check_refused_by_both, (2, str(tmp_path / "ranks"), lack), 2)
+
+
 def test_what_an_all_to_all_of_gpus_wants(monkeypatch):
     """Defends: a traceback of NCCL's; a default size of local work that an all-to-all cannot be told."""
     two, fake = Ranks(0, 2), FakeGpu(lambda i: 0).gpu()
+    monkeypatch.setattr(Ranks, "gathered", lambda self, value: [value] * self.size)
     with pytest.raises(WrongInput, match="--kernel a2a: torch was built without NCCL or RCCL here"):
         cuda.measure(PLAN, two, replace(fake, exchange=None))
-    monkeypatch.setattr(Ranks, "gathered", lambda self, value: [value] * self.size)
     with pytest.raises(
         WrongInput, match="--kernel a2a wants a GPU for each rank, found ranks 0 and 1 on fake"
     ):
