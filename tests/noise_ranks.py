@@ -76,9 +76,9 @@ def check_late_rank(rank: int, size: int, path: str) -> None:
 
 
 def check_late_gpu(rank: int, size: int, path: str) -> None:
-    """What is enqueued on rank 1 takes 5 ms, on the others 0.1: `sigma_noise.collectives` must name it."""
+    """What is enqueued on rank 1 takes 5 ms, on the others 1: `sigma_noise.collectives` must name it."""
     ranks = joined(rank, size, path)
-    fake = FakeGpu(lambda i: 5_000_000 if rank == 1 else 100_000)
+    fake = FakeGpu(lambda i: 500_000 if rank == 1 else 100_000)
     plan = Plan(
         kernels=("a2a",), modes=("fwq",), backend="cuda", quantum_s=1e-3, duration_s=0.2, warm_up_s=0,
         sizes={"gemm": {"R": 2, "N": 3, "K": 4}, "a2a": {"bytes": 4096}},
