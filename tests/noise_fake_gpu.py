@@ -9,18 +9,32 @@ import torch
 import torch.distributed as dist
 from sigma_noise import loops
 from sigma_noise.gpu import Gpu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 AHEAD_NS = 1_700_000_000_123_456_789  # of the device's timer
 
 
+class Operations(TorchDispatchMode):
+    """How many there were: one a step of each kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
 class FakeGpu:
-    """Work takes the time that `work_ns` gives it, in order of enqueuing; now is when the host last looked.
+    """Replays take the time that `work_ns` gives them for each of their steps, in order of enqueuing; now is when the
+    host last looked.
 
     `round_ns`: what a round of spin takes beyond its steps, by its number and block, from the first launch on.
     """
 
     def __init__(self, work_ns, round_ns=None):
-        self.at_ns, self.work_ns, self.replayed, self.captures = 0, work_ns, 0, []
+        self.at_ns, self.work_ns, self.replayed, self.captured_steps = 0, work_ns, 0, []
         self.round_ns, self.rounds, self.launches = round_ns, 0, []
         fake = self
 
@@ -42,11 +56,13 @@ class FakeGpu:
         self.event = Event
 
     def captured(self, step):
-        step()
-        self.captures.append(step)
+        with Operations() as operations:
+            step()
+        steps = max(1, operations.number)
+        self.captured_steps.append(steps)
 
         def replay():
-            self.at_ns = max(self.at_ns, loops.now_ns()) + int(self.work_ns(self.replayed))
+            self.at_ns = max(self.at_ns, loops.now_ns()) + steps * int(self.work_ns(self.replayed))
             self.replayed += 1
 
         return replay
@@ -88,3 +104,15 @@ class FakeGpu:
             captured=self.captured, synchronize=lambda: None, stream=lambda: 0,
             native=kernels if native else None, exchange=self.over_gloo,
         )  # fmt: skip
+
+
+def spun(seconds, function):
+    """What takes the host so long before it does anything."""
+
+    def slow(*args):
+        begin_ns = loops.now_ns()
+        while loops.now_ns() - begin_ns < seconds * 1e9:
+            pass
+        function(*args)
+
+    return slow

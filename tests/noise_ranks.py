@@ -1,10 +1,13 @@
 """What the ranks of tests/test_noise_run.py do; in a module, as a spawned process imports it."""
 
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+import torch
 import torch.distributed as dist
 from noise_fake_gpu import FakeGpu
 from sigma_noise import a2a, cuda, loops
@@ -13,6 +16,7 @@ from sigma_noise.plan import Plan
 from sigma_noise.trace import Trace
 from sigma_noise.windows import exchanges_of
 from sigma_noise.work import work
+from sigma_train.errors import WrongInput
 from sigma_train.ranks import Ranks
 
 from sigma_kernels import _C
@@ -72,9 +76,9 @@ def check_late_rank(rank: int, size: int, path: str) -> None:
 
 
 def check_late_gpu(rank: int, size: int, path: str) -> None:
-    """What is enqueued on rank 1 takes 5 ms, on the others 0.1: `sigma_noise.collectives` must name it."""
+    """What is enqueued on rank 1 takes 5 ms, on the others 1: `sigma_noise.collectives` must name it."""
     ranks = joined(rank, size, path)
-    fake = FakeGpu(lambda i: 5_000_000 if rank == 1 else 100_000)
+    fake = FakeGpu(lambda i: 500_000 if rank == 1 else 100_000)
     plan = Plan(
         kernels=("a2a",), modes=("fwq",), backend="cuda", quantum_s=1e-3, duration_s=0.2, warm_up_s=0,
         sizes={"gemm": {"R": 2, "N": 3, "K": 4}, "a2a": {"bytes": 4096}},
@@ -103,4 +107,22 @@ def check_late_gpu(rank: int, size: int, path: str) -> None:
     local_s, wait_s = parts.local_s.mean(axis=1), parts.wait_s.mean(axis=1)
     assert local_s[1] == local_s.max()
     assert wait_s[1] == wait_s.min()
+    dist.destroy_process_group()
+
+
+def check_refused_by_both(rank: int, size: int, path: str, lack: str) -> None:
+    """Rank 1 has no GPU, or one for which something was not built."""
+    ranks = joined(rank, size, path)
+    torch.cuda.is_available = lambda: False
+    plan = Plan(kernels=("a2a" if lack == "a2a" else "spin",), modes=("fwq",), backend="cuda")
+    own = FakeGpu(lambda i: 0).gpu(uuid=f"fake {rank}")
+    if rank == 1:
+        own = {"gpu": None, "spin": replace(own, native=None), "a2a": replace(own, exchange=None)}[lack]
+    said = {
+        "gpu": "--backend cuda: torch .* sees no GPU here",
+        "spin": "--kernel spin: the CUDA kernels were not built here",
+        "a2a": "--kernel a2a: torch was built without NCCL or RCCL here",
+    }
+    with pytest.raises(WrongInput, match=f"^rank 1: {said[lack]}"):
+        cuda.measure(plan, ranks, own)
     dist.destroy_process_group()

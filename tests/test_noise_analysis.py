@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from noise_samples import write
 from sigma_cli.commands import app
-from sigma_noise import screen
+from sigma_noise import plots, screen
 from sigma_noise.analysis import analyze
 from sigma_noise.as_json import as_json
 from sigma_noise.trace import Series, Trace, rank_file
@@ -76,6 +76,25 @@ def test_noise_is_what_was_put_in():
     (found,) = analyze(measured({0: quanta(3, 50_000, tail=0.01)})).series
     assert found.noise.burst == pytest.approx(9 / 109, rel=0.1)  # 500 +- 22 of them
     assert found.share.low < found.noise.share < found.share.high
+
+
+def test_cells_of_few_chunks_say_nothing_where_nothing_is():
+    """Defends: bursts, periods and lines of the beat between a chunk of 205 us and a cell of 1 ms."""
+    count = np.diff(np.arange(3001) * 1000 // 205).astype(np.float64)
+    start = QUANTUM_NS * np.arange(3000)
+    about = {"host": "a", "measured": {"gemm_ftq": {"mode": "ftq"}}}
+    cells = Series(start, start + QUANTUM_NS, count)
+    trace = Trace({}, {0: about}, {(0, "quantum", "gemm_ftq"): cells})
+    found = analyze(trace)
+    (quiet,) = found.series
+    assert (quiet.share.low, quiet.share.estimate, quiet.share.high) == (0, 0, 0)
+    assert (len(quiet.noise.detours), quiet.periods) == (0, ())
+    assert plots.lines(trace, found) is None
+    count[2::100] -= 3
+    (struck,) = analyze(trace).series
+    assert len(struck.noise.detours) == 30
+    assert struck.periods[0].period_s == pytest.approx(0.1, rel=0.01)
+    assert struck.share.low > 0
 
 
 def test_json_is_of_the_published_schema(tmp_path):

@@ -1,17 +1,19 @@
 """The all-to-all on GPUs that are fakes: queues on this CPU, whose collective is gloo's or takes a given time."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import forked
 import noise_ranks
 import numpy as np
 import pytest
 import torch
-from noise_fake_gpu import FakeGpu
-from sigma_noise import cuda, cuda_a2a, gpu, loops
+from noise_fake_gpu import FakeGpu, spun
+from sigma_noise import a2a, cuda, cuda_a2a, gpu, loops
 from sigma_noise.a2a import Values
 from sigma_noise.cuda_clock import EventClock
 from sigma_noise.plan import Plan
+from sigma_noise.work import work
 from sigma_train.errors import Failure, WrongInput
 from sigma_train.ranks import Ranks
 
@@ -44,7 +46,9 @@ def test_a_late_rank_of_two_is_named(tmp_path):
 
 
 def test_local_work_and_transfer_are_the_queues():
-    """Defends: a collective that is enqueued beside the work, an event recorded again before it is read."""
+    """Defends: a collective that is enqueued beside the work, an event recorded again before it is read, and first
+    rounds that are kept, which the host may be late for.
+    """
     rng = np.random.default_rng(2)
     work_ns, transfer_ns = rng.integers(100_000, 300_000, 500), rng.integers(200_000, 500_000, 500)
     fake = Enqueued(lambda i: work_ns[i], lambda i: transfer_ns[i])
@@ -62,8 +66,9 @@ def test_local_work_and_transfer_are_the_queues():
     for series, want in ((local, work_ns), (collective, transfer_ns)):
         took_ns = series.end_ns - series.start_ns
         # Longer where this CPU was late to enqueue what follows.
-        assert (took_ns >= want[:200] * (1 - stretch) - 8).all()
-        assert np.mean(took_ns <= want[:200] * (1 + stretch) + 8) >= 0.5
+        kept = want[cuda_a2a.BATCH : cuda_a2a.BATCH + 200]
+        assert (took_ns >= kept * (1 - stretch) - 8).all()
+        assert np.mean(took_ns <= kept * (1 + stretch) + 8) >= 0.5
 
 
 def test_rounds_are_enqueued_ahead_and_no_further_than_two_batches():
@@ -79,7 +84,19 @@ def test_rounds_that_found_no_work_are_counted():
     fake = Enqueued(lambda i: 0, lambda i: 0)
     rounds = rounds_of(fake)
     rounds(100)
-    assert 50 <= rounds.dry <= 99
+    assert 50 <= rounds.dry <= 100
+
+
+@pytest.mark.parametrize(
+    "slow, work_ns, transfer_ns", [("replay", 50_000, 10_000), ("exchange", 100_000, 10_000)]
+)
+def test_rounds_that_found_no_work_while_more_was_enqueued_are_counted(slow, work_ns, transfer_ns):
+    """Defends: a look at the queue before the host enqueues local work or the collective, which takes it 200 us."""
+    fake = Enqueued(lambda i: work_ns, lambda i: transfer_ns)
+    rounds = rounds_of(fake)
+    setattr(rounds, slow, spun(2e-4, getattr(rounds, slow)))
+    rounds(100)
+    assert rounds.dry == 100
 
 
 def test_clocks_of_events_that_drift():
@@ -125,12 +142,40 @@ def test_what_came_as_something_else_is_a_failure():
         rounds(2)
 
 
+def only_once(exchange):
+    """An exchange that does nothing from the second time on."""
+    left = [exchange]
+    return lambda *args: left.pop()(*args) if left else None
+
+
+def test_an_exchange_that_does_nothing_later_is_a_failure(monkeypatch):
+    """Defends: a check passed by what the call before had received."""
+    rounds = rounds_of(Enqueued(lambda i: 0, lambda i: 0))
+    rounds.exchange = only_once(rounds.exchange)
+    on_cpu = a2a.AllToAll(ONE, work("spin"), 64, 1)
+    fake = {
+        "barrier": lambda: None,
+        "all_to_all_single": only_once(lambda received, sent: received.copy_(sent)),
+    }
+    monkeypatch.setattr(a2a, "dist", SimpleNamespace(**fake))
+    for of_device in (rounds, on_cpu.rounds):
+        of_device(1)
+        with pytest.raises(Failure, match="a2a: what rank 0 sent to rank 0 came as something else"):
+            of_device(1)
+
+
+@pytest.mark.parametrize("lack", ["gpu", "spin", "a2a"])
+def test_what_one_rank_lacks_both_refuse(tmp_path, lack):
+    """Defends: ranks that wait in a collective for one that has refused alone."""
+    forked.spawn(noise_ranks.check_refused_by_both, (2, str(tmp_path / "ranks"), lack), 2)
+
+
 def test_what_an_all_to_all_of_gpus_wants(monkeypatch):
     """Defends: a traceback of NCCL's; a default size of local work that an all-to-all cannot be told."""
     two, fake = Ranks(0, 2), FakeGpu(lambda i: 0).gpu()
+    monkeypatch.setattr(Ranks, "gathered", lambda self, value: [value] * self.size)
     with pytest.raises(WrongInput, match="--kernel a2a: torch was built without NCCL or RCCL here"):
         cuda.measure(PLAN, two, replace(fake, exchange=None))
-    monkeypatch.setattr(Ranks, "gathered", lambda self, value: [value] * self.size)
     with pytest.raises(
         WrongInput, match="--kernel a2a wants a GPU for each rank, found ranks 0 and 1 on fake"
     ):

@@ -10,6 +10,8 @@ from sigma_noise import cuda, cuda_replays, cuda_spin, detours, loops
 from sigma_noise.cuda_cells import cells_within, counted
 from sigma_noise.cuda_clock import on_the_host
 from sigma_noise.cuda_replays import Replays, in_cells
+from sigma_noise.loops import Calibration
+from sigma_noise.measure import coarse
 from sigma_noise.offset import Offset
 from sigma_noise.plan import Plan
 from sigma_noise.run import rows
@@ -171,20 +173,73 @@ def test_coarse_and_idle_cells_are_said(monkeypatch):
     idle = Replays(np.arange(0, 60 * MS, 400_000), np.ones(149, bool), 1e-6)
     monkeypatch.setattr(cuda_replays, "replays", lambda *_: idle)
     trace = cuda.measure(plan, Ranks(), FakeGpu(lambda i: 0).gpu())
-    coarse, left_out = trace.ranks[0]["warnings"]
-    assert coarse == "gemm_ftq: a chunk of 0.0004 s fits only 5 times into a quantum; 0.4 s would hold 1000"
+    few, left_out = trace.ranks[0]["warnings"]
+    assert few == "gemm_ftq: a chunk of 0.0004 s fits only 5 times into a quantum; 0.4 s would hold 1000"
     assert left_out.startswith("gemm_ftq: 10 of 10 cells were left out")
     assert len(trace.get(0, "quantum", "gemm_ftq")) == 0
     assert rows(trace, 0) == []
 
 
-def test_a_chunk_is_longer_than_enqueuing_it(monkeypatch):
-    """Defends: chunks of a thousandth of a quantum that a host enqueues more slowly than they are over."""
-    found = Replays(np.arange(0, 4 * MS, 1000), np.zeros(3999, bool), 5e-6)
-    monkeypatch.setattr(cuda_replays, "replays", lambda *_: found)
+@pytest.mark.parametrize(
+    "chunk_s, advice", [(4e-4, "0.4"), (4.1e-4, "0.5"), (2.05e-4, "0.3"), (9.3e-3, "1e+01"), (3e-5, "0.03")]
+)
+def test_the_quantum_that_is_advised_would_do(chunk_s, advice):
+    """Defends: 0.2 s where chunks of 205 us want 0.205, for which the same is said again."""
+    (sentence,) = coarse("gemm_ftq", Calibration(1, chunk_s), 1e-3)
+    assert sentence.endswith(f" {advice} s would hold 1000")
+    assert coarse("gemm_ftq", Calibration(1, chunk_s), float(advice)) == []
+
+
+class Modelled(FakeGpu):
+    """Its replays follow from what a step takes, and the host for a graph and for each step of it."""
+
+    def __init__(self, monkeypatch, graph_ns, node_ns, step_ns=200):
+        super().__init__(lambda i: 0)
+        self.graph_ns, self.node_ns, self.step_ns, self.steps_of = graph_ns, node_ns, step_ns, {}
+        monkeypatch.setattr(
+            cuda_replays, "replays", lambda gpu, replay, *_: self.replays(self.steps_of[replay])
+        )
+
+    def captured(self, step):
+        replay = super().captured(step)
+        self.steps_of[replay] = self.captured_steps[-1]
+        return replay
+
+    def enqueue_ns(self, steps):
+        return self.graph_ns + steps * self.node_ns
+
+    def replays(self, steps):
+        gap_ns = max(self.step_ns * steps, self.enqueue_ns(steps))
+        return Replays(np.arange(0, 101 * gap_ns, gap_ns), np.zeros(100, bool), self.enqueue_ns(steps) * 1e-9)
+
+
+@pytest.mark.parametrize(
+    "graph_ns, node_ns, steps", [(5000, 0, 50), (5000, 60, 204), (300, 0, 5), (5000, 150, 4096)]
+)
+def test_a_chunk_is_longer_than_enqueuing_it(graph_ns, node_ns, steps, monkeypatch):
+    """Defends: chunks of a thousandth of a quantum, or of steps timed by the host's loop, that are over before the
+    host has enqueued more, so that every cell is left out; graphs without end where no graph is long enough.
+    """
+    fake = Modelled(monkeypatch, graph_ns, node_ns)
     plan = on_gpu(kernels=("gemm",), quantum_s=1e-3, duration_s=1e-3, sizes={"gemm": TINY["gemm"]})
-    trace = cuda.measure(plan, Ranks(), FakeGpu(lambda i: 0).gpu())
-    assert trace.ranks[0]["measured"]["gemm_ftq"]["chunk"]["steps"] == cuda_replays.AHEAD * 5
+    how = cuda.measure(plan, Ranks(), fake.gpu()).ranks[0]["measured"]["gemm_ftq"]
+    assert how["chunk"]["steps"] == pytest.approx(steps, abs=2)
+    assert (how["chunk"]["quantum_s"] >= 1.99e-9 * fake.enqueue_ns(how["chunk"]["steps"])) == (steps < 4096)
+
+
+def test_a_host_that_waits_for_each_replay_is_not_waited_for(monkeypatch):
+    """Defends: graphs of seconds, as with CUDA_LAUNCH_BLOCKING=1, where none is ever long against enqueuing it."""
+    fake = Modelled(monkeypatch, 5000, 200_000, 200_000)
+    made = cuda_replays.Replayed(fake.gpu(), "gemm", on_gpu(sizes={"gemm": TINY["gemm"]}))
+    assert made.steps_ahead(1e-6) * 2e-4 < 2 * loops.LONG_ENOUGH_S
+    assert max(fake.captured_steps) * 2e-4 < 2 * loops.LONG_ENOUGH_S
+
+
+def test_quanta_of_steps_shorter_than_the_hosts_loop(monkeypatch):
+    """Defends: quanta and local work of a 25th of what was asked for: the host's loop of 5 us taken for a step."""
+    plan = on_gpu(kernels=("gemm",), modes=("fwq",), quantum_s=5e-4, sizes={"gemm": TINY["gemm"]})
+    measured = cuda.measure(plan, Ranks(), Modelled(monkeypatch, 5000, 0).gpu()).ranks[0]["measured"]
+    assert measured["gemm"]["steps"] == 2500
 
 
 @pytest.mark.parametrize("kernel", TINY)

@@ -276,7 +276,7 @@ def of_fixed_time(trace: Trace, rank: int, kernel: str, options: Options, own: M
     bounds = changes.segments_of_counts(count)
     noise = detours.fixed_time(start_s, count, quantum_s, bounds, options.tau_s)
     best = detours.floor(count, bounds, 1 - detours.FLOOR)
-    lost = quantum_s * np.maximum(0.0, 1 - count / best)
+    lost = detours.taken(count, quantum_s, best)
     share = ratio_interval(lost, np.full(len(lost), quantum_s), seed=seed)
     median = intervals(count, ["median"], seed=seed)["median"]
     rhythm = rhythm_of(noise, float(start_s[-1]) + quantum_s, own, seed)

@@ -19,13 +19,12 @@ from sigma_noise.watch import watching
 
 
 def measure(plan: Plan, ranks: Ranks, gpu: Gpu | None = None) -> Trace:
-    """The trace of this rank.  Raises: WrongInput for what is measured on a CPU alone, or without a GPU."""
-    gpu = gpu or found()
+    """The trace of this rank; a collective.
+
+    Raises: WrongInput on every rank for what is measured on a CPU alone, or where any has no GPU or cannot use it.
+    """
     plan.check(ranks.size)
-    if "spin" in plan.kernels and gpu.native is None:
-        raise WrongInput(
-            "--kernel spin: the CUDA kernels were not built here; pip install . -C cmake.define.SIGMA_CUDA=ON"
-        )
+    gpu = agreed(ranks, lambda: usable(gpu or found(), plan))
     if "a2a" in plan.kernels:
         check(gpu, ranks)
     cpu = agreed(ranks, lambda: host.cpu_of(plan.pin))
@@ -47,6 +46,17 @@ def measure(plan: Plan, ranks: Ranks, gpu: Gpu | None = None) -> Trace:
     about |= {"gpu": gpu.about, "measured": measured, "warnings": warnings}
     trace = Trace({**asdict(plan), "ranks": ranks.size}, {ranks.rank: about}, rows)
     return watch.into(trace, ranks.rank) if watch else trace
+
+
+def usable(gpu: Gpu, plan: Plan) -> Gpu:
+    """It.  Raises: WrongInput where what a kernel needs was not built here."""
+    if "spin" in plan.kernels and gpu.native is None:
+        raise WrongInput(
+            "--kernel spin: the CUDA kernels were not built here; pip install . -C cmake.define.SIGMA_CUDA=ON"
+        )
+    if "a2a" in plan.kernels and gpu.exchange is None:
+        raise WrongInput("--kernel a2a: torch was built without NCCL or RCCL here")
+    return gpu
 
 
 def runs(gpu: Gpu, plan: Plan, ranks: Ranks) -> list[Callable[[], Result]]:

@@ -29,6 +29,7 @@ from sigma_noise.work import checked_sizes
 BATCH = 256  # replays enqueued at once; two batches are, so that 256 lie between the host and a queue run dry
 MOST_NODES = 4096  # of a graph
 AHEAD = 2  # times as long as the host takes to enqueue it a chunk must be, or the queue would stay dry
+LONG = 16  # times as long a graph must be for its steps to be timed by it: what lies between graphs is little of it
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,33 @@ class Replayed:
         if "E" in sizes:
             self.about["tokens_of_expert"] = tokens_of_expert(sizes, plan.seed).tolist()
         self.once = gpu.captured(self.step)
-        self.first = replays(gpu, self.once, 2 * BATCH, 0.0)
+        self.enqueue_s, self.step_s = self._timed()
+
+    def _timed(self) -> tuple[float, float]:
+        """What enqueuing a graph of one step takes, and a step: short graphs would show the host's loop instead."""
+        steps, first = 1, replays(self.gpu, self.once, 2 * BATCH, 0.0)
+        found = first
+        while found.least_s < min(LONG * found.enqueue_s, loops.LONG_ENOUGH_S) and steps < MOST_NODES:
+            steps *= 2
+            found = replays(self.gpu, self.graph(steps), 2 * BATCH, 0.0)
+        return first.enqueue_s, found.least_s / steps
 
     def steps(self, seconds: float) -> int:
         """How many take that long where nothing disturbs them, 1 at least."""
-        return min(MOST_NODES, max(1, round(seconds / self.first.least_s)))
+        return min(MOST_NODES, max(1, round(seconds / self.step_s)))
+
+    def steps_ahead(self, seconds: float) -> int:
+        """As many, or more where the host takes too long to enqueue them: a graph of more steps takes it longer.
+
+        Where it waits for the GPU whatever the graph, the queue stays dry, which the caller sees.
+        """
+        steps = self.steps(max(seconds, AHEAD * self.enqueue_s))
+        while steps < MOST_NODES:
+            found = replays(self.gpu, self.graph(steps), 2 * BATCH, 0.0)
+            if found.least_s >= min(AHEAD * found.enqueue_s, loops.LONG_ENOUGH_S):
+                break
+            steps = min(MOST_NODES, 2 * steps)
+        return steps
 
     def graph(self, steps: int) -> Callable[[], None]:
         def quantum() -> None:
@@ -89,7 +112,7 @@ def fixed_time(gpu: Gpu, kernel: str, plan: Plan, ranks: Ranks) -> Result:
     """Cells within which the GPU had nothing to do, as the host came too late, are left out."""
     name = kernel + FIXED_TIME
     made = Replayed(gpu, kernel, plan)
-    steps = made.steps(max(plan.quantum_s / loops.CHUNKS, AHEAD * made.first.enqueue_s))
+    steps = made.steps_ahead(plan.quantum_s / loops.CHUNKS)
     replay = made.graph(steps)
     chunk = Calibration(steps, replays(gpu, replay, 0, plan.warm_up_s).least_s)
     together(ranks)
@@ -145,8 +168,8 @@ def replays(gpu: Gpu, replay: Callable[[], None], at_least: int, duration_s: flo
         if goes_on:
             batch, began_ns = pool[turn % 3], loops.now_ns()
             for event in batch:
-                is_dry.append(last.query())
                 replay()
+                is_dry.append(last.query())  # enqueuing takes time in which the GPU may be through
                 event.record()
                 last = event
             enqueue_s = min(enqueue_s, (loops.now_ns() - began_ns) * 1e-9 / BATCH)

@@ -11,7 +11,8 @@ each divided by sum T_i.  burst + jitter is the noise of the study of Sottile & 
 with level it is max(0, T_i - b0), what the same work would have been spared at its best level throughout.
 
 Fixed time, count c_i in quanta of q seconds: b(t) is the 95th percentile of counts within the segment, b0 the highest
-of them; q max(0, 1 - c_i / b(t_i)) was taken from quantum i, and with the level q max(0, 1 - c_i / b0).
+of them; q max(0, 1 - c_i / b(t_i)) was taken from quantum i, and with the level q max(0, 1 - c_i / b0).  A count is
+known to one chunk: where a chunk is long against what is looked for, a loss is more than one, and tau two or more.
 
 Gaps between reads of a clock (selfish): those longer than tau alone are kept; a detour is gap - g0, of a known window.
 """
@@ -107,6 +108,20 @@ def floor(x: ArrayLike, bounds: ArrayLike, quantile: float = FLOOR) -> Array:
     return np.repeat(np.array(levels), np.diff(bounds))
 
 
+def taken(count: ArrayLike, quantum_s: float, best: ArrayLike) -> Array:
+    """What was taken from quanta of fixed time, seconds [n], by their counts [n] and the floor of these."""
+    return quantum_s * np.maximum(0.0, 1 - told(count, quantum_s, best) / best)
+
+
+def told(count: ArrayLike, quantum_s: float, best: ArrayLike) -> Array:
+    """Counts [n], those within a chunk of their best [n] set to it where a chunk is longer than the least tau.
+
+    Of chunks of which 4.1 fit into a quantum, 4 or 5 end in one that nothing disturbs.
+    """
+    count, best = np.asarray(count, np.float64), np.asarray(best, np.float64)
+    return np.where((quantum_s / best > MIN_WORK_TAU_S) & (np.abs(count - best) <= 1), best, count)
+
+
 def gap_threshold(g0_s: float) -> float:
     """tau of gaps between reads of a clock, to be compared with the whole gap: max(1 us, 9 g0), as in netgauge."""
     return max(MIN_GAP_TAU_S, GAP_TAU_FLOORS * g0_s)
@@ -158,7 +173,8 @@ def fixed_time(
     """Noise of quanta of fixed time: start_s, count of work done [n], quantum in seconds.
 
     Neighbouring quanta that each lost more than tau are one detour: it may have eaten whole quanta.  A quantum that
-    was skipped (its start is missing) parts two.  Raises: ValueError.
+    was skipped (its start is missing) parts two.  Of chunks longer than the least tau, tau is raised to two.
+    Raises: ValueError.
     """
     start_s, count = series(start_s, "start_s"), series(count, "count")
     if not quantum_s > 0 or count.min() < 0:
@@ -168,16 +184,19 @@ def fixed_time(
     b = floor(count, bounds, 1 - FLOOR)
     if b.min() <= 0:
         raise ValueError("count must be positive in more than a twentieth of each segment")
-    lost = quantum_s * np.maximum(0.0, 1 - count / b)
+    lost = taken(count, quantum_s, b)
     if tau_s is None:
-        tau_s = work_threshold(quantum_s * (1 - count / b), bounds)
+        tau_s = work_threshold(quantum_s * (1 - told(count, quantum_s, b) / b), bounds)
     _check(start_s, count, "count", tau_s)
+    two_chunks_s = float((quantum_s * (1 - (b - 2) / b)).max())  # as `taken` has it, to the last bit
+    if two_chunks_s > 2 * MIN_WORK_TAU_S:
+        tau_s = max(tau_s, two_chunks_s)
     found = np.flatnonzero(lost > tau_s)
     starts_new = np.ones(len(found), bool)
     starts_new[1:] = (np.diff(found) > 1) | (np.diff(start_s[found]) > 1.5 * quantum_s)
     first = np.flatnonzero(starts_new)
     length = np.add.reduceat(lost[found], first) if len(first) else np.empty(0)
-    level = quantum_s * np.maximum(0.0, 1 - count / b.max()) - lost
+    level = taken(count, quantum_s, b.max()) - lost
     detours = Detours(start_s[found[first]], length, found[first])
     return _noise(np.maximum(0.0, level), lost, quantum_s * len(count), tau_s, detours)
 

@@ -1,5 +1,6 @@
 """A plan becomes a trace: each kernel in each mode, on every rank at once, after a warm-up that is not stored."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -23,6 +24,7 @@ LEAST_THRESHOLD_S = 1e-6
 THRESHOLD_GAPS = 9  # times the least gap, as netgauge has it
 TIMER_SHARE = 100  # quanta shorter than so many readings of the clock measure the clock
 WARM_UP_QUANTA = 256
+ROUNDING = 1e-9  # by which a digit may come out above itself
 T = TypeVar("T")
 
 
@@ -61,8 +63,14 @@ def coarse(name: str, chunk: loops.Calibration, quantum_s: float) -> list[str]:
         return []
     return [
         f"{name}: a chunk of {chunk.quantum_s:.2g} s fits only {chunks:.0f} times into a quantum; "
-        f"{loops.CHUNKS * chunk.quantum_s:.1g} s would hold {loops.CHUNKS}"
+        f"{digit_above(loops.CHUNKS * chunk.quantum_s)} s would hold {loops.CHUNKS}"
     ]
+
+
+def digit_above(value: float) -> str:
+    """The least number of one digit that is no less."""
+    unit = 10.0 ** math.floor(math.log10(value))
+    return f"{math.ceil(value / unit * (1 - ROUNDING)) * unit:.1g}"
 
 
 class Measuring:
@@ -83,7 +91,7 @@ class Measuring:
         if self.plan.times_kernels and self.plan.quantum_s < TIMER_SHARE * cost.median_s:
             self.warn(
                 f"a quantum of {self.plan.quantum_s:g} s is less than {TIMER_SHARE} readings of the clock "
-                f"({cost.median_s:g} s each); take {TIMER_SHARE * cost.median_s:.1g} s or more"
+                f"({cost.median_s:g} s each); take {digit_above(TIMER_SHARE * cost.median_s)} s or more"
             )
         offsets = [offset(self.ranks, clock["identity"])]
         for kernel in self.plan.kernels if self.plan.times_kernels else ():

@@ -123,7 +123,8 @@ def lines(trace: Trace, found: Analysis) -> Figure | None:
         return None
     cells = trace.get(worst.rank, "quantum", worst.kernel)
     step_s, stretch = spectrum.on_a_grid(cells.since(int(cells.start_ns[0])))
-    count = cells.value[stretch]
+    best = detours.floor(cells.value, worst.bounds, 1 - detours.FLOOR)
+    count = detours.told(cells.value, float(np.median(cells.seconds)), best)[stretch]
     if len(count) < spectrum.FEWEST or np.ptp(count) == 0:
         return None
     s = spectrum.welch(count, step_s)
