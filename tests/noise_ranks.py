@@ -6,8 +6,8 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from noise_fake_gpu import FakeGpu
