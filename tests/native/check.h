@@ -1,6 +1,7 @@
 // What the native tests share: numbers, how near a result must be, and the count of what passed.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -67,10 +68,12 @@ void check(const char* what, const std::vector<W>& got, const std::vector<double
   const double rounding = std::is_same_v<W, Bf16> ? 1.0 / 256 : std::is_same_v<W, F16> ? 1.0 / 2048 : 0;
   double size = 0;
   for (const double w : want) size = std::max(size, std::abs(w));
+  // Of what cancels in a deep contraction is left the error of its terms.
+  const double least = 1e-4 * std::max(1.0, size);
   bool is_close = got.size() == want.size();
   for (size_t i = 0; is_close && i < want.size(); ++i)
     is_close =
-        std::abs(to_float(got[i]) - want[i]) <= 1e-4 + noise * size + (1e-4 + rounding) * std::abs(want[i]);
+        std::abs(to_float(got[i]) - want[i]) <= least + noise * size + (1e-4 + rounding) * std::abs(want[i]);
   is_close ? ++passed : ++failed;
   if (!is_close) std::printf("wrong: %s\n", what);
 }
