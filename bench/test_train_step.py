@@ -1,7 +1,7 @@
 """One training step of a whole language model against transformers' own classes on the same weights and tokens.
 
-8 layers, hidden size 256, 96 experts top-1 with I=256, 4,096 tokens of vocabulary, 8 x 256 tokens: forward, loss,
-backward and fused AdamW.
+8 layers (one with --tiny), hidden size 256, 96 experts top-1 with I=256, 4,096 tokens of vocabulary, 8 x 256 tokens:
+forward, loss, backward and fused AdamW.
 """
 
 import json
@@ -17,11 +17,14 @@ from sigma_train.model import LanguageModel
 
 from sigma_kernels.integrations import transformers as sk_hf
 
-BATCH, LENGTH = 8, 256
 
-
-def settings(num_experts: int) -> Config:
-    model = {"num_layers": 8, "hidden_size": 256, "intermediate_size": 256, "num_experts": num_experts}
+def settings(num_layers: int, num_experts: int) -> Config:
+    model = {
+        "num_layers": num_layers,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_experts": num_experts,
+    }
     return Config.from_dict({"model": model})
 
 
@@ -33,7 +36,7 @@ def as_transformers(
 
     if not folder.exists():
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(transformers_config(config, eos_id=0)))
+        (folder / "config.json").write_text(json.dumps(transformers_config(config, model, eos_id=0)))
         save_file(transformers_state(model, config), folder / "model.safetensors", metadata={"format": "pt"})
     chosen = {"experts_implementation": experts} if experts else {}
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **chosen).train()
@@ -57,12 +60,13 @@ def step_of(model: torch.nn.Module, tokens: torch.Tensor):
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
-def test_train_step(race, device, tmp_path):
+def test_train_step(race, device, tmp_path, pytestconfig):
     torch.manual_seed(0)
     sk_hf.register()
-    config = settings(96)
+    num_layers, batch, length = (1, 2, 16) if pytestconfig.getoption("--tiny") else (8, 8, 256)
+    config = settings(num_layers, 96)
     ours = LanguageModel(config)
-    tokens = torch.randint(config.model.vocab_size, (BATCH, LENGTH + 1))
+    tokens = torch.randint(config.model.vocab_size, (batch, length + 1))
     with torch.no_grad():
         want = F.cross_entropy(ours(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).item()
     theirs = {
@@ -73,7 +77,9 @@ def test_train_step(race, device, tmp_path):
             ("hf_eager", "eager"),
         )
     }
-    dense = as_transformers(LanguageModel(settings(1)), settings(1), tmp_path / "dense", None)
+    dense = as_transformers(
+        LanguageModel(settings(num_layers, 1)), settings(num_layers, 1), tmp_path / "dense", None
+    )
 
     def check(who: str, loss: torch.Tensor) -> None:
         assert abs(loss.item() - want) < 1e-3, f"{who}: the first loss is {loss}, {want} was expected"
@@ -82,7 +88,7 @@ def test_train_step(race, device, tmp_path):
     race(
         "train_step/f32",
         step_of(ours, tokens),
-        shape=f"8 layers, E96 k1 H256 I256, {BATCH} x {LENGTH} tokens",
+        shape=f"{num_layers} layers, E96 k1 H256 I256, {batch} x {length} tokens",
         check=check,
         once={"hf_eager"},
         bound_hf_dense=step_of(dense, tokens),

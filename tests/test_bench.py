@@ -236,14 +236,17 @@ def test_the_sweep_over_experts_keeps_the_bytes_and_memory_stays_below_16_gib():
     assert 5 * 4 * largest < 16 * 2**30
 
 
+OF_MODELS = ("align_spans", "aggregate_teacher_loss", "counting_of_neurons", "train_step")
+
+
 def test_every_group_races_and_is_written(tmp_path, monkeypatch):
-    """One race of each test of bench/, too small to measure anything; train_step is as it is and takes long."""
+    """One race of each test of bench/, too small to measure anything; steps of the trainer take long."""
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # in its workers pytest-benchmark times nothing
     for name, value in NO_OTHER_PLUGINS.items():
         monkeypatch.setenv(name, value)
     code = bench.run(
-        "not train_step",
+        "not train_step_with",
         False,
         1,
         2,
@@ -264,12 +267,13 @@ def test_every_group_races_and_is_written(tmp_path, monkeypatch):
         "grouped_gemm/x@W.T", "grouped_gemm/a.T@b", "route/forward", "permute/forward", "unpermute/forward",
         "router_end/forward", "route_and_losses/forward+backward", "dispatch and combine/forward",
         "varying_k/forward", "align_spans", "aggregate_teacher_loss", "counting_of_neurons",
+        "train_step",
     }  # fmt: skip
     for race in found["races"]:
         assert set(race) == {
             "group", "shape", "load", "memory", "flops", "moved", "calls", "note", "sizes", "rows", "candidates",
         }  # fmt: skip
-        if race["group"].startswith(("align_spans", "aggregate_teacher_loss", "counting_of_neurons")):
+        if race["group"].startswith(OF_MODELS):
             assert race["rows"] is None, "tokens of two vocabularies, or all layers of a model"
         else:
             assert set(race["rows"]) == {"mean", "most", "idle"}
