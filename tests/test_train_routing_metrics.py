@@ -133,6 +133,22 @@ def test_losses_are_the_functions_of_the_whole_step(make_trainer, balance):
             assert "top1_loss" not in row["layers"]
 
 
+def test_how_many_choices_are_the_bias(make_trainer):
+    trainer = make_trainer("run", *SHORT, "router.balance=bias", "guard.stats_every=1", "model.top_k=2")
+    seen, layers = [], trainer.model.moe_layers()
+    for moe in layers:
+        moe.router.expert_bias.copy_(torch.linspace(0, 0.4, len(moe.router.expert_bias)))
+        moe.register_forward_hook(lambda moe, *_: seen.append((moe.last_logits, moe.last_routing.indices)))
+    row = trainer._train_step()
+    for layer in range(len(layers)):
+        of_step = seen[layer :: len(layers)][: trainer.config.train.grad_accum]
+        best = torch.cat([logits.topk(2).indices for logits, _ in of_step])
+        chosen = torch.cat([indices for _, indices in of_step])
+        want = 1 - (chosen[:, :, None] == best[:, None, :]).any(2).double().mean().item()
+        assert 0.05 < want < 1
+        assert row["layers"]["bias_overruled"][layer] == pytest.approx(want, rel=1e-9)
+
+
 def test_how_far_biases_are_apart(make_trainer):
     trainer = make_trainer("run", *SHORT, "router.balance=bias", "guard.stats_every=1")
     for _ in range(3):

@@ -37,7 +37,7 @@ def run(lab: Lab) -> Page:
         "The selection bias at several rates, one expert of 96",
         text(trained),
         {"rates": rates_figure(trained)},
-        {name: sparse.data(runs, "bias_spread") for name, runs in trained.items()},
+        {name: sparse.data(runs, "bias_spread", "bias_overruled") for name, runs in trained.items()},
     )
 
 
@@ -50,6 +50,7 @@ def text(trained: dict[str, list[Trained]]) -> str:
     for runs in trained.values():
         most, least = (sparse.over_time(runs, key)[1] for key in ("load_most", "load_least"))
         reached = sparse.over_time(runs, "bias_spread")[1]
+        overruled = sparse.final(runs, "bias_overruled")
         half, last = len(most[0]) // 2 - 1, -1
         rows.append([
             f"{rate_of(runs):g}",
@@ -57,6 +58,8 @@ def text(trained: dict[str, list[Trained]]) -> str:
             *(times_share(most[:, at, 1:].mean(1)) for at in (half, last)),
             sparse.percent(least[:, last, 0]),
             *(spread(reached[:, at, 0], 2) for at in (half, last)),
+            sparse.percent(overruled[:, 0]),
+            sparse.percent(overruled[:, 1:].mean(1)),
             spread(sparse.final_bits(runs), 4),
         ])  # fmt: skip
     columns = (
@@ -68,6 +71,8 @@ def text(trained: dict[str, list[Trained]]) -> str:
         "idlest, layer 0",
         "widest bias less least, layer 0, half-way",
         "at the end",
+        "choices that the bias made, layer 0",
+        "of the other layers",
         "validation, bits per byte",
     )
     first = next(iter(trained.values()))
@@ -83,7 +88,8 @@ expert that takes it alone has {1 + sparse.bounds(first[0])[0]:.0f} times its sh
 
 Above the busiest expert of layer 0 and the mean of the others', below the widest bias less the least, in layer 0; a
 thin line a seed. Grey: twice the rate times the steps, the fastest that two biases can part. Scores are of (0, 1), so
-that a bias of 1 decides alone.
+that a bias of 1 decides alone. A choice is the bias's where the scores alone would have made another; of the last two
+looks.
 """
 
 

@@ -25,7 +25,15 @@ from sigma_train.mesh import copies
 from sigma_train.model import LanguageModel
 from sigma_train.probe import Probe
 from sigma_train.ranks import Ranks
-from sigma_train.routing_statistics import Values, of_limits, of_loads, of_routers, sharpness, top1_sums
+from sigma_train.routing_statistics import (
+    Values,
+    of_limits,
+    of_loads,
+    of_routers,
+    overruled,
+    sharpness,
+    top1_sums,
+)
 
 OUTPUTS = ("attention", "mlp", "residual")
 
@@ -77,6 +85,9 @@ class LayerStatistics:
             self._add(layer, largest, name, square=square, nonfinite=bad, count=output.numel())
             if isinstance(module, MoE) and module.last_logits is not None and module.last_sums is not None:
                 self._see_router(layer, module.last_logits, module.last_sums)
+                if module.router.expert_bias is not None:
+                    chosen = module.last_routing.indices
+                    self._sums["router_overruled"][layer] += overruled(module.last_logits, chosen)
 
         return see
 

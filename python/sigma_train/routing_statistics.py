@@ -34,6 +34,13 @@ def sharpness(logits: Tensor, score: str) -> Sharpness:
     return Sharpness(entropy, top1)
 
 
+def overruled(logits: Tensor, indices: Tensor) -> int:
+    """How many choices [T, k] have a logit [T, E] below the k-th largest: a selection bias made them."""
+    logits = logits.detach()
+    least = logits.topk(indices.shape[1]).values[:, -1:]
+    return int((logits.gather(1, indices.long()) < least).sum())
+
+
 def top1_sums(logits: Tensor, temperature: float) -> tuple[Tensor, float]:
     """sum_t q_t [E] and sum_t max_i q_ti of q_t = softmax(logits[t] / temperature): of the Top-1 loss."""
     total, largest = torch.zeros(logits.shape[1], dtype=torch.float64), 0.0
@@ -60,6 +67,8 @@ def of_routers(sums: Values, largest: Tensor, counts: Tensor) -> Values:
         "router_top1": sums["router_top1"] / tokens,
         "balance_loss": E * (f * p).sum(1),
     }
+    if "router_overruled" in sums:
+        values["bias_overruled"] = sums["router_overruled"] / counts.sum(1)
     if "top1_q" in sums:
         square = (sums["top1_q"] / tokens[:, None]).square().sum(1)
         values["top1_loss"] = E * square / (sums["top1_largest"] / tokens)
