@@ -9,6 +9,8 @@
 // NR vectors for MR * NR FMAs, so it stays under the two loads a cycle that the core has.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "vec.h"
 
@@ -131,7 +133,7 @@ struct Asker {
 };
 
 // Where all 16 registers are taken, GCC reads an operand again for each use: 41 loads instead of 28 for 48
-// multiply-adds, two a cycle.
+// multiply-adds, two a cycle.  Not beside weights that are widened, which it makes slower.
 template <class V>
 SK_INLINE void stay_in_register([[maybe_unused]] V& v) {
 #if defined(__AVX__) && SK_LANES == 8
@@ -156,8 +158,9 @@ void dot_block(const DotBlock<A, W>& d) {
 #pragma GCC unroll 8
     for (int i = 0; i < (kHoldsA ? MR : NR); ++i)
       held[i] = kHoldsA ? load_at(a[i] + k) : load_at(b + i * ldb + k);
+    if constexpr (std::is_same_v<W, float>)
 #pragma GCC unroll 8
-    for (int i = 0; i < (kHoldsA ? MR : NR); ++i) stay_in_register(held[i]);
+      for (int i = 0; i < (kHoldsA ? MR : NR); ++i) stay_in_register(held[i]);
 #pragma GCC unroll 8
     for (int j = 0; j < (kHoldsA ? NR : MR); ++j) {
       const V other = kHoldsA ? load_at(b + j * ldb + k) : load_at(a[j] + k);
