@@ -86,10 +86,10 @@ expert that takes it alone has {1 + sparse.bounds(first[0])[0]:.0f} times its sh
 
 ![Load and bias over steps](bias-rates.png)
 
-Above the busiest expert of layer 0 and the mean of the others', below the widest bias less the least, in layer 0; a
+Above the busiest expert of layer 0 and the mean of the others', then the widest bias less the least, in layer 0; a
 thin line a seed. Grey: twice the rate times the steps, the fastest that two biases can part. Scores are of (0, 1), so
-that a bias of 1 decides alone. A choice is the bias's where the scores alone would have made another; of the last two
-looks.
+that a bias of 1 decides alone. Below the share of choices that the bias made, where the scores alone would have made
+another, mean of the seeds; in the table of the last two looks.
 """
 
 
@@ -98,8 +98,8 @@ def times_share(deviations: np.ndarray) -> str:
 
 
 def rates_figure(trained: dict[str, list[Trained]]) -> Figure:
-    figure, grid = plt.subplots(2, len(trained), figsize=(12, 5.5), sharex=True, sharey="row", squeeze=False)
-    for (load, bias), runs in zip(grid.T, trained.values(), strict=True):
+    figure, grid = plt.subplots(3, len(trained), figsize=(12, 7.5), sharex=True, sharey="row", squeeze=False)
+    for (load, bias, share), runs in zip(grid.T, trained.values(), strict=True):
         steps, most = sparse.over_time(runs, "load_most")
         for values, color, label in (
             (1 + most[:, :, 0], "tab:red", "layer 0"),
@@ -114,11 +114,19 @@ def rates_figure(trained: dict[str, list[Trained]]) -> Figure:
         steps, reached = sparse.over_time(runs, "bias_spread")
         draw(bias, steps, reached[:, :, 0], "tab:blue")
         bias.plot(steps, [2 * rate_of(runs) * step for step in steps], color="gray", linewidth=0.8)
-        bias.set_xlabel("step")
         bias.grid(alpha=0.3)
+        steps, overruled = sparse.over_time(runs, "bias_overruled")
+        for layer in range(sparse.LAYERS):
+            shade = plt.colormaps["viridis"](layer / sparse.LAYERS)
+            share.plot(steps, overruled[:, :, layer].mean(0), color=shade, label=f"layer {layer}")
+        share.set_xlabel("step")
+        share.grid(alpha=0.3)
     grid[0][0].set_ylabel("busiest expert, times its share")
     grid[1][0].set_ylabel("widest bias less least")
     grid[1][0].set_ylim(0, 1.5)
+    grid[2][0].set_ylabel("share of choices\nthat the bias made")
+    grid[2][0].set_ylim(0, 1)
+    grid[2][0].legend(fontsize=8, ncols=2)
     grid[0][0].legend(fontsize=8)
     figure.tight_layout()
     return figure
