@@ -188,8 +188,8 @@ def test_kinds():
     x = steps(rng, 8, 2000)
     x[1] *= 1.05
     x[4, :1300] *= 1.2  # most of three quarters
-    detours(rng, x, 6)
-    detours(rng, x, 1)
+    detours(rng, x, 6, 0.03)  # so many that each quarter tells
+    detours(rng, x, 1, 0.03)
     kinds = {r.rank: r.kind for r in score(x).ranks}
     assert kinds == {
         0: "usual",
