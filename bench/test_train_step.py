@@ -77,9 +77,8 @@ def test_train_step(race, device, tmp_path, pytestconfig):
             ("hf_eager", "eager"),
         )
     }
-    dense = as_transformers(
-        LanguageModel(settings(num_layers, 1)), settings(num_layers, 1), tmp_path / "dense", None
-    )
+    twin = settings(num_layers, 1)
+    dense = as_transformers(LanguageModel(twin), twin, tmp_path / "dense", None)
 
     def check(who: str, loss: torch.Tensor) -> None:
         assert abs(loss.item() - want) < 1e-3, f"{who}: the first loss is {loss}, {want} was expected"

@@ -105,9 +105,7 @@ def test_the_rank_the_cause_and_the_loss_are_told(cache, tmp_path):
     assert why.causes.named == STOPPED
     assert known.causes.shares[0].cause == "stop"
     gain = why.regained[STOPPED]  # of 90 %; the measurement has two standard errors
-    print(
-        gain.by_segments, gain.by_steps
-    )  # of steps None where one was untouched that had next to no chance to be
+    print(gain.by_segments, gain.by_steps)  # the latter None where untouched steps do not tell
     assert gain.low - 2 * error_s <= measured_s <= gain.high + 2 * error_s, (gain, measured_s, error_s)
 
 
