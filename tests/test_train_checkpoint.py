@@ -76,7 +76,7 @@ def test_two_then_four_ranks_then_one_are_the_same_run(cache, tmp_path, whole):
     in a file that one of them looks at; experts that others have placed, taken for those of other numbers.
     """
     out = tmp_path / "run"
-    a_step = ["train.time_budget_s=0.001", "train.save_every=1"]
+    a_step = ["train.time_budget_s=1e-9", "train.save_every=1"]
     for ranks, places in ((2, 1), (4, 0)):
         results = run(ranks, out, cache, *a_step, f"train.place_every={places}")
         assert codes(results) == [0] * ranks, results

@@ -248,6 +248,7 @@ def test_a_run_accounts_for_the_life_of_its_process(cache, tmp_path):
     first = sigma(*args, "--set", "train.time_budget_s=1e-9", env=cache)
     assert first.returncode == 0, first.stderr
     before = Account(read_events(run / FILE)).totals()
+    assert Account(read_events(run / FILE)).reached == 1, "one step whatever the budget"
     started = time.monotonic()
     process = subprocess.Popen([*SIGMA, *args, "--resume"], env=cache, stdout=subprocess.PIPE, text=True)
     stdout, _ = process.communicate(timeout=200)

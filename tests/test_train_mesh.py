@@ -20,7 +20,7 @@ def test_all_meshes_are_the_same_run(cache, tmp_path, whole):  # noqa: F811
     """
     out = tmp_path / "run"
     placed = ["train.place_every=1", "train.save_every=1", CHECKED]
-    a_step = ["train.time_budget_s=0.001", *placed]
+    a_step = ["train.time_budget_s=1e-9", *placed]
     meshes = [("2", "2"), ("1", "none"), ("none", "1")]
     for step, (experts, shards) in enumerate(meshes):
         settings = [f"train.expert_ranks={experts}", f"train.shard_ranks={shards}"]

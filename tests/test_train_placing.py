@@ -25,7 +25,7 @@ def test_experts_that_move_are_those_that_stay_bit_for_bit(cache, tmp_path):
     results = run(2, still, cache, *common, fault=faults.goes_back_past_a_placement)
     assert codes(results) == [0, 0], results
     placed = [*common, "train.place_every=1"]
-    results = run(2, moves, cache, *placed, "train.time_budget_s=0.001")
+    results = run(2, moves, cache, *placed, "train.time_budget_s=1e-9")
     assert codes(results) == [0, 0], results
     results = run(2, moves, cache, *placed, fault=faults.goes_back_past_a_placement)
     assert codes(results) == [0, 0], results

@@ -195,10 +195,11 @@ class Trainer:
 
     def _run(self, dense: float | None) -> None:
         t, started = self.config.train, time.monotonic()
+        has_begun = False  # one step whatever the budget, or a chain of short runs might never get on
         last_log, last_tokens = time.monotonic(), self.tokens_seen
         self.ledger.turn("step")
         while self.step < t.steps:
-            is_spent = t.time_budget_s is not None and time.monotonic() - started > t.time_budget_s
+            is_spent = has_begun and t.time_budget_s is not None and time.monotonic() - started > t.time_budget_s
             self.noise.begin_step(self.step + 1)
             # What one rank knows all must do.
             stops, budgets, failures = self.ranks.summed(self._stop, is_spent, self.saver.has_failed)
@@ -211,6 +212,7 @@ class Trainer:
                 self.line.say(f"time budget of {t.time_budget_s:g} s is spent")
                 break
             row = self._train_step()
+            has_begun = True
             self.noise.turn(step_noise.LOG)
             if row is None:  # the run has gone back
                 last_log, last_tokens = time.monotonic(), self.tokens_seen
