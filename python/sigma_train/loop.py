@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import ctypes.util
+import math
 import signal
 import time
 import warnings
@@ -194,12 +195,13 @@ class Trainer:
                 signal.signal(s, handler)
 
     def _run(self, dense: float | None) -> None:
-        t, started = self.config.train, time.monotonic()
+        t = self.config.train
+        ends = math.inf if t.time_budget_s is None else time.monotonic() + t.time_budget_s
         has_begun = False  # one step whatever the budget, or a chain of short runs might never get on
         last_log, last_tokens = time.monotonic(), self.tokens_seen
         self.ledger.turn("step")
         while self.step < t.steps:
-            is_spent = has_begun and t.time_budget_s is not None and time.monotonic() - started > t.time_budget_s
+            is_spent = has_begun and time.monotonic() > ends
             self.noise.begin_step(self.step + 1)
             # What one rank knows all must do.
             stops, budgets, failures = self.ranks.summed(self._stop, is_spent, self.saver.has_failed)
