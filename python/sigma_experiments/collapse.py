@@ -8,6 +8,7 @@ the end.
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
 from sigma_experiments import bias, sparse
@@ -74,6 +75,7 @@ def text(trained: dict[str, list[Trained]]) -> str:
     )
     first = next(iter(trained.values()))[0]
     t, looked = first.config.train, 2 * first.config.guard.stats_every
+    early = {name: before_switch(trained[name]) for name in ("schedule", "plain")}
     return f"""
 {sparse.described(trained)}, mean [lowest, highest]. {t.steps} steps of {t.batch_size * t.seq_len:,} tokens; of
 a vocabulary of {first.config.model.vocab_size} the commonest is {sparse.commonest(first):.0%} of the text: an
@@ -86,8 +88,18 @@ last {looked} steps. The schedule goes to k = 1 at {sparse.SWITCH:.0%} of the st
 ![Load over steps](collapse-steps.png)
 
 The busiest expert of layer 0 and of the highest layer, and below the idlest ones; a thin line a seed. Green: the
-schedule's switch.
+schedule's switch. Over the {looked} steps before it the busiest expert of layer 0 has {early["schedule"]} with the schedule,
+whose k is {sparse.EARLY[0]} there, and {early["plain"]} without.
 """
+
+
+def before_switch(runs: list[Trained]) -> str:
+    """The busiest and the idlest expert of layer 0 at the last two looks before the schedule's switch."""
+    looks = np.array(sparse.over_time(runs, "load_most")[0]) <= sparse.SWITCH * runs[0].config.train.steps
+    most, least = (
+        sparse.over_time(runs, key)[1][:, looks, 0][:, -2:].mean(1) for key in ("load_most", "load_least")
+    )
+    return f"{times_share(most)} times its share, the idlest {sparse.percent(least)},"
 
 
 def steps_figure(trained: dict[str, list[Trained]]) -> Figure:
