@@ -88,8 +88,8 @@ last {looked} steps. The schedule goes to k = 1 at {sparse.SWITCH:.0%} of the st
 ![Load over steps](collapse-steps.png)
 
 The busiest expert of layer 0 and of the highest layer, and below the idlest ones; a thin line a seed. Green: the
-schedule's switch. Over the {looked} steps before it the busiest expert of layer 0 has {early["schedule"]} with the schedule,
-whose k is {sparse.EARLY[0]} there, and {early["plain"]} without.
+schedule's switch. Over the {looked} steps before it the busiest expert of layer 0 has {early["schedule"]}
+with the schedule, whose k is {sparse.EARLY[0]} there, and {early["plain"]} without.
 """
 
 
