@@ -29,7 +29,7 @@ TITLES = {
     "top1": "Top-1 loss, temperature 0.1",
 }
 
-SHAPES = ("entropy of p", "entropy of f", "deviation of f over chance")
+SHAPES = ("balance loss E sum f p", "entropy of p", "entropy of f", "deviation of f over chance")
 
 
 def run(lab: Lab) -> Page:
@@ -122,7 +122,8 @@ commonest token alone forces on a layer in which equal tokens go to equal expert
 (pi_max = {commonest:.3f}).
 
 What tells layers apart. f is the load, p the router's mean probability, both entropies are over log E, and 1 where all
-experts are equal; the deviation of f (its standard deviation over its mean) is in times that of a draw by chance.
+experts are equal; the deviation of f (its standard deviation over its mean) is in times that of a draw by chance. The
+balance loss is that of each arm, whatever it was trained by: 1 where f or p is even, E where one expert has all.
 
 {table(("balance", *(f"{what}, layer {layer}" for what in SHAPES for layer in lowest_and_highest)), evenness)}
 
@@ -137,6 +138,7 @@ def shapes(runs: list[Trained]) -> list[tuple[np.ndarray, int]]:
     """Of each of SHAPES [seeds, layers], and its digits."""
     deviation, floor = (sparse.final(runs, key) for key in ("load_cv", "load_cv_floor"))
     return [
+        (sparse.final(runs, "balance_loss"), 3),
         (sparse.final(runs, "router_entropy_of_mean"), 4),
         (sparse.final(runs, "load_entropy"), 3),
         (deviation / floor, 1),
