@@ -2,7 +2,8 @@
 
 Plain loss E sum_i f_i p_i is least where p is uniform, however uneven f is (Sigma-MoE-Tiny, arXiv 2512.16248, figures 2
 to 4).  Beside it: the schedule, whose lower layers begin with several experts, once switched to one late and once left
-as it is; the selection bias of Wang et al. 2024; the Top-1 loss.  All see the same tokens; schedule and staying are one run, bit for bit, until the switch.
+as it is; the selection bias of Wang et al. 2024; the Top-1 loss.  All see the same tokens; schedule and staying are one
+run, bit for bit, until the switch.
 """
 
 import matplotlib.pyplot as plt
