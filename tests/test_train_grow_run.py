@@ -12,6 +12,7 @@ from sigma_train.checkpoint import latest_checkpoint, load_checkpoint, read_reco
 from sigma_train.config import load_config
 from sigma_train.errors import Stopped
 from sigma_train.generate import load_run
+from sigma_train.grow_cli import beside
 from sigma_train.grow_run import Base, grow_run
 from sigma_train.growth import grow, grow_optimizer_state
 from sigma_train.growth_cost import ledger_of, mean_flops_per_token
@@ -143,6 +144,20 @@ def test_the_command_says_what_comes_next(cache, tmp_path):
     assert torch.equal(
         model.layers[0].mlp.experts.down_proj, former.layers[0].mlp.experts.down_proj.repeat(3, 1, 1)
     )
+
+
+def test_a_folder_that_is_not_named_is_beside_the_run(cache, tmp_path):
+    """Defends: a grown folder among a run's checkpoints, which it would take for the newest, or remove."""
+    make_run(tmp_path / "run")
+    grown = tmp_path / "run-grown"
+    for source in ("run", "run/.", "run/checkpoints", "run/checkpoints/step-00000001"):
+        assert beside(tmp_path / source) == grown
+    args = ("grow", "run", "--depth", "interposition", "--experts", "2", "--noise", "0.01")
+    result = sigma(*args, env=cache, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"wrote {grown}: " in result.stdout
+    assert load_run(grown)[0].model.num_layers == 4
+    assert_one_sentence(sigma(*args, env=cache, cwd=tmp_path), 2, f"--out: {grown} exists; name a new folder")
 
 
 WRONG = [
