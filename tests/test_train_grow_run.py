@@ -82,6 +82,23 @@ def test_what_was_spent_is_carried_on(base, make_trainer, tmp_path):  # noqa: F8
     assert last.model.layers[0].mlp.router.weight.shape[0] == 8 * 2 * 3
 
 
+def test_sigma_ledger_shows_what_was_spent(base, make_trainer, tmp_path, cache):  # noqa: F811
+    """Defends: a comparison by FLOPs for which one has to write Python; figures of a run that began with nothing."""
+    grow_run(Base.named(base.out), GROWTH, "reset", tmp_path / "grown")
+    run = make_trainer("big", *of_grown(tmp_path / "grown"))
+    run.run()
+    now = ledger_of(latest_checkpoint(run.checkpoints))
+    assert now.sunk_flops > 0 < now.extra_flops
+    small, big = str(base.out), str(run.out)
+    told = json.loads(sigma("ledger", small, big, "--json", env=cache).stdout)["runs"]
+    want = {"sunk_flops": now.sunk_flops, "extra_flops": now.extra_flops, "total_flops": now.total_flops}
+    assert want.items() <= told[big].items()
+    assert not want.keys() & told[small].keys()
+    shown = sigma("ledger", big, env=cache).stdout
+    for name, flops in want.items():
+        assert f"  {name.replace('_', ' '):24} {flops:.4g}\n" in shown
+
+
 def test_a_schedule_is_paid_for_as_it_went(base):  # noqa: F811
     """Defends: tokens of a phase of several experts, counted at the k of the end."""
     config = load_config("smoke", None, ["sparsity.phases=[[0,[4,4]],[2,[1,1]]]"])
