@@ -149,6 +149,7 @@ def test_the_figures_of_an_arm_are_of_all_looks(make_lab):
         "load_cv",
         "experts_dead",
         "router_entropy_of_mean",
+        "balance_loss",
         "router_top1",
     }
     assert of_layers <= found.keys()

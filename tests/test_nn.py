@@ -127,9 +127,11 @@ def test_the_choices_of_fewer_are_the_first_of_more(score):
 
 @pytest.mark.parametrize("k", range(1, 9))
 def test_a_flat_router_has_a_balance_loss_of_one_at_every_k(k):
-    """Defends: f that is divided by T and not by T k, with which the loss would be k."""
+    """Defends: f that is divided by T and not by T k, with which the loss is k."""
     logits = torch.zeros(16, 8)
-    assert nn.load_balancing_loss(logits, sk.route(logits, k).counts).item() == pytest.approx(1.0)
+    counts = sk.route(logits, k).counts
+    assert nn.load_balancing_loss(logits, counts).item() == pytest.approx(1.0)
+    assert 8 * (counts / 16 @ logits.softmax(-1).mean(0)).item() == pytest.approx(k)
 
 
 def test_one_normalised_expert_gives_the_router_no_gradient_in_f64():
@@ -191,7 +193,10 @@ def test_load_balancing_loss_of_sigmoids_of_any_size(shift):
 
 
 def test_z_loss_by_hand():
-    assert nn.router_z_loss(torch.tensor([[2.0, 1.0, 0.0, -1.0]])).item() == pytest.approx(5.9545257650)
+    """And where every expert is there twice: lse + ln 2."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    for x, lse in (logits, 2.4401896986), (logits.repeat(1, 2), 3.1333368791):
+        assert nn.router_z_loss(x).sqrt().item() == pytest.approx(lse)
 
 
 def test_bias_moves_against_the_load():

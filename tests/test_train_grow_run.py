@@ -12,6 +12,7 @@ from sigma_train.checkpoint import latest_checkpoint, load_checkpoint, read_reco
 from sigma_train.config import load_config
 from sigma_train.errors import Stopped
 from sigma_train.generate import load_run
+from sigma_train.grow_cli import beside
 from sigma_train.grow_run import Base, grow_run
 from sigma_train.growth import grow, grow_optimizer_state
 from sigma_train.growth_cost import ledger_of, mean_flops_per_token
@@ -81,6 +82,23 @@ def test_what_was_spent_is_carried_on(base, make_trainer, tmp_path):  # noqa: F8
     assert last.model.layers[0].mlp.router.weight.shape[0] == 8 * 2 * 3
 
 
+def test_sigma_ledger_shows_what_was_spent(base, make_trainer, tmp_path, cache):  # noqa: F811
+    """Defends: a comparison by FLOPs for which one has to write Python; figures of a run that began with nothing."""
+    grow_run(Base.named(base.out), GROWTH, "reset", tmp_path / "grown")
+    run = make_trainer("big", *of_grown(tmp_path / "grown"))
+    run.run()
+    now = ledger_of(latest_checkpoint(run.checkpoints))
+    assert now.sunk_flops > 0 < now.extra_flops
+    small, big = str(base.out), str(run.out)
+    told = json.loads(sigma("ledger", small, big, "--json", env=cache).stdout)["runs"]
+    want = {"sunk_flops": now.sunk_flops, "extra_flops": now.extra_flops, "total_flops": now.total_flops}
+    assert want.items() <= told[big].items()
+    assert not want.keys() & told[small].keys()
+    shown = sigma("ledger", big, env=cache).stdout
+    for name, flops in want.items():
+        assert f"  {name.replace('_', ' '):24} {flops:.4g}\n" in shown
+
+
 def test_a_schedule_is_paid_for_as_it_went(base):  # noqa: F811
     """Defends: tokens of a phase of several experts, counted at the k of the end."""
     config = load_config("smoke", None, ["sparsity.phases=[[0,[4,4]],[2,[1,1]]]"])
@@ -143,6 +161,20 @@ def test_the_command_says_what_comes_next(cache, tmp_path):
     assert torch.equal(
         model.layers[0].mlp.experts.down_proj, former.layers[0].mlp.experts.down_proj.repeat(3, 1, 1)
     )
+
+
+def test_a_folder_that_is_not_named_is_beside_the_run(cache, tmp_path):
+    """Defends: a grown folder among a run's checkpoints, which it would take for the newest, or remove."""
+    make_run(tmp_path / "run")
+    grown = tmp_path / "run-grown"
+    for source in ("run", "run/.", "run/checkpoints", "run/checkpoints/step-00000001"):
+        assert beside(tmp_path / source) == grown
+    args = ("grow", "run", "--depth", "interposition", "--experts", "2", "--noise", "0.01")
+    result = sigma(*args, env=cache, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"wrote {grown}: " in result.stdout
+    assert load_run(grown)[0].model.num_layers == 4
+    assert_one_sentence(sigma(*args, env=cache, cwd=tmp_path), 2, f"--out: {grown} exists; name a new folder")
 
 
 WRONG = [

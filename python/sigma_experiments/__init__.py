@@ -6,7 +6,7 @@ lab.py trains, page.py writes; everything else is the experiment's own.
 EXPERIMENTS = {
     "balance": "one expert of many: how uneven plain loss, bias, Top-1 loss and the schedule leave each layer",
     "bias": "the selection bias at several rates: how fast it balances each layer, whether it runs away",
-    "collapse": "bytes and a weak loss: lower layers that stay uneven to the end, and what evens them",
+    "collapse": "bytes and a weak loss: lower layers that stay uneven to the end, and what is tried against it",
     "trade-off": "each balance loss at several strengths: validation over the busiest expert",
     "teacher": "tokens chosen by a teacher of another vocabulary, where part of the text is noise",
     "token-bound": "what the commonest token alone forces on each layer, for several vocabularies",

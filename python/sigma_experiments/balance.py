@@ -1,8 +1,9 @@
-"""The collapse of lower layers under plain loss, and its cures (Sigma-MoE-Tiny, arXiv 2512.16248, figures 2 to 4).
+"""The collapse of lower layers under plain loss, and what is tried against it.
 
-Plain loss E sum_i f_i p_i is least where p is uniform, however uneven f is.  Beside it: the schedule, whose lower
-layers begin with several experts, once switched to one late and once left as it is; the selection bias of Wang et al.
-2024; the Top-1 loss.  All see the same tokens; schedule and staying are one run, bit for bit, until the switch.
+Plain loss E sum_i f_i p_i is least where p is uniform, however uneven f is (Sigma-MoE-Tiny, arXiv 2512.16248, figures 2
+to 4).  Beside it: the schedule, whose lower layers begin with several experts, once switched to one late and once left
+as it is; the selection bias of Wang et al. 2024; the Top-1 loss.  All see the same tokens; schedule and staying are one
+run, bit for bit, until the switch.
 """
 
 import matplotlib.pyplot as plt
@@ -29,7 +30,7 @@ TITLES = {
     "top1": "Top-1 loss, temperature 0.1",
 }
 
-SHAPES = ("entropy of p", "entropy of f", "deviation of f over chance")
+SHAPES = ("balance loss E sum f p", "entropy of p", "entropy of f", "deviation of f over chance")
 
 
 def run(lab: Lab) -> Page:
@@ -102,6 +103,7 @@ def text(trained: dict[str, list[Trained]], commonest: float, bound: float) -> s
         ]
         for name, runs in trained.items()
     ]
+    lost = np.subtract(*(sparse.final_bits(trained[name]) for name in ("schedule", "stay")))
     t = config.train
     return f"""
 {sparse.described(trained)}, mean [lowest, highest]. Hidden size {config.model.hidden_size}, steps of
@@ -112,6 +114,8 @@ they go on from one state.
 
 {table(columns, rows)}
 
+Switched less stayed, bits per byte of each seed: {", ".join(f"{each:+.3f}" for each in lost)}.
+
 ![Deviation over steps](balance-deviation.png)
 
 Busiest and idlest expert of the lowest, the second and the highest layer; a thin line a seed. Dashed: what the
@@ -119,7 +123,8 @@ commonest token alone forces on a layer in which equal tokens go to equal expert
 (pi_max = {commonest:.3f}).
 
 What tells layers apart. f is the load, p the router's mean probability, both entropies are over log E, and 1 where all
-experts are equal; the deviation of f (its standard deviation over its mean) is in times that of a draw by chance.
+experts are equal; the deviation of f (its standard deviation over its mean) is in times that of a draw by chance. The
+balance loss is that of each arm, whatever it was trained by: 1 where f or p is even, E where one expert has all.
 
 {table(("balance", *(f"{what}, layer {layer}" for what in SHAPES for layer in lowest_and_highest)), evenness)}
 
@@ -134,6 +139,7 @@ def shapes(runs: list[Trained]) -> list[tuple[np.ndarray, int]]:
     """Of each of SHAPES [seeds, layers], and its digits."""
     deviation, floor = (sparse.final(runs, key) for key in ("load_cv", "load_cv_floor"))
     return [
+        (sparse.final(runs, "balance_loss"), 3),
         (sparse.final(runs, "router_entropy_of_mean"), 4),
         (sparse.final(runs, "load_entropy"), 3),
         (deviation / floor, 1),

@@ -50,7 +50,6 @@ def text(trained: dict[str, list[Trained]]) -> str:
     for runs in trained.values():
         most, least = (sparse.over_time(runs, key)[1] for key in ("load_most", "load_least"))
         reached = sparse.over_time(runs, "bias_spread")[1]
-        overruled = sparse.final(runs, "bias_overruled")
         half, last = len(most[0]) // 2 - 1, -1
         rows.append([
             f"{rate_of(runs):g}",
@@ -58,8 +57,6 @@ def text(trained: dict[str, list[Trained]]) -> str:
             *(times_share(most[:, at, 1:].mean(1)) for at in (half, last)),
             sparse.percent(least[:, last, 0]),
             *(spread(reached[:, at, 0], 2) for at in (half, last)),
-            sparse.percent(overruled[:, 0]),
-            sparse.percent(overruled[:, 1:].mean(1)),
             spread(sparse.final_bits(runs), 4),
         ])  # fmt: skip
     columns = (
@@ -71,8 +68,6 @@ def text(trained: dict[str, list[Trained]]) -> str:
         "idlest, layer 0",
         "widest bias less least, layer 0, half-way",
         "at the end",
-        "choices that the bias made, layer 0",
-        "of the other layers",
         "validation, bits per byte",
     )
     first = next(iter(trained.values()))
@@ -89,8 +84,18 @@ expert that takes it alone has {1 + sparse.bounds(first[0])[0]:.0f} times its sh
 Above the busiest expert of layer 0 and the mean of the others', then the widest bias less the least, in layer 0; a
 thin line a seed. Grey: twice the rate times the steps, the fastest that two biases can part. Scores are of (0, 1), so
 that a bias of 1 decides alone. Below the share of choices that the bias made, where the scores alone would have made
-another, mean of the seeds; in the table of the last two looks.
+another, mean of the seeds; of the last two looks, layer by layer:
+
+{choices_by_layer(trained)}
 """
+
+
+def choices_by_layer(trained: dict[str, list[Trained]]) -> str:
+    rows = [
+        [f"{rate_of(runs):g}", *map(sparse.percent, sparse.final(runs, "bias_overruled").T)]
+        for runs in trained.values()
+    ]
+    return table(("rate", *(f"layer {layer}" for layer in range(sparse.LAYERS))), rows)
 
 
 def times_share(deviations: np.ndarray) -> str:

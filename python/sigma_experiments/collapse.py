@@ -1,4 +1,4 @@
-"""A collapse of lower layers that lasts, and what cures it (Sigma-MoE-Tiny, arXiv 2512.16248): bytes, a weak loss.
+"""A collapse of lower layers that lasts, and what is tried against it: bytes, a weak loss (arXiv 2512.16248).
 
 `balance` has a vocabulary whose commonest token is 2 % of the text, and a loss of ten times the published
 coefficient.  Here the vocabulary is that of `bias`, and plain loss has the published coefficient: layers are uneven to

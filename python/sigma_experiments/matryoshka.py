@@ -18,7 +18,7 @@ from sigma_train.model import flops_per_token
 
 from sigma_experiments import sparse
 from sigma_experiments.lab import SHORT, Lab, Run, Trained
-from sigma_experiments.page import Page, spread, table
+from sigma_experiments.page import Page, draw, spread, table
 
 TRAINED, BEYOND = (1, 2, 3, 4), (5, 6)
 MEAN_K = 2.5  # what a uniform draw has, and the budget of the search
@@ -184,7 +184,7 @@ The four specialists together took {suite:.1f} times the FLOPs of the one model 
 ![Load at every k](matryoshka-load.png)
 
 Expert load at every k: the busiest expert over an even share, and the entropy of the load over log E (1: even), both of
-the layer where they are worst; a line is the mean of the seeds.
+the layer where they are worst; a thin line a seed, a thick one their mean.
 
 A k for each layer, with a mean of {MEAN_K}, searched on half of the validation batches with the model whose k is drawn
 for each layer: {found}. Bits per byte that this saves on the other half over an even spread, and their standard
@@ -214,19 +214,24 @@ def loss_figure(bits: Curves) -> Figure:
 
 
 def load_figure(by_arm: Mapping[str, list[list[el.Measured]]]) -> Figure:
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5))
+    """Load over k: fixed left, drawn right; a thin line a seed."""
+    figure, grid = plt.subplots(2, 2, figsize=(12, 8), sharex=True, sharey="row")
     for number, (name, seeds) in enumerate(by_arm.items()):
-        style = "-" if name in DRAWN else "--"
-        most = 100 * np.mean([[max(m.load()["most"]) for m in seed] for seed in seeds], axis=0)
-        entropy = np.mean([[min(m.load()["entropy"]) for m in seed] for seed in seeds], axis=0)
-        for axes, values in zip(panels, (most, entropy), strict=True):
-            axes.plot(TRAINED + BEYOND, values, style, color=f"C{number}", marker="o", label=TITLES[name])
-    for axes, title in zip(
-        panels, ("busiest expert over an even share, %", "entropy over log E"), strict=True
+        most = 100 * np.array([[max(m.load()["most"]) for m in seed] for seed in seeds])
+        entropy = np.array([[min(m.load()["entropy"]) for m in seed] for seed in seeds])
+        for axes, values in zip(grid[:, int(name in DRAWN)], (most, entropy), strict=True):
+            draw(axes, TRAINED + BEYOND, values, f"C{number}", TITLES[name])
+    for column, what in zip(grid.T, ("fixed k", "k drawn"), strict=True):
+        column[0].set(title=what)
+        column[1].set(xlabel="k at inference; gray: beyond training")
+        for axes in column:
+            axes.axvspan(max(TRAINED) + 0.5, max(BEYOND) + 0.5, color="gray", alpha=0.15)
+            axes.grid(alpha=0.3)
+        column[0].legend(fontsize=8)
+    for axes, what in zip(
+        grid[:, 0], ("busiest expert over an even share, %", "entropy over log E"), strict=True
     ):
-        axes.set(xlabel="k at inference", title=title)
-        axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
+        axes.set_ylabel(what)
     figure.tight_layout()
     return figure
 

@@ -48,6 +48,7 @@ SERIES = (
     "experts_dead",
     "router_entropy_of_mean",
     "router_entropy",
+    "balance_loss",
 )
 
 

@@ -37,7 +37,9 @@ class Optimizer(StrEnum):
 
 def grow(
     source: Annotated[Path, typer.Argument(help="run, checkpoint of a run, or folder of transformers")],
-    out: Annotated[Path, typer.Option(help="folder to write")],
+    out: Annotated[
+        Path | None, typer.Option(help="folder to write; by default SOURCE-grown, RUN-grown of a checkpoint")
+    ] = None,
     depth: Annotated[
         Depth, typer.Option(help="where copies of layers go: behind each, or all on top")
     ] = Depth.none,
@@ -91,6 +93,7 @@ def grow(
         )
     if experts == 1 and (interleave or balance_bias is BalanceBias.zero):
         raise WrongInput("--interleave and --balance-bias are options of --experts, which was not given")
+    out = out or beside(source)
     must_be_new(out, "--out")
 
     from sigma_train.growth_layers import LayerGrowthPlan
@@ -110,6 +113,18 @@ def grow(
             raise WrongInput("--sunk-tokens is an option of a folder of transformers; a run knows its tokens")
         ledger, next_step = _grow_run(source, growth, optimizer.value, out, norms)
     typer.echo(f"wrote {out}: {ledger.sunk_flops:.3g} FLOPs are sunk in its weights; {next_step}")
+
+
+def beside(source: Path) -> Path:
+    """SOURCE-grown; of a checkpoint beside its run, which takes all of its checkpoints' folder for its own."""
+    import os
+
+    place = Path(os.path.abspath(source))  # not resolved: beside a link, not beside what it leads to
+    if place.parent.name == "checkpoints":
+        place = place.parent
+    if place.name == "checkpoints":
+        place = place.parent
+    return place.with_name(f"{place.name}-grown")
 
 
 def _grow_folder(

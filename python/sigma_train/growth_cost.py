@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from sigma_train.checkpoint import read_record
-from sigma_train.config import Config
+from sigma_train.checkpoint import CheckpointError, read_record
+from sigma_train.config import Config, ConfigError
 from sigma_train.expert_counts import ExpertCounts
 from sigma_train.model import LanguageModel, flops_per_token
 
@@ -64,6 +64,16 @@ def ledger_of(checkpoint: Path) -> SunkCostLedger:
         settings.setdefault(section, {})[key] = value
     flops = mean_flops_per_token(Config.from_dict(settings), record["step"])
     return replace(ledger, extra_flops=extra["tokens_seen"] * flops)
+
+
+def ledger_of_run(run: Path) -> SunkCostLedger | None:
+    """Of its newest checkpoint whose record can be read; None if there is none."""
+    for checkpoint in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            return ledger_of(checkpoint)
+        except (CheckpointError, ConfigError):  # damaged, removed meanwhile by the run, or of another program
+            continue
+    return None
 
 
 def mean_flops_per_token(config: Config, steps: int) -> float:

@@ -7,6 +7,7 @@ import typer
 
 if TYPE_CHECKING:
     from sigma_train.account import Account, Totals
+    from sigma_train.growth_cost import SunkCostLedger
 
 
 def ledger(
@@ -19,6 +20,7 @@ def ledger(
     """Show where the time of runs went."""
     import json
 
+    from sigma_train import ledger_view
     from sigma_train.account import Account, Totals
     from sigma_train.errors import WrongInput
     from sigma_train.events import FILE, read_events
@@ -37,14 +39,33 @@ def ledger(
         with must_be_writable("--prometheus", prometheus.parent):
             write_textfile(prometheus, accounts)
     total = sum((account.totals() for account in accounts.values()), Totals())
+    costs = {str(run): cost for run in runs if (cost := _cost(run)) is not None}
     if as_json:
-        by_run = {name: account.figures() for name, account in accounts.items()}
+        by_run = {
+            name: account.figures() | (ledger_view.cost(costs[name]) if name in costs else {})
+            for name, account in accounts.items()
+        }
         typer.echo(json.dumps({"runs": by_run, "total": total.figures()}, indent=2))
         return
-    _show(accounts, total)
+    _show(accounts, total, costs)
 
 
-def _show(accounts: "dict[str, Account]", total: "Totals") -> None:
+def _cost(run: Path) -> "SunkCostLedger | None":
+    """Of a run that began with other weights, whose settings say so: to know what it has cost takes torch."""
+    import tomllib
+
+    try:
+        settings = tomllib.loads((run / "config.toml").read_text())
+    except (OSError, ValueError):
+        return None
+    if not settings.get("train", {}).get("init_from"):
+        return None
+    from sigma_train.growth_cost import ledger_of_run
+
+    return ledger_of_run(run)
+
+
+def _show(accounts: "dict[str, Account]", total: "Totals", costs: "dict[str, SunkCostLedger]") -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -64,6 +85,9 @@ def _show(accounts: "dict[str, Account]", total: "Totals") -> None:
         console.print(table)
         for figure, value in ledger_view.facts(each):
             say(console, f"  {figure:24} {value}")
+        if name in costs:
+            for figure, flops in ledger_view.cost(costs[name]).items():
+                say(console, f"  {figure.replace('_', ' '):24} {flops:.4g}")
         if name in accounts:
             for line in ledger_view.story(accounts[name]):
                 say(console, f"  {line}")

@@ -8,6 +8,8 @@ from sigma_train.account import CAUSES, Account, S, Totals
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from sigma_train.growth_cost import SunkCostLedger
+
 
 def share(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.1%}"
@@ -71,6 +73,11 @@ def facts(totals: Totals) -> list[tuple[str, str]]:
         ("rollbacks", f"{totals.rollbacks:,}"),
         ("steps lost", f"{totals.lost_steps:,}"),
     ]
+
+
+def cost(ledger: "SunkCostLedger") -> dict[str, float]:
+    """What a run's weights have cost, where it began with others' (docs/grow.md)."""
+    return {f"{kind}_flops": getattr(ledger, f"{kind}_flops") for kind in ("sunk", "extra", "total")}
 
 
 def story(account: Account) -> list[str]:
