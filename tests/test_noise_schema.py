@@ -16,6 +16,7 @@ from sigma_noise.attribution import STOPPED
 from sigma_noise.formats.rank_detours import facts
 from sigma_noise.loops import clock_cost
 from sigma_noise.step_causes import late
+from sigma_noise.step_ranks import step_ranks
 from sigma_noise.steps import step_noise
 from sigma_noise.trace import Series, Trace
 from test_noise_step_matched import WORST, Stopped, random_stops, recorded
@@ -136,11 +137,12 @@ def test_a_training_is_of_its_schema():
     ran.stops = stops[stops + ran.length_ns < ran.ended.max()]
     trace = recorded(ran)
     noise, why = step_noise(trace, warm_up=0), late(trace, warm_up=0)
-    told = json.loads(json.dumps(of_training(noise, why), allow_nan=False))
+    beside, digests = step_ranks(trace, warm_up=0), {"rank00000.parquet": "0f" * 32}
+    told = json.loads(json.dumps(of_training(noise, why, beside, digests), allow_nan=False))
     check.validate(told)
     assert told["noise"]["worst"] == told["late"]["rank"] == WORST
     assert told["late"]["regained_s"][STOPPED]["by_steps"]["seconds"] > 0
-    check.validate(json.loads(json.dumps(of_training(noise, None), allow_nan=False)))
+    check.validate(json.loads(json.dumps(of_training(noise, None, beside, digests), allow_nan=False)))
     for name in told["late"]:
         with pytest.raises(jsonschema.ValidationError):
             check.validate(told | {"late": {k: v for k, v in told["late"].items() if k != name}})

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from sigma_noise import parts, steps, trace
 from sigma_noise.recorder import Recorder, now_ns
+from sigma_noise.step_ranks import step_ranks
 from sigma_noise.steps import StepNoise, step_noise
 from sigma_noise.trace import Trace
 from sigma_train import loop
@@ -94,6 +95,9 @@ def test_a_record_has_every_step_and_its_phases(recorded):
     noise = step_noise(found)
     assert noise.phases_s["backward"][0] > noise.phases_s["log"][0]
     assert sum(seconds[0] for seconds in noise.phases_s.values()) == pytest.approx(noise.steps_s, rel=1e-9)
+    many = step_ranks(found)
+    assert many.window_s == pytest.approx(noise.local_s[0] / noise.steps, rel=1e-9)
+    assert "wanted 100: measure longer" in many.projections[0].refusals[0]
     report = (recorded / "report.html").read_text()
     assert "<h2>What noise cost</h2>" in report
     assert "<td>backward" in report
