@@ -1,5 +1,6 @@
 """The sampler against a made-up /proc whose contents are known, and against this thread's own."""
 
+import errno
 import gc
 import os
 import shutil
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from sigma_noise.counters import (
     TICKS_PER_S,
+    GroupStat,
+    Held,
     cpu_stat,
     group_of,
     machine_stat,
@@ -142,6 +145,31 @@ def test_a_process_that_is_moved_to_another_group(root):
     sampler.sample()
     throttled = sampler.rows(0)[0, "counter", "throttled_ns"].value
     assert throttled.tolist() == [77e3, 77e3, 677e3, 677e3, 680e3]
+
+
+def test_files_that_stay_open_tell_what_is_in_them_now(root, monkeypatch):
+    """Defends: the first reading told again; a file cut at a page; a group that is gone and takes its counter along."""
+    held = Held()
+    group = GroupStat(root, held)
+    assert group.read() == (77e3, 4.0)
+    write(root, "sys/fs/cgroup/job/cpu.stat", b"nr_throttled 5\nthrottled_usec 80\n")
+    assert group.read() == (80e3, 5.0)
+    write(root, "sys/fs/cgroup/quota/cpu.stat", b"nr_throttled 100\nthrottled_usec 5000\n")
+    write(root, "proc/self/cgroup", b"0::/quota\n")
+    assert group.read() == (80e3, 5.0)
+    real, gone = os.pread, [OSError(errno.ENODEV, "the group was removed and made again")]
+    monkeypatch.setattr(os, "pread", lambda *args: real(*args) if not gone else raised(gone.pop()))
+    assert group.read() == (80e3, 5.0)
+    for size in (0, Held.MOST - 1, Held.MOST, 3 * Held.MOST + 7):
+        write(root, "long", bytes(size % 251 for size in range(size)))
+        assert held(root / "long") == (root / "long").read_bytes()
+    held.close()
+    with pytest.raises(FileNotFoundError):
+        held(root / "none")
+
+
+def raised(error: Exception) -> bytes:
+    raise error
 
 
 def test_a_group_without_a_quota_is_told(root):
