@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import rank_faults
 import torch
+from noise_gate import skip_if_unfit
 from rich.console import Console
 from sigma_noise import parts, steps, trace
 from sigma_noise.recorder import Recorder, now_ns
@@ -377,6 +378,7 @@ def disturbed(cache: dict[str, str], out: Path) -> tuple[StepNoise, Stopper]:
 @pytest.mark.live
 def test_the_rank_that_is_stopped_is_named(cache, tmp_path):
     """A training of our MoE on four ranks: the record alone names the one that a log of stops is of."""
+    skip_if_unfit()
     out = tmp_path / "run"
     noise, stopper = disturbed(cache, out)
     others = np.delete(noise.excess_s, DISTURBED)
