@@ -62,6 +62,8 @@ def root(tmp_path):
     write(tmp_path, "proc/self/mountinfo", MOUNTS_2)
     write(tmp_path, "sys/fs/cgroup/job/cpu.stat", b"usage_usec 9\nnr_throttled 4\nthrottled_usec 77\n")
     write(tmp_path, "sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq", b"2400000\n")
+    heat = "sys/devices/system/cpu/cpu1/thermal_throttle/core_throttle_total_time_ms"
+    write(tmp_path, heat, b"31\n")
     return tmp_path
 
 
@@ -87,12 +89,14 @@ def test_every_counter_is_read_as_the_kernel_means_it(root):
         "throttled_count": [4.0],
         "psi_cpu_us": [4444.0],
         "cpu_khz": [2.4e6],
+        "core_throttled_ns": [31e6],
     }
     everywhere = read_once(root)
     assert everywhere["irq_ns"] == [6 * TICK_NS]
     assert everywhere["softirq_ns"] == [7 * TICK_NS]
     assert everywhere["steal_ns"] == [8 * TICK_NS]
     assert "cpu_khz" not in everywhere
+    assert "core_throttled_ns" not in everywhere
 
 
 def test_this_kernel_writes_what_the_parsers_expect():
@@ -198,6 +202,7 @@ def test_what_cannot_be_read_has_a_reason(root):
         "run_delay_ns",
         "on_cpu_ns",
         "cpu_khz",
+        "core_throttled_ns",
     }
     names = {name for _, _, name in sampler.rows(0)}
     assert names == {

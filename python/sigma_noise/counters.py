@@ -11,6 +11,7 @@
 | throttled_ns, throttled_count | ns, 1 | the control group | cpu.stat | when a throttle ends |
 | psi_cpu_us | us | the machine | /proc/pressure/cpu | every 2 s or when read |
 | cpu_khz | kHz | the pinned CPU | cpufreq | a gauge, not a counter |
+| core_throttled_ns | ns | the core of the pinned CPU, for heat | thermal_throttle | in ms; of Intel alone |
 """
 
 import os
@@ -119,8 +120,10 @@ def sources(tid: int, cpu: int | None, root: Path = Path("/"), reads: "Reads | N
         TextFile(root / "proc/pressure/cpu", ("psi_cpu_us",), pressure),
     ]
     if cpu is not None:
-        at = root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq"
-        found.append(TextFile(at, ("cpu_khz",), lambda text: (float(text),)))
+        at = root / f"sys/devices/system/cpu/cpu{cpu}"
+        found.append(TextFile(at / "cpufreq/scaling_cur_freq", ("cpu_khz",), lambda text: (float(text),)))
+        heat = at / "thermal_throttle/core_throttle_total_time_ms"
+        found.append(TextFile(heat, ("core_throttled_ns",), lambda text: (int(text) * 1e6,)))
     return found
 
 
