@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import noise_gate
 import pytest
 import test_noise_live as live
+import test_noise_train as train
+import test_noise_train_loss as loss
 from sigma_noise import fitness, inject_cli
 from sigma_noise.fitness import Check
 from sigma_train.errors import WrongInput
@@ -169,11 +172,29 @@ def test_this_machine(monkeypatch, capsys):
 def test_live_tests_skip_with_their_figure(tmp_path, monkeypatch):
     """Defends: acceptance 23.  A measurement of what others did, or a skip that does not say how noisy it was."""
     monkeypatch.setattr(live, "AUTOGROUP", tmp_path / "autogroup")
-    monkeypatch.setattr(live, "baseline_noise", lambda *_: 0.273)
+    monkeypatch.setattr(noise_gate, "baseline_noise", lambda *_: 0.273)
     with pytest.raises(pytest.skip.Exception, match=rf"27\.3% of CPU {live.CPU} is lost .* at most 20%"):  # noqa: SIM117
         with live.quiet_cpu():
             pytest.fail("the test went on")
-    monkeypatch.setattr(live, "baseline_noise", lambda *_: 0.2)
+    monkeypatch.setattr(noise_gate, "baseline_noise", lambda *_: 0.2)
     with live.quiet_cpu():
         went_on = True
     assert went_on
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (train, "test_the_rank_that_is_stopped_is_named"),
+        (loss, "test_the_rank_the_cause_and_the_loss_are_told"),
+    ],
+)
+def test_live_trainings_skip_before_they_train(owner, name, tmp_path, monkeypatch):
+    """Defends: acceptance 23, of the two that train for minutes before they look at what they measured."""
+    monkeypatch.setattr(noise_gate, "baseline_noise", lambda *_: 0.273)
+    monkeypatch.setattr(owner, "disturbed", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(pytest.skip.Exception, match=r"27\.3% of CPU .* at most 20%"):
+        getattr(owner, name)({}, tmp_path)
+    monkeypatch.setattr(noise_gate, "baseline_noise", lambda *_: 0.2)
+    with pytest.raises(pytest.fail.Exception, match="it trained"):
+        getattr(owner, name)({}, tmp_path)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from noise_gate import CPU, skip_if_unfit
 from sigma_noise.attribution import STOPPED, Attribution, attribute
-from sigma_noise.fitness import BASELINE, baseline_noise
 from sigma_noise.loops import detours, fixed_work
 from sigma_noise.lost import Lost
 from sigma_noise.sampler import Sampler
@@ -29,8 +29,6 @@ from sigma_noise.trace import Series, read
 AUTOGROUP = Path(
     "/proc/self/autogroup"
 )  # sched(7): nice values count within a session, this between sessions
-CPU = max(os.sched_getaffinity(0))
-
 pytestmark = pytest.mark.live
 
 
@@ -42,10 +40,7 @@ def quiet_cpu() -> Iterator[None]:
     with contextlib.suppress(OSError):
         AUTOGROUP.write_text("-19")
     try:
-        if (share := baseline_noise(0.5, CPU)) > BASELINE:
-            pytest.skip(
-                f"{share:.1%} of CPU {CPU} is lost before anything is injected; at most {BASELINE:.0%} may be"
-            )
+        skip_if_unfit()
         yield
     finally:
         os.sched_setaffinity(0, before)
@@ -65,8 +60,7 @@ def twice(check: Callable[[], None]) -> None:
         check()
     except AssertionError as first:
         print(f"tried once more after: {str(first).splitlines()[:1]}")
-        if (share := baseline_noise(0.5, CPU)) > BASELINE:
-            pytest.skip(f"{share:.1%} of CPU {CPU} is lost to others after a try that failed")
+        skip_if_unfit("to others after a try that failed")
         check()
 
 

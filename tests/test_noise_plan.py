@@ -52,6 +52,17 @@ def test_threads_do_not_share_a_pin(settings, message):
         plan.check(1)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+@pytest.mark.parametrize("kernels", [("a2a",), ("a2a", "spin"), ("spin", "a2a")])
+@pytest.mark.parametrize("modes", [("ftq",), ("fwq", "ftq"), ("ftq", "fwq")])
+def test_an_all_to_all_of_fixed_time_is_refused(backend, kernels, modes):
+    """Defends: a mode that was asked for and dropped without a word, as other kernels have it."""
+    told = f"^--kernel a2a is fixed work: --mode must have fwq and not ftq, found {','.join(modes)}; "
+    with pytest.raises(WrongInput, match=told):
+        Plan(kernels=kernels, modes=modes, backend=backend).check(2)
+    Plan(kernels=kernels, modes=("fwq",), backend=backend).check(2)
+
+
 @pytest.mark.parametrize("option", ["quantum_s", "duration_s", "warm_up_s", "threshold_s"])
 @pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0])
 def test_times_of_a_plan_are_checked_before_it_begins(option, seconds):

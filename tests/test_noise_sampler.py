@@ -1,5 +1,6 @@
 """The sampler against a made-up /proc whose contents are known, and against this thread's own."""
 
+import errno
 import gc
 import os
 import shutil
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from sigma_noise.counters import (
     TICKS_PER_S,
+    GroupStat,
+    Held,
     cpu_stat,
     group_of,
     machine_stat,
@@ -59,6 +62,8 @@ def root(tmp_path):
     write(tmp_path, "proc/self/mountinfo", MOUNTS_2)
     write(tmp_path, "sys/fs/cgroup/job/cpu.stat", b"usage_usec 9\nnr_throttled 4\nthrottled_usec 77\n")
     write(tmp_path, "sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq", b"2400000\n")
+    heat = "sys/devices/system/cpu/cpu1/thermal_throttle/core_throttle_total_time_ms"
+    write(tmp_path, heat, b"31\n")
     return tmp_path
 
 
@@ -84,12 +89,14 @@ def test_every_counter_is_read_as_the_kernel_means_it(root):
         "throttled_count": [4.0],
         "psi_cpu_us": [4444.0],
         "cpu_khz": [2.4e6],
+        "core_throttled_ns": [31e6],
     }
     everywhere = read_once(root)
     assert everywhere["irq_ns"] == [6 * TICK_NS]
     assert everywhere["softirq_ns"] == [7 * TICK_NS]
     assert everywhere["steal_ns"] == [8 * TICK_NS]
     assert "cpu_khz" not in everywhere
+    assert "core_throttled_ns" not in everywhere
 
 
 def test_this_kernel_writes_what_the_parsers_expect():
@@ -144,6 +151,31 @@ def test_a_process_that_is_moved_to_another_group(root):
     assert throttled.tolist() == [77e3, 77e3, 677e3, 677e3, 680e3]
 
 
+def test_files_that_stay_open_tell_what_is_in_them_now(root, monkeypatch):
+    """Defends: the first reading told again; a file cut at a page; a group that is gone and takes its counter along."""
+    held = Held()
+    group = GroupStat(root, held)
+    assert group.read() == (77e3, 4.0)
+    write(root, "sys/fs/cgroup/job/cpu.stat", b"nr_throttled 5\nthrottled_usec 80\n")
+    assert group.read() == (80e3, 5.0)
+    write(root, "sys/fs/cgroup/quota/cpu.stat", b"nr_throttled 100\nthrottled_usec 5000\n")
+    write(root, "proc/self/cgroup", b"0::/quota\n")
+    assert group.read() == (80e3, 5.0)
+    real, gone = os.pread, [OSError(errno.ENODEV, "the group was removed and made again")]
+    monkeypatch.setattr(os, "pread", lambda *args: real(*args) if not gone else raised(gone.pop()))
+    assert group.read() == (80e3, 5.0)
+    for size in (0, Held.MOST - 1, Held.MOST, 3 * Held.MOST + 7):
+        write(root, "long", bytes(size % 251 for size in range(size)))
+        assert held(root / "long") == (root / "long").read_bytes()
+    held.close()
+    with pytest.raises(FileNotFoundError):
+        held(root / "none")
+
+
+def raised(error: Exception) -> bytes:
+    raise error
+
+
 def test_a_group_without_a_quota_is_told(root):
     write(root, "sys/fs/cgroup/job/cpu.stat", b"usage_usec 9\n")
     with Sampler(tid=7, root=root) as sampler:
@@ -170,6 +202,7 @@ def test_what_cannot_be_read_has_a_reason(root):
         "run_delay_ns",
         "on_cpu_ns",
         "cpu_khz",
+        "core_throttled_ns",
     }
     names = {name for _, _, name in sampler.rows(0)}
     assert names == {

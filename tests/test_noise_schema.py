@@ -3,22 +3,26 @@
 import json
 from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
 from noise_samples import everything, spun
-from sigma_noise import host
+from sigma_cli.commands import app
+from sigma_noise import fitness, host, selftest
 from sigma_noise.analysis import analyze
 from sigma_noise.as_json import as_json, of_training
 from sigma_noise.attribution import STOPPED
 from sigma_noise.formats.rank_detours import facts
 from sigma_noise.loops import clock_cost
 from sigma_noise.step_causes import late
+from sigma_noise.step_ranks import step_ranks
 from sigma_noise.steps import step_noise
 from sigma_noise.trace import Series, Trace
 from test_noise_step_matched import WORST, Stopped, random_stops, recorded
+from typer.testing import CliRunner
 
 SCHEMA = json.loads((files("sigma_noise") / "analysis.schema.json").read_text())
 CHECK = jsonschema.Draft202012Validator(SCHEMA)
@@ -126,6 +130,59 @@ def test_an_analysis_tells_where_it_was_measured():
     assert not CHECK.is_valid(told)
 
 
+def validator(name: str) -> jsonschema.Draft202012Validator:
+    found = json.loads((files("sigma_noise") / f"{name}.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(found)
+    return jsonschema.Draft202012Validator(found)
+
+
+def refuses_changes(check: jsonschema.Draft202012Validator, told: Any) -> None:
+    """Each name of each object is wanted, has a type, and no other is taken."""
+    for place, found in places(told).items():
+        for name in list(found):
+            value = found.pop(name)
+            assert not check.is_valid(told), f"{place}.{name} may be missing"
+            found[name] = {}
+            assert not check.is_valid(told), f"{place}.{name} may be of any type"
+            found[name] = value
+        found["further"] = 1
+        assert not check.is_valid(told), f"{place} may have more"
+        del found["further"]
+    check.validate(told)
+
+
+def test_a_doctors_findings_are_of_their_schema(monkeypatch):
+    """Defends: a check of another name, or a value that a reader does not expect; a machine that shows nothing."""
+    monkeypatch.setattr(fitness, "baseline_noise", lambda *_: 0.3)
+    check = validator("doctor")
+    told = CliRunner().invoke(app, ["noise", "doctor", "--json", "--duration", "1ms"])
+    found = json.loads(told.output)
+    assert told.exit_code == 4
+    assert found["fit"] is False
+    refuses_changes(check, found)
+    blank = [
+        fitness.clock_source(Path("/none")),
+        fitness.governor(0, Path("/none")),
+        fitness.quota(Path("/none")),
+    ]
+    check.validate(json.loads(json.dumps(fitness.to_json(blank), allow_nan=False)))
+
+
+def test_a_self_test_is_of_its_schema(monkeypatch, tmp_path):
+    """Defends: cells of which nothing was injected or found, which are null and not NaN."""
+    nan = float("nan")
+    cells = [
+        selftest.Cell(0.02, 2.0, 6, 1.0, 0.6, 1.0, 6, 1.0, 0.0204, 1e-4),
+        selftest.Cell(0.02, 10.0, 0, nan, nan, nan, 0, nan, nan, nan),
+    ]
+    monkeypatch.setattr(selftest, "curve", lambda *_, **__: cells)
+    told = CliRunner().invoke(app, ["noise", "selftest", "--json", str(tmp_path / "c.json")])
+    assert told.exit_code == 0, told.output
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert found["limits"] == [{"rate_hz": 2.0, "length_s": 0.02}, {"rate_hz": 10.0, "length_s": None}]
+    refuses_changes(validator("selftest"), found)
+
+
 def test_a_training_is_of_its_schema():
     """Defends: a name that the schema has and the file has not, or the other way round; an interval without an end."""
     schema = json.loads((files("sigma_noise") / "training.schema.json").read_text())
@@ -136,11 +193,12 @@ def test_a_training_is_of_its_schema():
     ran.stops = stops[stops + ran.length_ns < ran.ended.max()]
     trace = recorded(ran)
     noise, why = step_noise(trace, warm_up=0), late(trace, warm_up=0)
-    told = json.loads(json.dumps(of_training(noise, why), allow_nan=False))
+    beside, digests = step_ranks(trace, warm_up=0), {"rank00000.parquet": "0f" * 32}
+    told = json.loads(json.dumps(of_training(noise, why, beside, digests), allow_nan=False))
     check.validate(told)
     assert told["noise"]["worst"] == told["late"]["rank"] == WORST
     assert told["late"]["regained_s"][STOPPED]["by_steps"]["seconds"] > 0
-    check.validate(json.loads(json.dumps(of_training(noise, None), allow_nan=False)))
+    check.validate(json.loads(json.dumps(of_training(noise, None, beside, digests), allow_nan=False)))
     for name in told["late"]:
         with pytest.raises(jsonschema.ValidationError):
             check.validate(told | {"late": {k: v for k, v in told["late"].items() if k != name}})

@@ -1,5 +1,6 @@
 """Why a rank of a training was late, on simulated ranks of which every nanosecond is known."""
 
+import os
 import subprocess
 import sys
 import time
@@ -208,6 +209,25 @@ def test_the_heartbeat_sees_a_stop_of_the_process():
     assert found.start_ns[longest] >= began
     assert len(rows[0, "counter", "on_cpu_ns"]) == 1
     assert len(rows[0, "counter", "run_delay_ns"]) == 1
+
+
+def test_a_reading_opens_no_file_anew(monkeypatch):
+    """Defends: three files opened and closed in every step of a training, four fifths of what its counters cost."""
+    recorder = Recorder(0)
+    counters = StepCounters(recorder)
+    counters.begin()
+    counters.read()
+    fds = set(os.listdir("/proc/self/fd"))
+    opened, real = [], os.open
+    monkeypatch.setattr(os, "open", lambda *args, **more: opened.append(args) or real(*args, **more))
+    for _ in range(3):
+        counters.read()
+    assert opened == []
+    counters.end()
+    assert len(os.listdir("/proc/self/fd")) < len(fds)
+    of_delay = recorder.taken()[0, "counter", "run_delay_ns"]
+    assert len(of_delay) == 4
+    assert (np.diff(of_delay.value) >= 0).all()
 
 
 def test_of_two_ranks_one_is_the_usual_one():

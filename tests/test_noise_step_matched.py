@@ -1,7 +1,14 @@
-"""What a step would take without its stops, told by segments and by steps, against the same ranks without a stop."""
+"""What a step would take without its stops, told by segments and by steps, against the same ranks without a stop.
+
+SIGMA_FRESH_SEED gives statistics other random numbers, and the limits that as many repetitions explain.
+"""
+
+import os
+from functools import cache
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 from sigma_noise import spans, steps_view
 from sigma_noise.attribution import STOPPED
 from sigma_noise.step_causes import Estimate, Late, Regained, late
@@ -11,6 +18,7 @@ from sigma_noise.step_segments import over_others
 from sigma_noise.trace import Series, Trace
 from test_noise_steps import Simulated
 
+FRESH = int(os.environ.get("SIGMA_FRESH_SEED", "0"))
 MS = 1_000_000
 RANKS, WORST, HELD = 4, 2, 3
 STEPS, CALLS = 400, 6
@@ -83,6 +91,7 @@ def random_stops(seed: int) -> np.ndarray:
     return np.cumsum(gaps).astype(np.int64)
 
 
+@cache
 def simulated(seed: int, seen_ns: int = 30 * MS) -> tuple[Late, float]:
     """What is found where the heartbeat sees so much of a stop, and what a step takes less without any, seconds."""
     stops = random_stops(seed)
@@ -97,19 +106,29 @@ def simulated(seed: int, seen_ns: int = 30 * MS) -> tuple[Late, float]:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_stops_cost_what_the_same_ranks_take_less_without_them(seed):
     """Defends: ranks that a stopped one holds, taken for as slow as it (16 % too little); chance, in which each rank is
-    the last now and then, taken for a cause.
+    the last now and then, taken for a cause.  Of 48 seeds the estimate is 0.6 % too much in the mean, scatter 0.4 %.
     """
-    found, truth = simulated(seed)
+    found, truth = simulated(seed + FRESH)
     assert found.rank == WORST
     assert found.causes.named == STOPPED
     gain = found.regained[STOPPED]
     assert gain.by_segments.seconds == pytest.approx(truth, rel=0.02)
-    assert gain.by_steps.low < truth < gain.by_steps.high
     assert gain.low == min(gain.by_segments.low, gain.by_steps.low)
     assert gain.high == max(gain.by_segments.high, gain.by_steps.high)
     by_steps = gain.by_steps.seconds * 1e3
     assert found.sentence.endswith(f"by steps without it {by_steps:.3g}")
     assert f" to {gain.high * 1e3:.2f}<td>{by_steps:.2f}<tr>" in steps_view._causes(found)
+
+
+@pytest.mark.parametrize("n", [3, pytest.param(24, marks=pytest.mark.acceptance)])
+def test_intervals_of_90_per_cent_hold_the_truth(n):
+    """Defends: an interval that is too short, or beside what a step takes less.  Of 48 seeds all are held."""
+    held = 0
+    for seed in range(n):
+        found, truth = simulated(seed + FRESH)
+        gain = found.regained[STOPPED].by_steps
+        held += gain.low < truth < gain.high
+    assert held >= (binom.ppf(1e-3, n, 0.9) if FRESH else n)
 
 
 def test_what_counters_add_to_an_event_is_in_its_step_already():
@@ -141,7 +160,7 @@ def test_an_event_finds_long_steps_more_often_than_short_ones():
     """Defends: steps with an event less those without one, which are shorter from the start: 17 % too much here."""
     errors, plain = [], []
     for seed in range(30):
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed + FRESH)
         own = rng.uniform(0.04, 0.16, 400)
         begins = np.cumsum(0.1 + rng.exponential(0.15, 400))  # by the clock of undisturbed work
         begins = begins[begins < own.sum()]
@@ -154,7 +173,7 @@ def test_an_event_finds_long_steps_more_often_than_short_ones():
         truth = 0.03 * count.mean()
         errors.append(found.mean() / truth - 1)
         plain.append((seconds.mean() - seconds[count == 0].mean()) / truth - 1)
-    assert abs(np.mean(errors)) < 3 * np.std(errors) / np.sqrt(30)
+    assert abs(np.mean(errors)) < (4 if FRESH else 3) * np.std(errors) / np.sqrt(30)
     assert np.mean(plain) > 0.1
 
 

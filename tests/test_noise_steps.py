@@ -8,6 +8,7 @@ import late_rank
 import numpy as np
 import pytest
 from sigma_noise import parts, steps, steps_view
+from sigma_noise.step_ranks import step_ranks
 from sigma_noise.steps import StepNoise
 from sigma_noise.trace import Series, Trace
 
@@ -314,7 +315,11 @@ def test_a_late_rank_of_four_is_named_by_local_time_and_by_arrival(tmp_path):
     """Acceptance 14: rank 2 sleeps before an all-reduce.  Its own collectives are the shortest."""
     n, sleep_s = 25, 0.02
     forked.spawn(late_rank.run, (4, str(tmp_path / "store"), str(tmp_path), n, sleep_s), 4)
-    noise = step_noise(parts.read(tmp_path))
+    found = parts.read(tmp_path)
+    noise = step_noise(found)
+    scores = step_ranks(found, warm_up=0).scores
+    assert scores.ranks[0].rank == 2
+    assert scores.ranks[0].what_if_interval.low > 0
     assert (noise.ranks, noise.steps, noise.collectives) == ([0, 1, 2, 3], n, n)
     assert noise.worst == 2
     assert noise.local_s.argmax() == 2

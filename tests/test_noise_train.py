@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import rank_faults
 import torch
+from noise_gate import skip_if_unfit
 from rich.console import Console
 from sigma_noise import parts, steps, trace
 from sigma_noise.recorder import Recorder, now_ns
+from sigma_noise.step_ranks import step_ranks
 from sigma_noise.steps import StepNoise, step_noise
 from sigma_noise.trace import Trace
 from sigma_train import loop
@@ -94,6 +96,9 @@ def test_a_record_has_every_step_and_its_phases(recorded):
     noise = step_noise(found)
     assert noise.phases_s["backward"][0] > noise.phases_s["log"][0]
     assert sum(seconds[0] for seconds in noise.phases_s.values()) == pytest.approx(noise.steps_s, rel=1e-9)
+    many = step_ranks(found)
+    assert many.window_s == pytest.approx(noise.local_s[0] / noise.steps, rel=1e-9)
+    assert "wanted 100: measure longer" in many.projections[0].refusals[0]
     report = (recorded / "report.html").read_text()
     assert "<h2>What noise cost</h2>" in report
     assert "<td>backward" in report
@@ -241,33 +246,50 @@ def test_the_models_layers_and_nobody_elses_are_recorded(make_trainer, monkeypat
     assert Where.layer == -1
 
 
-def test_recording_takes_less_than_a_hundredth_of_a_step(cache, tmp_path, monkeypatch):
-    """Counted: rows of a step times the processor time of one, over that of a step.  No clock of the wall is asked."""
-    recorder, n = Recorder(0), 20_000
-    name = recorder.code("quantum", "forward")
-    costs = []
+def least_ns(take: Callable[[], None], n: int) -> float:
+    """Processor time of one of n: of five tries the least, as a disturbed one is longer and never shorter."""
+    tries = []
     for _ in range(5):
         began = time.thread_time_ns()
         for _ in range(n):
-            recorder.add(name, now_ns(), now_ns())
-        costs.append((time.thread_time_ns() - began) / n)
-        recorder.taken()
+            take()
+        tries.append((time.thread_time_ns() - began) / n)
+    return min(tries)
+
+
+@pytest.mark.parametrize("preset", ["smoke", "tiny-96"])
+def test_recording_takes_less_than_a_hundredth_of_a_step(cache, tmp_path, monkeypatch, preset):
+    """Counted: rows of a step times the processor time of one, a reading of the counters, and the heartbeat's, over the
+    processor time of a step.  By the wall's clock only how many beats a step has is told.
+
+    Defends: what is always on and in no sum of rows.
+    """
+    recorder = Recorder(0)
+    name = recorder.code("quantum", "forward")
+    row_ns = least_ns(lambda: recorder.add(name, now_ns(), now_ns()), 20_000)
     settings = ["data.max_bytes=1000000", "model.vocab_size=512", "train.threads=1", "train.noise=true"]
-    config = load_config(
-        "tiny-96", None, [*settings, f"train.out={tmp_path / 'run'}"], {"train": {"steps": 2}}
-    )
+    config = load_config(preset, None, [*settings, f"train.out={tmp_path / 'run'}"], {"train": {"steps": 15}})
     (tmp_path / "run").mkdir()
     monkeypatch.setenv("SIGMA_CACHE", cache["SIGMA_CACHE"])
     trainer = loop.Trainer(config, Console(quiet=True), resume=False)
     trainer.noise.watch(trainer.model, None)
-    before, spent = len(trainer.noise._recorder), []
-    for number in range(1, 3):
+    counters = trainer.noise._counters
+    counters_ns = least_ns(counters.read, 500)
+    assert len(counters._sources) >= 2
+    before, spent, beats = len(trainer.noise._recorder), [], []
+    n = 15 if preset == "smoke" else 3
+    for number in range(1, n + 1):
+        if (number - 1) % (n // 3) == 0:
+            beats.append((now_ns(), counters.heartbeat_ns))
         began = time.thread_time_ns()
         trainer.noise.begin_step(number)
         trainer._train_step()
         trainer.noise.end_step()
         spent.append(time.thread_time_ns() - began)
-    rows = (len(trainer.noise._recorder) - before) / 2
+    beats.append((now_ns(), counters.heartbeat_ns))
+    lasted_ns, beaten_ns = np.diff(np.array(beats), axis=0).T
+    heartbeat = float((beaten_ns / lasted_ns).min())  # of a core; a disturbed one takes more
+    rows = (len(trainer.noise._recorder) - before) / n
     trainer.noise.close()
     trainer.saver.close()
     trainer.metrics.close()
@@ -275,7 +297,10 @@ def test_recording_takes_less_than_a_hundredth_of_a_step(cache, tmp_path, monkey
     # A rank of many has two rows a collective: nine a layer where tokens have several experts, three for the shards of
     # each of four blocks and the rest, a dozen of losses, norms and loads.
     a_rank_of_many = rows + 2 * (9 * 4 + 3 * 5 + 12)
-    assert max(costs) * a_rank_of_many < 0.01 * min(spent), (costs, rows, spent)
+    print(
+        f"{a_rank_of_many:.0f} rows of {row_ns:.0f} ns, counters {counters_ns:.0f} ns, heartbeat {heartbeat:.2%}"
+    )
+    assert (row_ns * a_rank_of_many + counters_ns) / min(spent) + heartbeat < 0.01, (min(spent), beats)
 
 
 @pytest.mark.acceptance
@@ -353,6 +378,7 @@ def disturbed(cache: dict[str, str], out: Path) -> tuple[StepNoise, Stopper]:
 @pytest.mark.live
 def test_the_rank_that_is_stopped_is_named(cache, tmp_path):
     """A training of our MoE on four ranks: the record alone names the one that a log of stops is of."""
+    skip_if_unfit()
     out = tmp_path / "run"
     noise, stopper = disturbed(cache, out)
     others = np.delete(noise.excess_s, DISTURBED)

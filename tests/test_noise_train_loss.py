@@ -11,6 +11,7 @@ import forked
 import numpy as np
 import pytest
 import rank_faults
+from noise_gate import skip_if_unfit
 from sigma_noise import trace
 from sigma_noise.analysis import injections
 from sigma_noise.attribution import STOPPED
@@ -86,6 +87,7 @@ def lost_a_step(steps: Series, disturbed: list[Window], quiet: list[Window]) -> 
 
 
 def test_the_rank_the_cause_and_the_loss_are_told(cache, tmp_path):
+    skip_if_unfit()
     found, logs, quiet = disturbed(cache, tmp_path / "run")
     truth = [trace.read(log) for log in logs]
     stops = [log.get(0, "event", "stop") for log in truth]

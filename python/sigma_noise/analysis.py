@@ -20,6 +20,7 @@ from sigma_noise.periods import Period
 from sigma_noise.project import RANKS, Projection, project
 from sigma_noise.scores import LEAST_STEPS, REFERENCES, Scores, score
 from sigma_noise.trace import Series, Trace
+from sigma_noise.units import time_of
 from sigma_noise.windows import (
     FEWEST_QUANTA,
     Exchanges,
@@ -361,6 +362,13 @@ def warnings(trace: Trace, series: Sequence[OfRank], names: Sequence[str]) -> tu
         f"rank {rank}: {text}" for rank, about in trace.ranks.items() for text in about.get("warnings", ())
     ]
     seen = {(s.rank, s.kernel) for s in series}
+    for rank in trace.ranks:
+        heat = trace.get(rank, "counter", "core_throttled_ns").value * 1e-9
+        if len(heat) and heat[-1] > heat[0]:
+            found.append(
+                f"rank {rank}: its core was slowed down for heat for {time_of(heat[-1] - heat[0])} of the measurement; "
+                "let it cool, and measure again"
+            )
     found += [
         f"rank {rank}: fewer than {FEWEST_QUANTA} quanta of {name}, or most without work done; measure longer"
         for name in names

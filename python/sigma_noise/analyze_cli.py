@@ -11,7 +11,13 @@ from sigma_noise.failures import failures_are
 from sigma_noise.options import given, seconds, whole_numbers
 
 RANKS = "8,64,512,2048,16384"
-OF_QUANTA = ("kernel", "tau", "ranks", "window", "alpha", "reference")  # options that steps have no use for
+OF_QUANTA = (
+    "kernel",
+    "tau",
+    "window",
+    "layers",
+    "barriers",
+)  # options that steps of a training have no use for
 
 
 def analyze(
@@ -44,7 +50,7 @@ def analyze(
     from sigma_train.errors import WrongInput
     from sigma_train.files import must_be_writable, must_take_file, must_take_files, write_json
 
-    from sigma_noise import screen, step_causes, steps, steps_view, trace
+    from sigma_noise import screen, step_causes, step_ranks, steps, steps_view, trace
     from sigma_noise.analysis import Options, injections
     from sigma_noise.analysis import analyze as of_trace
     from sigma_noise.as_json import as_json, of_training
@@ -62,23 +68,19 @@ def analyze(
             raise WrongInput(
                 f"{path}: a record of sigma train, whose report.html has this; leave --report out"
             )
-        if unused := [name for name in given(context) if name in OF_QUANTA]:
-            raise WrongInput(
-                f"{path}: a record of sigma train, whose steps take no --{unused[0]}; leave it out"
-            )
-        try:
-            injected = {} if log is None else injections(measured, log)
-            why = step_causes.late(measured, injected=injected, seed=seed)
-        except ValueError as error:
-            raise WrongInput(f"{path}: {as_options(str(error))}") from None
-        noise = steps.step_noise(measured)
-        for line in steps_view.lines(noise, why):
-            print(line)
-        if json_file is not None:
-            write_json(json_file, of_training(noise, why))
-        return
+        refuse_of_quanta(context, path)
     try:
         options = Options(kernel, tau, whole_numbers("ranks", ranks), window, alpha, seed, reference)
+        if steps.has_steps(measured):
+            injected = {} if log is None else injections(measured, log)
+            why = step_causes.late(measured, injected=injected, seed=seed)
+            noise, beside = steps.step_noise(measured), step_ranks.step_ranks(measured, options)
+            told = [*steps_view.lines(noise, why), *screen.ranks_of(beside), *screen.projection(beside)]
+            for line in [*told, *screen.warnings_of(beside.warnings)]:
+                print(line)
+            if json_file is not None:
+                write_json(json_file, of_training(noise, why, beside, trace.digests(path)))
+            return
         found = of_trace(measured, options, truth=log, digests=trace.digests(path))
     except ValueError as error:
         raise WrongInput(f"{path}: {as_options(str(error))}") from None
@@ -94,6 +96,7 @@ def analyze(
 
 @failures_are(Exit.INTERNAL)
 def project(
+    context: typer.Context,
     path: Annotated[Path, typer.Argument(help="folder or file of a measurement")],
     kernel: Annotated[str | None, typer.Option(help="else collectives, or the first kernel measured")] = None,
     ranks: Annotated[str, typer.Option(help="N by commas")] = RANKS,
@@ -125,12 +128,14 @@ def project(
     from sigma_train.errors import WrongInput
     from sigma_train.files import must_take_file, write_json
 
-    from sigma_noise import many_ranks, trace
+    from sigma_noise import many_ranks, steps, trace
     from sigma_noise.as_json import of_projections
-    from sigma_noise.reading import read_quanta
+    from sigma_noise.reading import read_any
 
     must_take_file("--json", json_file)
-    measured = read_quanta(path)
+    measured = read_any(path)
+    if steps.has_steps(measured):
+        refuse_of_quanta(context, path)
     of = {
         "kernel": kernel, "ranks": whole_numbers("ranks", ranks), "window_s": window,
         "per_step": barriers if layers is None else 2 * layers, "models": tuple(model.split(",")), "seed": seed,
@@ -201,6 +206,14 @@ def compare(
     if json_file is not None:
         write_json(json_file, judge.as_json(found))
     raise typer.Exit(found.exit)
+
+
+def refuse_of_quanta(context: typer.Context, path: Path) -> None:
+    """Raises: WrongInput for an option that changes nothing of a training's steps, which are a window each."""
+    from sigma_train.errors import WrongInput
+
+    if unused := [name for name in given(context) if name in OF_QUANTA]:
+        raise WrongInput(f"{path}: a record of sigma train, whose steps take no --{unused[0]}; leave it out")
 
 
 def as_options(text: str) -> str:

@@ -14,6 +14,7 @@ from sigma_noise.detours import Noise
 from sigma_noise.plain import plain
 from sigma_noise.project import Projection
 from sigma_noise.step_causes import Late
+from sigma_noise.step_ranks import StepRanks
 from sigma_noise.steps import StepNoise
 from sigma_noise.windows import Exchanges
 
@@ -46,13 +47,23 @@ def machine(about: Mapping[str, Any]) -> dict[str, Any]:
     return {name: plain(about.get(name)) for name in MACHINE}
 
 
-def of_training(noise: StepNoise, why: Late | None) -> dict[str, Any]:
-    """Of a record of `sigma train --noise`."""
+def of_training(
+    noise: StepNoise, why: Late | None, beside: StepRanks, digests: Mapping[str, str]
+) -> dict[str, Any]:
+    """Of a record of `sigma train --noise`.  `beside`: its ranks beside one another, and many of them."""
     derived = {"worst": noise.worst, "cost_share": noise.cost_share}
+    options = beside.options
     return {
         "schema_version": SCHEMA_VERSION,
+        "options": {name: plain(getattr(options, name)) for name in ("ranks", "alpha", "seed", "reference")},
+        "files": dict(digests),
         "noise": plain(noise) | derived,
         "late": None if why is None else late(why),
+        "ranked": beside.ranked,
+        "scores": plain(beside.scores),
+        "window_s": plain(beside.window_s),
+        "projections": [plain(p) for p in beside.projections],
+        "warnings": list(beside.warnings),
     }
 
 

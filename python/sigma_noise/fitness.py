@@ -23,6 +23,7 @@ BASELINE = 0.2  # noise share above which injected disturbances drown (study of 
 STEAL = 0.02
 LOAD = 0.5  # CPUs that others use, as a share of all
 PAGES = 2048
+SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def is_fit(checks: list[Check]) -> bool:
 
 
 def to_json(checks: list[Check]) -> dict[str, Any]:
-    return {"fit": is_fit(checks), "checks": plain(checks)}
+    """`doctor.schema.json` says what is in it."""
+    return {"schema_version": SCHEMA_VERSION, "fit": is_fit(checks), "checks": plain(checks)}
 
 
 def clock_source(root: Path = Path("/")) -> Check:

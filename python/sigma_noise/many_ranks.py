@@ -15,6 +15,8 @@ from sigma_noise.lost import Lost
 from sigma_noise.project import Projection, Work, project, project_replay
 from sigma_noise.replay import Detours
 from sigma_noise.step import FLAGS, Barrier
+from sigma_noise.step_ranks import step_windows
+from sigma_noise.steps import has_steps
 from sigma_noise.trace import Trace
 from sigma_noise.units import count, share_of, time_of
 from sigma_noise.windows import FEWEST_QUANTA, Windows, chosen, exchanges_of, windows_of
@@ -41,6 +43,10 @@ def projections(
         raise ValueError(f"--model must be of {', '.join(MODELS)}, found {wrong[0]!r}")
     if is_cosched and set(models) != {"replay"}:
         raise ValueError(f"--cosched is of --model replay, found {','.join(models)}")
+    if "replay" in models and has_steps(measured):
+        raise ValueError(
+            "--model replay is of quanta of fixed work; a record of sigma train takes ecdf and gpd, found replay"
+        )
     windows = windows_to_project(measured, kernel, window_s)
     found = []
     for model in models:
@@ -53,6 +59,9 @@ def projections(
 
 
 def windows_to_project(measured: Trace, kernel: str | None, window_s: float | None) -> Windows:
+    """Of a training what each rank computed by itself in each step; it has no kernels and no other windows."""
+    if has_steps(measured):
+        return step_windows(measured)[0]
     exchanges, impossible = exchanges_of(measured) if kernel is None else (None, "")
     if impossible:
         raise ValueError(f"{impossible}; --kernel names one to project by its quanta")
@@ -97,6 +106,11 @@ def without(
 
     Raises: ValueError as `projections`, or for a cause that took nothing.
     """
+    if has_steps(measured):
+        raise ValueError(
+            "--without is of quanta; what a step of a training would take less without a cause `sigma noise analyze` "
+            "says"
+        )
     if "replay" in models:
         raise ValueError("--without is of --model ecdf and gpd, found replay")
     windows = windows_to_project(measured, kernel, window_s)

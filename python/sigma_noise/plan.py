@@ -63,9 +63,10 @@ class Plan:
             raise WrongInput(f"--size {wrong[0]}: no such kernel is measured, of {', '.join(self.kernels)}")
         if "a2a" in self.kernels and ranks < 2:
             raise WrongInput("--kernel a2a wants at least 2 ranks, found 1; --nproc 2 starts them")
-        if "a2a" in self.kernels and "fwq" not in self.modes:
+        if "a2a" in self.kernels and ("fwq" not in self.modes or "ftq" in self.modes):
             raise WrongInput(
-                f"--kernel a2a is fixed work: --mode must have fwq, found {','.join(self.modes)}"
+                f"--kernel a2a is fixed work: --mode must have fwq and not ftq, found {','.join(self.modes)}; "
+                "fixed time of other kernels is a run of its own"
             )
         if self.seed < 0:
             raise WrongInput(f"--seed must be at least 0, found {self.seed}")

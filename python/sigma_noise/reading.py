@@ -14,12 +14,13 @@ def read_any(path: Path) -> Trace:
 
 
 def read_quanta(path: Path) -> Trace:
-    """A measurement of `sigma noise run` or an import.  Raises: WrongInput, for a record of a training too: the phases
-    of its steps are no fixed work.
+    """A measurement of `sigma noise run` or an import, to be compared.  Raises: WrongInput, for a record of a training
+    too: the work of its steps is not fixed, as it goes with the batch, so that runs of equal code differ.
     """
     found = read_any(path)
     if steps.has_steps(found):
         raise WrongInput(
-            f"{path}: a record of sigma train, whose steps are no quanta; `sigma noise analyze` reads it"
+            f"{path}: a record of sigma train, whose steps are no fixed work to compare; make runs of both machines "
+            "with `sigma noise run`, or read each record with `sigma noise analyze`"
         )
     return found

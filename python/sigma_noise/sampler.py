@@ -74,7 +74,8 @@ class Sampler:
         """JSON: what was read and what was not, each with its reason, and what that cost."""
         account = self._ticker.account
         elapsed_s = (self._ended_ns - self._began_ns) * 1e-9
-        unread = {} if self.cpu is not None else {"cpu_khz": "the measuring thread is not pinned to one CPU"}
+        of_pinned = () if self.cpu is not None else ("cpu_khz", "core_throttled_ns")
+        unread = dict.fromkeys(of_pinned, "the measuring thread is not pinned to one CPU")
         for reader in self._readers:
             if not reader.stamps:
                 unread |= dict.fromkeys(reader.source.names, reader.reason)

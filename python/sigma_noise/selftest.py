@@ -30,6 +30,7 @@ from sigma_noise.plain import plain
 from sigma_noise.spans import match
 from sigma_noise.trace import Series, read
 
+SCHEMA_VERSION = 1
 GOOD = 0.95
 LENGTHS_S = (0.2e-3, 1e-3, 5e-3, 20e-3)
 RATES_HZ = (2.0, 5.0, 10.0)
@@ -158,8 +159,9 @@ def limits(cells: Sequence[Cell]) -> dict[float, float | None]:
 
 
 def to_json(cells: Sequence[Cell]) -> dict[str, Any]:
+    """`selftest.schema.json` says what is in it."""
     by_rate = [{"rate_hz": rate, "length_s": length} for rate, length in limits(cells).items()]
-    return {"good": GOOD, "cells": plain(cells), "limits": by_rate}
+    return {"schema_version": SCHEMA_VERSION, "good": GOOD, "cells": plain(cells), "limits": by_rate}
 
 
 @contextlib.contextmanager

@@ -1,13 +1,13 @@
 """What tells why a step of a training was late: counters of its main thread, and a heartbeat of its process.
 
-Counters are read where steps begin and end, three small files and a clock, some 50 us a step.  The heartbeat is a
+Counters are read where steps begin and end, three small files that stay open and a clock.  The heartbeat is a
 native thread that wakes every 5 ms and writes down when it was late (csrc/noise/heartbeat.h): 0.2 % of a core.
 """
 
 import threading
 
 from sigma_kernels import _C
-from sigma_noise.counters import Source, sources
+from sigma_noise.counters import Held, Source, sources
 from sigma_noise.recorder import Recorder, now_ns
 
 NAMES = ("on_cpu_ns", "run_delay_ns", "throttled_ns")
@@ -21,9 +21,10 @@ class StepCounters:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder, self._read_ns, self._late = recorder, 0, recorder.code("event", LATE)
+        self._files = Held()
         self._sources: list[tuple[Source, int]] = [
             (source, recorder.code("counter", source.names[0]))
-            for source in sources(threading.get_native_id(), None)
+            for source in sources(threading.get_native_id(), None, reads=self._files)
             if source.names[0] in NAMES
         ]
         self._heartbeat: _C.noise.Heartbeat | None = None
@@ -36,6 +37,12 @@ class StepCounters:
         """After the last one; what the heartbeat has seen is recorded."""
         self._take()
         self._heartbeat = None
+        self._files.close()
+
+    @property
+    def heartbeat_ns(self) -> int:
+        """Processor time of the heartbeat since `begin`."""
+        return 0 if self._heartbeat is None else self._heartbeat.spent_ns
 
     def begin_step(self) -> None:
         if now_ns() - self._read_ns > APART_NS:

@@ -160,7 +160,8 @@ class Attempt:
         blocked = np.stack([self._by_step(rank, self.blocked[rank]) for rank in self.ranks], 1)
         self.blocked_s = blocked.sum(0)
         self.steps_s = float(whole.mean(1).sum())
-        self._compare(whole - blocked)
+        self.local = whole - blocked  # [n, R]
+        self._compare(self.local)
         self.gc_s = np.array([self._by_step(r, self.rows(r, "event", "gc")).sum() for r in self.ranks])
         self.phases_s = {
             name: np.array([self._by_step(r, self.rows(r, "quantum", name)).sum() for r in self.ranks])
