@@ -55,12 +55,12 @@ SK_INLINE float sum_row(int64_t n, const F& f) {
   Vec sum{};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) sum += f(i, kLanes);
-  float total = add_lanes(sum);
-  if (i < n) {
-    const Vec tail = f(i, n - i);
-    for (int64_t j = 0; j < n - i; ++j) total += tail[j];
-  }
-  return total;
+  const float total = add_lanes(sum);
+  if (i == n) return total;
+  const Vec last = f(i, n - i);
+  float tail = last[0];  // rounded by itself, and the whole once more
+  for (int64_t j = 1; j < n - i; ++j) tail += last[j];
+  return total + tail;
 }
 
 SK_INLINE Vec load_up_to(const float* p, int64_t n) { return n >= kLanes ? load(p) : load_partial(p, n); }

@@ -44,13 +44,22 @@ void add_scaled_row(const T* x, float factor, float* y, int64_t n) {
   if (i < n) store_partial(y + i, load_partial(y + i, n - i) + load_partial(x + i, n - i) * factor, n - i);
 }
 
+// Eight sums side by side: one would wait for each addition, and be a chain of n / kLanes roundings.
 template <class T>
 float dot_row(const T* x, const T* y, int64_t n) {
-  Vec sum{};
+  constexpr int kSums = 8;
+  Vec sum[kSums]{};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum += load(x + i) * load(y + i);
-  if (i < n) sum += load_partial(x + i, n - i) * load_partial(y + i, n - i);
-  return add_lanes(sum);
+  for (; i + kSums * kLanes <= n; i += kSums * kLanes)
+#pragma GCC unroll 8
+    for (int s = 0; s < kSums; ++s) sum[s] += load(x + i + s * kLanes) * load(y + i + s * kLanes);
+  for (; i + kLanes <= n; i += kLanes) sum[0] += load(x + i) * load(y + i);
+  if (i < n) sum[1] += load_partial(x + i, n - i) * load_partial(y + i, n - i);
+#pragma GCC unroll 3
+  for (int half = kSums / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+    for (int s = 0; s < half; ++s) sum[s] += sum[s + half];
+  return add_lanes(sum[0]);
 }
 
 }  // namespace sigma::SK_NS
