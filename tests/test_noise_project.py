@@ -17,7 +17,7 @@ from sigma_noise.pool import Draws, Pool, make_pool
 from sigma_noise.project import Work, project, project_replay
 from sigma_noise.replay import Detours
 from sigma_noise.resample import bias_corrected, block_length, interval, over_hosts, over_time
-from sigma_noise.step import FLAGS, Barrier, moe_step
+from sigma_noise.step import FLAGS, Barrier, moe_barriers
 
 FRESH = int(os.environ.get("SIGMA_FRESH_SEED", "0"))
 QUICK = {"resamples": 20}
@@ -153,11 +153,12 @@ def test_a_constant_trace_costs_nothing(value):
     assert project_replay(quiet, value, [1, 8, 100], **QUICK).slowdown.tolist() == [1.0] * 3
 
 
-def test_a_moe_step_adds_its_barriers():
-    """Defends: a mean of slowdowns instead of the ratio of sums; 2 L + 1 barriers a step."""
+def test_a_step_adds_its_barriers():
+    """Defends: a mean of slowdowns instead of the ratio of sums; 2 L + 1 barriers a step of L layers."""
+    assert moe_barriers(3) == 6 + 1
     rng = rng_of(82)
     short, long = 1 + rng.exponential(size=(4, 6000)), 20 + rng.exponential(size=(4, 1000))
-    found = project(moe_step(3, short, long), [64], **QUICK)
+    found = project([Barrier("all-to-all", short, 6), Barrier("gradients", long)], [64], **QUICK)
     parts = [(6, np.sort(short, axis=None)), (1, np.sort(long, axis=None))]
     expected = sum(k * float(sample_max(x, 64)) for k, x in parts)
     mean = sum(k * x.mean() for k, x in parts)
@@ -354,7 +355,6 @@ def test_cells_stand_for_their_samples():
         (lambda w: project([], [2]), "found 0 for 0"),
         (lambda w: project([Barrier("a", w, 0)], [2]), "per_step of barrier 'a' must be at least 1"),
         (lambda w: project([Barrier("a", w), Barrier("b", w[:2])], [2]), "windows of the same ranks"),
-        (lambda w: moe_step(0, w), "layers must be at least 1"),
     ],
 )
 def test_wrong_input_is_refused_by_a_sentence(call, text):
