@@ -221,7 +221,7 @@ def test_more_barriers_a_step_cost_more(tmp_path, given, width, per_step):
     """Defends: layers that cancel in S(N), and so in a budget, or change the work of a step.
 
     Quanta of 100 us, 1 in 1,000 longer by 1 ms, so that of windows of w quanta w in 1,000 are hit: by the closed form a
-    step of 4.9 ms takes 64 ranks 1.18 times as long with one barrier and 1.61 times with 49.
+    step of 4.9 ms takes 64 ranks 1.18 times as long with one barrier and 1.60 times with 49.
     """
     took = np.full((4, 49_000), 0.1 * MS)
     for rank, row in enumerate(took):
