@@ -42,6 +42,18 @@ def test_bernoulli_windows_give_the_table_of_the_study():
     assert found.step_s == pytest.approx(found.slowdown * 10.001, rel=1e-12)
 
 
+@settings(max_examples=50, deadline=None, derandomize=not FRESH)
+@given(values=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=40), at=st.integers(0, 39))
+def test_a_closed_form_of_one_detour_is_below_the_sample(values, at):
+    """Why no `--model` is of it: with any threshold between windows that are hit and those that are not, at any N."""
+    x = np.sort(values)
+    is_hit = np.arange(x.size) > at % (x.size - 1)
+    work = x[~is_hit].mean()
+    ranks = [1, 2, 8, 64, 2048, 16384]
+    closed = bernoulli_slowdown(work, x[is_hit].mean() - work, is_hit.mean(), ranks) * x.mean()
+    assert np.all(closed <= sample_max(x, ranks) * (1 + 1e-9))
+
+
 QUANTILES = 32 * 1024
 OF_QUANTILES = {  # at survival exp(-t), E[max_N], and what n of the middles of equal shares lack of it, to first order
     "exponential": (lambda t: 2 * t, lambda N: pareto_max(0.0, 2.0, N), lambda N, n: np.log(2) * N / n),
