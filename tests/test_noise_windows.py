@@ -364,6 +364,17 @@ def test_windows_between_collectives_are_what_they_are(tmp_path):
     trace = exchange(3, {})
     write(trace, tmp_path / "run")
     assert "--window is of quanta" in str(invoke("project", tmp_path / "run", "--window", "1s").exception)
+    of = {
+        "kernel": None,
+        "ranks": (1, 9),
+        "window_s": None,
+        "models": ("ecdf",),
+        "is_cosched": False,
+        "seed": 0,
+    }
+    (one,), (many,) = (projections(trace, per_step=barriers, **of) for barriers in (1, 49))
+    assert many.slowdown == pytest.approx(one.slowdown, rel=1e-12)
+    assert many.step_s == pytest.approx(49 * one.step_s, rel=1e-12)
     local = trace.get(3, "quantum", "a2a_local")
     cut = Series(local.start_ns[:50], local.end_ns[:50], local.value[:50])
     waits = {(r, "counter", "run_delay_ns"): Series(*[np.arange(BEGIN, BEGIN + 10**9, 10**8)] * 2, np.arange(10) * 1e8)
