@@ -14,6 +14,7 @@ from sigma_noise.judge import Options, judged
 from sigma_noise.trace import Series
 from sigma_train.errors import Failure, LostRank, WrongInput
 from test_noise_analysis import arms, invoke, measured, quanta
+from test_noise_compare import CHANGED, generator, most, samples
 
 US = 1e-6
 
@@ -56,6 +57,28 @@ def test_detours_are_counted_above_one_threshold(tmp_path):
     long = arm(tmp_path / "c", 0.3 * US, 90 * US), arm(tmp_path / "d", 5 * US, 90 * US)
     assert verdict_of("detours_per_s", *long) == "equivalent"
     assert verdict_of("noise_share", *long) == "regressed"
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(900)
+def test_equal_code_raises_no_alarm_by_its_projection(tmp_path):
+    """Acceptance 7, of the product.  Defends: S(2048) as `compare` takes it, from files to verdicts: a fitted tail of
+    1,000 quanta, AR(1) of 0.5, whose noise differs from run to run by 10 %.
+
+    Without a margin, so that the rate is the test's own.
+    """
+    rng, alarms = generator(105), 0
+    asked = Options(metrics=("slowdown_2048",), margins={"slowdown_2048": 0.0})
+    for pair in range(200):
+        noise = 0.05 * np.exp(0.1 * rng.standard_normal((10, 1)))
+        for run, took in enumerate(samples(rng, 10, 1000, 0.5, sigma=noise)):
+            ends = np.rint(np.cumsum(took) * 1e9).astype(np.int64)
+            one = Series(np.append(0, ends[:-1]), ends, np.ones(len(ends)))
+            write(measured({0: one}), tmp_path / f"{pair}" / "ab"[run % 2] / f"run{run}")
+        (found,) = judged(tmp_path / f"{pair}" / "a", tmp_path / f"{pair}" / "b", asked).comparison.metrics
+        assert found.runs == (5, 5)
+        alarms += found.verdict in CHANGED
+    assert 0 < alarms <= most(200, 0.085)
 
 
 def test_one_run_does_not_set_the_threshold(tmp_path):

@@ -17,7 +17,7 @@ from sigma_noise.pool import Draws, Pool, make_pool
 from sigma_noise.project import Work, project, project_replay
 from sigma_noise.replay import Detours
 from sigma_noise.resample import bias_corrected, block_length, interval, over_hosts, over_time
-from sigma_noise.step import FLAGS, Barrier, moe_step
+from sigma_noise.step import FLAGS, Barrier, moe_barriers
 
 FRESH = int(os.environ.get("SIGMA_FRESH_SEED", "0"))
 QUICK = {"resamples": 20}
@@ -40,6 +40,41 @@ def test_bernoulli_windows_give_the_table_of_the_study():
     assert found.slowdown == pytest.approx(bernoulli_slowdown(10, 1, 1e-3, found.ranks), rel=1e-12)
     assert found.over_floor == pytest.approx(found.slowdown * 1.0001, rel=1e-12)  # floor 10, mean 10.001
     assert found.step_s == pytest.approx(found.slowdown * 10.001, rel=1e-12)
+
+
+@settings(max_examples=50, deadline=None, derandomize=not FRESH)
+@given(values=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=40), at=st.integers(0, 39))
+def test_a_closed_form_of_one_detour_is_below_the_sample(values, at):
+    """Why no `--model` is of it: with any threshold between windows that are hit and those that are not, at any N."""
+    x = np.sort(values)
+    is_hit = np.arange(x.size) > at % (x.size - 1)
+    work = x[~is_hit].mean()
+    ranks = [1, 2, 8, 64, 2048, 16384]
+    closed = bernoulli_slowdown(work, x[is_hit].mean() - work, is_hit.mean(), ranks) * x.mean()
+    assert np.all(closed <= sample_max(x, ranks) * (1 + 1e-9))
+
+
+QUANTILES = 32 * 1024
+OF_QUANTILES = {  # at survival exp(-t), E[max_N], and what n of the middles of equal shares lack of it, to first order
+    "exponential": (lambda t: 2 * t, lambda N: pareto_max(0.0, 2.0, N), lambda N, n: np.log(2) * N / n),
+    "uniform": (lambda t: -np.expm1(-t), lambda N: N / (N + 1), lambda N, n: N / (12 * n**2)),
+}
+
+
+@pytest.mark.parametrize("name", OF_QUANTILES)
+def test_ecdf_is_the_closed_form_but_for_what_the_sample_lacks(name):
+    """Acceptance 2, of the product.  Defends: E[max_N] of `project`, end to end, that is off the distribution's by more
+    than a sample of n must be, or is above it; a figure off by 0.5 % that no flag tells.
+    """
+    value, closed, lacks = OF_QUANTILES[name]
+    values = value(-np.log1p(-(np.arange(QUANTILES) + 0.5) / QUANTILES))
+    found = project(rng_of(95).permutation(values).reshape(32, 1024), [1, 8, 64, 512, 2048, 16384], **QUICK)
+    N = np.array(found.ranks)
+    want = closed(N)
+    assert want - found.step_s == pytest.approx(lacks(N, QUANTILES), rel=0.1, abs=1e-10)
+    assert found.slowdown == pytest.approx(found.step_s / values.mean(), rel=1e-12)
+    assert [("extrapolated" in flags) for flags in found.flags] == [False] * 5 + [True]
+    assert np.all(want[:5] - found.step_s[:5] < 0.005 * want[:5])
 
 
 @pytest.mark.acceptance
@@ -153,11 +188,12 @@ def test_a_constant_trace_costs_nothing(value):
     assert project_replay(quiet, value, [1, 8, 100], **QUICK).slowdown.tolist() == [1.0] * 3
 
 
-def test_a_moe_step_adds_its_barriers():
-    """Defends: a mean of slowdowns instead of the ratio of sums; 2 L + 1 barriers a step."""
+def test_a_step_adds_its_barriers():
+    """Defends: a mean of slowdowns instead of the ratio of sums; 2 L + 1 barriers a step of L layers."""
+    assert moe_barriers(3) == 6 + 1
     rng = rng_of(82)
     short, long = 1 + rng.exponential(size=(4, 6000)), 20 + rng.exponential(size=(4, 1000))
-    found = project(moe_step(3, short, long), [64], **QUICK)
+    found = project([Barrier("all-to-all", short, 6), Barrier("gradients", long)], [64], **QUICK)
     parts = [(6, np.sort(short, axis=None)), (1, np.sort(long, axis=None))]
     expected = sum(k * float(sample_max(x, 64)) for k, x in parts)
     mean = sum(k * x.mean() for k, x in parts)
@@ -354,7 +390,6 @@ def test_cells_stand_for_their_samples():
         (lambda w: project([], [2]), "found 0 for 0"),
         (lambda w: project([Barrier("a", w, 0)], [2]), "per_step of barrier 'a' must be at least 1"),
         (lambda w: project([Barrier("a", w), Barrier("b", w[:2])], [2]), "windows of the same ranks"),
-        (lambda w: moe_step(0, w), "layers must be at least 1"),
     ],
 )
 def test_wrong_input_is_refused_by_a_sentence(call, text):

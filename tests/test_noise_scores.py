@@ -149,19 +149,28 @@ def test_a_rank_with_a_tail_is_named_which_medians_do_not_see(ranks, runs):
     assert least > 0.98  # a straggler to NVRx is below 0.75
 
 
-def test_one_tail_of_2048():
-    """In 95 of 100 it is named; of the rest most have no detour in two quarters of their time."""
+def slowed(rng, x, rank: int, factor: float = 1.03):
+    x[rank] *= factor
+    return x
+
+
+@pytest.mark.parametrize("runs", [10, pytest.param(100, marks=pytest.mark.acceptance)])
+@pytest.mark.parametrize("spoil", [detours, slowed])
+def test_one_of_2048(spoil, runs):
+    """Of 100 with a tail 95 are named; of the rest most have no detour in two quarters of their time."""
     rng = generator(4100)
-    runs, named = 10, 0
+    named, least = 0, 1.0
     for _ in range(runs):
-        x = detours(rng, steps(rng, 2048, 1000), 1234)
+        x = spoil(rng, steps(rng, 2048, 1000), 1234)
         flags = flag(x, 0.01, SPREAD, 10)
-        named += np.flatnonzero(flags.has_tail | flags.is_slow).tolist() == [1234] and bool(
-            flags.has_tail[1234]
+        of_kind, of_other = (
+            (flags.has_tail, flags.is_slow) if spoil is detours else (flags.is_slow, flags.has_tail)
         )
+        named += np.flatnonzero(of_kind).tolist() == [1234] and not of_other.any()
         assert Losses(x).what_if().argmax() == 1234
-        assert of_medians(x)[1234] > 0.98
+        least = min(least, of_medians(x)[1234])
     assert runs - named <= most(runs, 0.05)
+    assert (least > 0.98) == (spoil is detours)  # a straggler to NVRx is below 0.75
 
 
 def test_what_does_not_recur_is_not_flagged():

@@ -118,6 +118,26 @@ def test_ranks_that_stand_out_are_named_and_counted():
     assert screen.standing_out([4, 7, 1, 2]) == "ranks 4, 7 and 2 more stand out"
 
 
+def test_the_verdict_has_the_doubt_of_its_figure():
+    """Defends: S of the largest N as if it were measured, on the line that most people read, and on the page."""
+    trace = two_kinds(is_recorded=False)
+    found = analyze(trace, Options(ranks=(8, 2048), window_s=1e-3))
+    p = found.projections[0]
+    flags, error = p.flags[1], p.backtest_error
+    assert "extrapolated" in flags
+    figure = (
+        f"2,048 ranks would take {p.slowdown[1]:.2f} [{p.low[1]:.2f}, {p.high[1]:.2f}] times as long as one"
+    )
+    assert screen.lines(found)[0].endswith(f"; {figure} ({', '.join(flags)}; back-test {error:+.1%})")
+    rows = rendered(found, {}).split("<h2>Many ranks</h2>")[1].split("</table>")[0].split("<tr>")[1:]
+    assert [row.count("<th>") + row.count("<td") for row in rows] == [7] * len(rows)
+    assert "<th>back-test<th>" in rows[0]
+    assert f"<td>{error:+.1%}\n" in rows[1]
+    alone = analyze(measured({0: trace.get(0, "quantum", "spin")}), Options(ranks=(8,)))
+    assert alone.projections[0].backtest_error is None
+    assert "back-test" not in screen.lines(alone)[0]
+
+
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 30])
 def test_warnings_that_have_no_room_are_counted(n):
     """Defends: a screen that is cut where nobody sees it."""

@@ -14,6 +14,7 @@ from sigma_noise.expected_max import gap_sum
 from sigma_noise.tail import NoTail, Parameters, Tail, excess_max, fit_tail, spliced_max
 
 FRESH = int(os.environ.get("SIGMA_FRESH_SEED", "0"))
+MAXIMA = 800_000
 RANKS = np.array([1, 2, 8, 64, 512, 2048, 16384])
 
 
@@ -50,18 +51,24 @@ CLOSED = {  # survival exp(-t) -> value, and E[max_N]
 def test_closed_forms_equal_drawn_maxima():
     """Acceptance 2.  Defends: every closed form at N = 1..16384, within 3 errors of 800,000 maxima and 0.5 %.
 
-    A maximum of N draws is the value at survival 1 - U^(1/N).  Of 35 comparisons one may lie beyond 3 errors by chance
-    (two would in 4 of 1,000 runs).
+    A maximum of N draws is the value at survival 1 - U^(1/N).  Of Bernoulli's at N = 16,384 the 0.5 % alone are asked:
+    of 800,000 maxima 0.06 miss the detour, so that mostly none does, no error can be told from them, and the truth lies
+    beyond three of 0.  Of the 34 other comparisons one may lie beyond 3 errors by chance (one or more do in 9 of 100
+    runs, two or more in 4 of 1,000).
     """
-    rng, beyond = rng_of(20), []
+    rng, beyond, compared = rng_of(20), [], 0
     for name, (value, closed) in CLOSED.items():
         for N in RANKS:
-            t = -np.log(-np.expm1(np.log(rng.random(800_000)) / N))
+            t = -np.log(-np.expm1(np.log(rng.random(MAXIMA)) / N))
             drawn, want = value(t), float(closed(N))
             off = abs(drawn.mean() - want)
             assert off < 0.005 * want, (name, N)
-            if off > 3 * drawn.std() / math.sqrt(drawn.size) + 1e-12:
+            if name == "bernoulli" and MAXIMA * (1 - 1e-3) ** N < 10:
+                continue
+            compared += 1
+            if off > 3 * drawn.std() / math.sqrt(MAXIMA) + 1e-12:
                 beyond.append((name, N))
+    assert compared == 34
     assert len(beyond) <= 1, beyond
 
 

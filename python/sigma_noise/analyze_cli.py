@@ -101,12 +101,24 @@ def project(
     kernel: Annotated[str | None, typer.Option(help="else collectives, or the first kernel measured")] = None,
     ranks: Annotated[str, typer.Option(help="N by commas")] = RANKS,
     window: Annotated[
-        float | None, typer.Option(parser=seconds, metavar="TIME", help="work between barriers; else 10 ms")
+        float | None,
+        typer.Option(
+            parser=seconds,
+            metavar="TIME",
+            help="work of a step, in equal parts before its barriers; else 10 ms",
+        ),
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(min=1, max=10000, help="MoE layers: a step passes two all-to-alls in each")
+        int | None,
+        typer.Option(
+            min=1,
+            max=10000,
+            help="MoE layers: a step passes two all-to-alls in each and one sum of gradients",
+        ),
     ] = None,
-    barriers: Annotated[int, typer.Option(min=1, max=1000000, help="passed in a step, without --layers")] = 1,
+    barriers: Annotated[
+        int | None, typer.Option(min=1, max=1000000, help="that a step passes, without --layers; else 1")
+    ] = None,
     cosched: Annotated[
         bool, typer.Option("--cosched", help="noise strikes all hosts at once: the optimistic bound")
     ] = False,
@@ -131,21 +143,25 @@ def project(
     from sigma_noise import many_ranks, steps, trace
     from sigma_noise.as_json import of_projections
     from sigma_noise.reading import read_any
+    from sigma_noise.step import moe_barriers
 
     must_take_file("--json", json_file)
+    if layers is not None and barriers is not None:
+        raise WrongInput("--layers and --barriers both count the barriers of a step; leave one out")
     measured = read_any(path)
     if steps.has_steps(measured):
         refuse_of_quanta(context, path)
     of = {
         "kernel": kernel, "ranks": whole_numbers("ranks", ranks), "window_s": window,
-        "per_step": barriers if layers is None else 2 * layers, "models": tuple(model.split(",")), "seed": seed,
+        "per_step": (barriers or 1) if layers is None else moe_barriers(layers), "models": tuple(model.split(",")),
+        "seed": seed,
     }  # fmt: skip
     try:
         found = many_ranks.projections(measured, is_cosched=cosched, **of)
         gains = [] if without is None else many_ranks.without(measured, without, **of)
     except ValueError as error:
         raise WrongInput(f"{path}: {as_options(str(error))}") from None
-    many_ranks.show(found)
+    many_ranks.show(found, of["per_step"])
     if without is not None:
         many_ranks.show_regained(without, gains)
     is_over = None if budget is None else many_ranks.over_budget(found, budget)

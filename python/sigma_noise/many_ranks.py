@@ -47,7 +47,7 @@ def projections(
         raise ValueError(
             "--model replay is of quanta of fixed work; a record of sigma train takes ecdf and gpd, found replay"
         )
-    windows = windows_to_project(measured, kernel, window_s)
+    windows = windows_to_project(measured, kernel, window_s, per_step)
     found = []
     for model in models:
         if model == "replay":
@@ -58,14 +58,16 @@ def projections(
     return found
 
 
-def windows_to_project(measured: Trace, kernel: str | None, window_s: float | None) -> Windows:
-    """Of a training what each rank computed by itself in each step; it has no kernels and no other windows."""
+def windows_to_project(measured: Trace, kernel: str | None, window_s: float | None, per_step: int) -> Windows:
+    """Between two of the `per_step` barriers of a step whose work is `window_s`.  Of a training what each rank computed
+    by itself in each step: it has no kernels and no other windows.
+    """
     if has_steps(measured):
         return step_windows(measured)[0]
     exchanges, impossible = exchanges_of(measured) if kernel is None else (None, "")
     if impossible:
         raise ValueError(f"{impossible}; --kernel names one to project by its quanta")
-    windows = windows_of(measured, chosen(measured, kernel), exchanges, window_s)
+    windows = windows_of(measured, chosen(measured, kernel), exchanges, window_s, per_step)
     if windows is None:
         raise ValueError(f"collectives or {FEWEST_QUANTA} quanta of fixed work are wanted, found none")
     return windows
@@ -113,7 +115,7 @@ def without(
         )
     if "replay" in models:
         raise ValueError("--without is of --model ecdf and gpd, found replay")
-    windows = windows_to_project(measured, kernel, window_s)
+    windows = windows_to_project(measured, kernel, window_s, per_step)
     claimed = {rank: _claims(measured, rank, windows.kernel) for rank in windows.rows}
     causes = sorted({name for of in claimed.values() for name, bins in of.credit.items() if bins.any()})
     if cause not in causes:
@@ -170,14 +172,15 @@ def over_budget(found: Sequence[Projection], budget: float) -> bool | None:
     return any(x > budget for x in low) if low else None
 
 
-def show(found: Sequence[Projection]) -> None:
+def show(found: Sequence[Projection], per_step: int) -> None:
     console = Console()
     for p in found:
+        cut = f" in {per_step} windows of {time_of(p.mean_s / per_step)}" if per_step > 1 else ""
         error = "" if p.backtest_error is None else f", back-test error {p.backtest_error:+.1%}"
         kappa = "" if p.kappa is None else f", hosts independent to {p.kappa:.2f}"
         say(
             console,
-            f"{p.model}: a step of {time_of(p.mean_s)} on one rank, {time_of(p.floor_s)} without noise; "
+            f"{p.model}: a step of {time_of(p.mean_s)} on one rank{cut}, {time_of(p.floor_s)} without noise; "
             f"{count(p.measured_ranks, 'rank')} on "
             f"{count(p.measured_hosts, 'host')}, {p.windows:,} windows worth {p.effective:,.0f}{error}{kappa}",
         )

@@ -50,8 +50,7 @@ def verdict(found: Analysis) -> str:
     if found.scores is not None:
         parts.append(standing_out(found.scores.flagged))
     if (best := furthest(found)) is not None:
-        N, slowdown = best
-        parts.append(f"{N:,} ranks would take {slowdown:.2f} times as long as one")
+        parts.append(at_scale(*best))
     return "verdict     " + "; ".join(parts)
 
 
@@ -66,13 +65,25 @@ def standing_out(ranks: list[int]) -> str:
     return f"ranks {ranks[0]}, {ranks[1]} and {len(ranks) - 2} more stand out"
 
 
-def furthest(found: Analysis) -> tuple[int, float] | None:
-    """The largest N with a figure, of the first model that has one."""
+def furthest(found: Analysis) -> tuple[Projection, int] | None:
+    """The first model that has a figure, and where its largest N is."""
     for projected in found.projections:
         known = np.flatnonzero(np.isfinite(projected.slowdown))
         if len(known):
-            return projected.ranks[known[-1]], float(projected.slowdown[known[-1]])
+            return projected, int(known[-1])
     return None
+
+
+def at_scale(p: Projection, i: int) -> str:
+    """S(N) with its doubt: the 90 % interval, flags, and by how much half of the ranks mispredict all."""
+    doubts = [", ".join(p.flags[i])] if p.flags[i] else []
+    if p.backtest_error is not None:
+        doubts.append(f"back-test {p.backtest_error:+.1%}")
+    told = f" ({'; '.join(doubts)})" if doubts else ""
+    return (
+        f"{p.ranks[i]:,} ranks would take {p.slowdown[i]:.2f} [{p.low[i]:.2f}, {p.high[i]:.2f}] times as long as "
+        f"one{told}"
+    )
 
 
 def noise_of(s: OfRank, ranks: int) -> Iterator[str]:

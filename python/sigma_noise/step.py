@@ -46,12 +46,9 @@ class Barrier:
     floor_s: float | None = None
 
 
-def moe_step(layers: int, all_to_all: Windows, gradients: Windows | None = None) -> list[Barrier]:
-    """Barriers of a step with expert parallelism: dispatch and combine in each layer, and one sum of gradients."""
-    if layers < 1:
-        raise ValueError(f"moe_step: layers must be at least 1, found {layers}")
-    step = [Barrier("all-to-all", all_to_all, 2 * layers)]
-    return step if gradients is None else [*step, Barrier("gradients", gradients)]
+def moe_barriers(layers: int) -> int:
+    """Of a step with expert parallelism: dispatch and combine in each layer, and one sum of gradients."""
+    return 2 * layers + 1
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from sigma_noise.units import time_of
 COLLECTIVE, LOCAL = "a2a", "a2a_local"
 FIXED_TIME = "ftq"
 PROCESSOR = re.compile(r"_mp\d+(?=(_ftq)?$)")  # after a kernel's name: of one multiprocessor of a GPU
-WINDOW_S = 1e-2  # useful work between barriers, where nobody says how much there is
+WINDOW_S = 1e-2  # useful work of a step, where nobody says how much there is
 FEWEST_QUANTA = 30
 
 Floats = NDArray[np.float64]
@@ -150,12 +150,14 @@ def exchanges_of(trace: Trace) -> tuple[Exchanges | None, str]:
 
 
 def windows_of(
-    trace: Trace, kernel: str, exchanges: Exchanges | None, window_s: float | None
+    trace: Trace, kernel: str, exchanges: Exchanges | None, window_s: float | None, barriers: int = 1
 ) -> Windows | None:
-    """Local times before collectives where there are some, else quanta of fixed work summed to `window_s`, 10 ms where
-    nobody says; None of fixed time, which has no work from barrier to barrier, or of less than these 10 ms.
+    """Local times before collectives where there are some, else quanta of fixed work summed to `window_s` (10 ms where
+    nobody says) over the `barriers` that cut it into equal parts; None of fixed time, which has no work from barrier to
+    barrier, or of less than these 10 ms.
 
-    Raises: ValueError for a window that is not positive or longer than what was measured.
+    Raises: ValueError for a window that is not positive or longer than what was measured, or for parts of it that are
+            shorter than half a quantum.
     """
     if window_s is not None and not 0 < window_s < float("inf"):
         raise ValueError(f"window must be more than 0 s, found {window_s:g}")
@@ -172,7 +174,10 @@ def windows_of(
     else:
         quanta = {rank: trace.get(rank, "quantum", kernel) for rank in trace.ranks}
         enough = {rank: s for rank, s in quanta.items() if len(s) >= FEWEST_QUANTA}
-        rows, width = summed(enough, WINDOW_S if window_s is None else window_s)
+        whole_s = WINDOW_S if window_s is None else window_s
+        if window_s is not None or barriers > 1:
+            must_hold_a_quantum(enough, whole_s, barriers)
+        rows, width = summed(enough, whole_s / barriers)
         if not rows and enough and window_s is not None:
             longest = time_of(max(float(s.seconds.sum()) for s in enough.values()))
             raise ValueError(
@@ -185,12 +190,25 @@ def windows_of(
     return Windows(what, kernel, work_s, rows, {rank: host_of(trace, rank) for rank in rows}, first, width)
 
 
+def must_hold_a_quantum(quanta: Mapping[int, Series], window_s: float, barriers: int) -> None:
+    """Raises: ValueError where barriers are so near that windows of a quantum would stand for shorter ones."""
+    if quanta and 2 * window_s < barriers * (quantum_s := median_s(quanta)):
+        cut = f", cut by {barriers} barriers" if barriers > 1 else ""
+        raise ValueError(
+            f"window must hold half a quantum of {time_of(quantum_s)} between barriers, found {time_of(window_s)}{cut}"
+        )
+
+
+def median_s(quanta: Mapping[int, Series]) -> float:
+    return max(1e-9, float(np.median(np.concatenate([series.seconds for series in quanta.values()]))))
+
+
 def summed(quanta: Mapping[int, Series], window_s: float) -> tuple[dict[int, Floats], int]:
     """As many quanta a window as take `window_s` together, by the median of all; the same number on every rank."""
     if not quanta:
         return {}, 1
     seconds: Sequence[Floats] = [series.seconds for series in quanta.values()]
-    width = max(1, round(window_s / max(1e-9, float(np.median(np.concatenate(seconds))))))
+    width = max(1, round(window_s / median_s(quanta)))
     rows = {
         rank: np.add.reduceat(
             row[: len(row) // width * width], np.arange(0, len(row) // width * width, width)
