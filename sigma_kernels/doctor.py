@@ -23,10 +23,16 @@ def report() -> str:
         "",
     ]
     if isa == "base":
-        lines.append("This is the baseline variant: slow, for processors that no other variant knows.\n")
+        lines.append(f"This is the baseline variant{_baseline(platform.machine())}\n")
     for op, rows in sk.backends().items():
         lines.append(f"{op:22} " + "; ".join(f"{name}: {what}" for name, what in rows.items()))
     return "\n".join(lines)
+
+
+def _baseline(machine: str) -> str:
+    if machine == "aarch64":
+        return ", NEON code: the only one on aarch64."
+    return ": slow, for processors that no other variant knows."
 
 
 def _cuda() -> str:

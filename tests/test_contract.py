@@ -332,6 +332,20 @@ def test_every_isa_computes_the_same(isa):
     forked.spawn(check_isa, (isa,), 1)
 
 
+BASELINES = {
+    "x86_64": "This is the baseline variant: slow, for processors that no other variant knows.",
+    "aarch64": "This is the baseline variant, NEON code: the only one on aarch64.",
+}
+
+
+@pytest.mark.parametrize("machine", BASELINES)
+def test_doctor_says_what_the_baseline_is(machine):
+    """Defends: SSE2 in place of AVX2 that nobody notices, and NEON code that is called slow."""
+    code = "import platform; from sigma_kernels.doctor import report; platform.machine = lambda: {!r}; print(report())"
+    result = run_python(code.format(machine), SIGMA_ISA="base")
+    assert BASELINES[machine] in result.stdout.splitlines(), result.stderr
+
+
 def test_unknown_isa_is_refused():
     result = run_python("import sigma_kernels as sk; sk._C.isa()", SIGMA_ISA="mmx")
     assert "SIGMA_ISA=mmx can't run here; this processor supports" in result.stderr

@@ -28,6 +28,9 @@ const std::vector<Isa>& isas() {
     list.push_back({"avx2", has_avx2, avx2::kernels});
 #endif
     list.push_back({"base", true, base::kernels});
+#if defined(SIGMA_LOWERED16)
+    list.push_back({"lowered16", has_avx2, lowered16::kernels});  // the tests': last, so never chosen unnamed
+#endif
     return list;
   }();
   return all;

@@ -34,8 +34,8 @@ git ls-files -z CMakeLists.txt csrc tests/native bench/native | xargs -0 cp --pa
 sed -i 's/ -mavx512bf16//' "$build/CMakeLists.txt"
 cmake -S "$build" -B "$build/out" -DCMAKE_CXX_COMPILER=clang++-16 -DCMAKE_BUILD_TYPE=None -DSIGMA_TESTS=ON \
   -DCMAKE_CXX_FLAGS="-O1 -g1 -fopenmp=libomp '-D__builtin_cpu_supports(x)=1' -Wno-unknown-warning-option" \
-  -DSIGMA_SANITIZE=thread -DSIGMA_SANITIZED="base;avx2" >/dev/null
+  -DSIGMA_SANITIZE=thread -DSIGMA_SANITIZED="base;avx2;lowered16" >/dev/null
 cmake --build "$build/out" -j "$(nproc)" --target test_kernels >/dev/null
-for isa in base avx2; do
-  if [ "$isa" = base ] || grep -qw "$isa" /proc/cpuinfo; then SIGMA_ISA=$isa "$build/out/test_kernels"; fi
-done
+isas=(base)
+if grep -qw avx2 /proc/cpuinfo; then isas+=(avx2 lowered16); fi
+for isa in "${isas[@]}"; do SIGMA_ISA=$isa "$build/out/test_kernels"; done

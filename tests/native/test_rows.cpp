@@ -1,6 +1,7 @@
 // Rows and what decides about them: routing, permutation, conversion.
 
 #include <algorithm>
+#include <numeric>
 
 #include "check.h"
 #include "convert.h"
@@ -145,6 +146,42 @@ void test_route(const Case& c) {
     }
 }
 
+// The choice itself, of rows with ties: the largest first, ties to the lower.  Lists of up to one vector of
+// any instruction set, and longer ones.
+void test_choice(int64_t E) {
+  const int64_t T = 20;
+  Floats logits = random_floats(T * E);
+  for (float& x : logits) x = std::round(16 * x);
+  for (const int k : {1, 2, 4, 5, 8, 13, 16, 17}) {
+    std::vector<int32_t> indices(T * k), counts(E), offsets(E + 1), row_map(T * k), want, order(E);
+    Floats weights(T * k, NAN);
+    route({.T = T,
+           .E = E,
+           .k = k,
+           .logits = logits.data(),
+           .ld = E,
+           .bias = nullptr,
+           .is_softmax = true,
+           .is_normalized = false,
+           .indices = indices.data(),
+           .weights = weights.data(),
+           .counts = counts.data(),
+           .offsets = offsets.data(),
+           .row_map = row_map.data(),
+           .threads = 2,
+           .sums_softmax = false,
+           .probabilities = nullptr,
+           .square = nullptr});
+    for (int64_t t = 0; t < T; ++t) {
+      const float* const row = &logits[t * E];
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [row](int32_t a, int32_t b) { return row[a] > row[b]; });
+      want.insert(want.end(), order.begin(), order.begin() + k);
+    }
+    expect("the choice of route", indices == want);
+  }
+}
+
 // A largest logit that is infinite: the square is infinite, not NaN, unless the row has a NaN; the gradient
 // is NaN.
 void test_infinite_rows(int64_t E) {
@@ -251,6 +288,8 @@ void test_numbers_and_maps() {
   test_convert<Bf16>();
   test_convert<F16>();
   for (const int64_t E : {3, 40}) test_infinite_rows(E);  // a tail alone, whole vectors and a tail
+  for (const int64_t E : {17, 40, 97}) test_choice(E);
+  test_route({.T = 9, .H = 1, .I = 1, .E = 40, .k = 1});
   const int32_t bad[] = {0, 1, 5};
   int32_t counts[3], offsets[4], row_map[3];
   group_by_expert(bad, 3, 3, counts, offsets, row_map, 1) == 2 ? ++passed : ++failed;

@@ -199,5 +199,8 @@ const Kernels& kernels();
 namespace avx512bf16 {
 const Kernels& kernels();
 }
+namespace lowered16 {  // the tests' alone: 16 lanes of AVX2 code
+const Kernels& kernels();
+}
 
 }  // namespace sigma
