@@ -15,9 +15,12 @@ from sigma_cli.bench_plots import apart, pictures
 from sigma_train.errors import Stopped, WrongInput
 from support import NO_OTHER_PLUGINS, OF_BENCH
 
+from sigma_kernels import nn
+
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import oracle
 import shapes
+import train_step
 from race import OURS, CannotRun, Race, absent, first_calls, record
 
 ROOT = Path(__file__).parent.parent
@@ -234,6 +237,38 @@ def test_the_sweep_over_experts_keeps_the_bytes_and_memory_stays_below_16_gib():
     # Weights, their gradients, the oracle's, a peer's fresh ones and as much again of temporaries, in f32.
     largest = max(shape.weights for shape in shapes.LAYERS + shapes.SWEEP_T + shapes.SWEEP_E)
     assert 5 * 4 * largest < 16 * 2**30
+
+
+class Entered:
+    """A race that is not run: what its candidates answer, each as the race would call it."""
+
+    def __call__(self, group, ours, *, check, missing=None, **others):
+        self.group, self.others, self.check = group, others, check
+        self.calls = {OURS: ours} | {name: call for name, call in others.items() if callable(call)}
+
+    def examine(self, *names):
+        first_calls({name: self.calls[name] for name in names}, self.check)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", shapes.DTYPES, ids=shapes.short)
+def test_a_training_step_with_other_experts_is_found(dtype, tmp_path, monkeypatch):
+    """Defends: at the first step a loss is the same to 1e-3 whatever the experts answer."""
+    enter = Entered()
+    train_step.race_steps(enter, torch.device("cpu"), tmp_path, True, dtype)
+    assert enter.group == f"train_step/{shapes.short(dtype)}"
+    enter.examine("hf_grouped_mm", *(["hf_grouped_mm_bf16_weights"] if dtype == torch.bfloat16 else []))
+    assert ("bound_hf_dense_f32" in enter.calls) == (dtype == torch.bfloat16)
+    right = nn.experts.experts_of_routing
+    for wrong in (
+        lambda *a: 0 * right(*a),
+        lambda x, r, *weights: right(x, r, *(w.roll(1, 0) for w in weights)),
+    ):
+        train_step.race_steps(enter, torch.device("cpu"), tmp_path, True, dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.experts, "experts_of_routing", wrong)
+            with pytest.raises(AssertionError, match="sigma: the first gradient of experts is off by"):
+                enter.examine(OURS)
 
 
 OF_MODELS = ("align_spans", "aggregate_teacher_loss", "counting_of_neurons", "train_step")
