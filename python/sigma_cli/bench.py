@@ -303,15 +303,17 @@ def page(document: dict[str, Any], plots: Sequence[str] = ()) -> str:
         "Each table is one interleaved run. Bounds are the same FLOPs in one dense product or layer and the same bytes "
         "in one stream. Everyone's first result was checked before the clock started: layers and products against f64, "
         "choices of experts and copies exactly, training steps by their loss and the gradient of a layer's experts. "
-        "`fresh`: gradients are allocated, filled and released in the timed call; `kept`: they go to memory that "
-        "exists. GB/s: of weights, or of what is read and written where there are none.",
+        "`fresh`: gradients are allocated, filled and released in the timed call, where `sigma` gets memory again that "
+        "it has kept and `sigma_nothing_kept` has given it back; `kept`: they go to memory that exists. GB/s: of "
+        "weights, or of what is read and written where there are none.",
     ]
     for name in plots:
         kind = Path(name).stem.rsplit("-", 1)[-1]
         parts += ["", f"![{kind}]({name})"]
     if rows := shares(document["races"]):
         parts += ["", "## Shares of the bounds", "", "The bound is the higher of a race's bounds, measured in its "
-                  "turns: no kernel that needs both takes less.", "", *table(SHARES, rows)]  # fmt: skip
+                  "turns: no kernel that needs both takes less. One that was measured in f32 too is the faster of the "
+                  "two.", "", *table(SHARES, rows)]  # fmt: skip
     for race in document["races"]:
         parts += ["", f"## {title(race)}", "", *table(columns(race), lines(race))]
         if text := remarks(race):
