@@ -1,6 +1,6 @@
 """What no layer can beat on this machine: the same FLOPs in one dense layer, the same bytes in one stream."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,19 @@ def dense(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 def read(*tensors: Tensor) -> Callable[[], object]:
     """Read every byte once."""
     return lambda: [t.sum() for t in tensors]
+
+
+def read_write(read: Sequence[Tensor], written: Sequence[Tensor], added: bool) -> Callable[[], object]:
+    """Read these twice, forward and for the input gradient; write as much as those hold, or add to it."""
+    targets = [torch.zeros_like(t) for t in written]  # touched
+
+    def run() -> None:
+        for t in (*read, *read):
+            t.sum()
+        for t in targets:
+            t.neg_() if added else t.zero_()
+
+    return run
 
 
 def copy(*tensors: Tensor) -> Callable[[], object]:

@@ -53,6 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [i for i in kept if parameter(i, "shape", shapes.A) == shapes.A]
     if config.getoption("--tiny"):
         kept = list({i.originalname: i for i in reversed(kept)}.values())[::-1]
+    kept = sorted(kept, key=lambda i: i.get_closest_marker("keeps_memory") is not None)
     config.hook.pytest_deselected(items=[i for i in items if i not in kept])
     items[:] = kept
     for item in items:  # pytest-benchmark times ours, by the clock that times the others
@@ -78,7 +79,8 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
             timed in their first call alone, on a CPU; apart: those with threads of their own; missing: reasons of
             those who take no part.
     calls:  so many a turn, where one is too short for the clock.
-    flops, moved: of one call, for GF/s and GB/s.  index: whom the tokens go to, for the rows per expert.
+    flops, moved: of one call, for GF/s and GB/s; moved_by: bytes of those who move others.
+    index:  whom the tokens go to, for the rows per expert.
     """
     config, clock = request.config, request.config.stash[CLOCK]
     on_gpu = clock.device.type == "cuda"
@@ -98,6 +100,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
         calls: int = 1,
         flops: int | None = None,
         moved: int | None = None,
+        moved_by: Mapping[str, int] | None = None,
         index: Tensor | None = None,
         note: str = "",
         **others: Callable[[], object],
@@ -119,7 +122,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
         turns.finish()
         sized = isinstance(shape, shapes.Shape)
         lines = [record(OURS, list(benchmark.stats.stats.data), calls)]
-        lines += [record(n, turns.times[n], calls) for n in regular]
+        lines += [record(n, turns.times[n], calls, (moved_by or {}).get(n)) for n in regular]
         lines += [record(n, t) for n, t in times.items()]
         lines += [absent(n, why) for n, why in (reasons | dict(missing or {})).items()]
         config.stash[RACES].append({

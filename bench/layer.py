@@ -1,14 +1,19 @@
 """The races of the whole layer: forward, and forward with backward, against everyone else and the bounds."""
 
+from collections.abc import Sequence
+
 import bounds
 import oracle
 import peers
 import peers_gpu
 import torch
+import torch.nn.functional as F
+from race import OURS
 from shapes import Shape, choices, layer_inputs, short, spread
 
 import sigma_kernels as sk
 
+NOTHING_KEPT = "sigma_nothing_kept"
 TOO_SLOW = "not raced: autograd of an indexed weight is a full-size zero tensor for every expert"
 
 
@@ -18,11 +23,14 @@ def forward(race, device, group: str, dtype: torch.dtype, shape: Shape, load: st
     rivals = peers.LAYERS | (peers_gpu.LAYERS | peers_gpu.FORWARD if device.type == "cuda" else {})
     want = oracle.layer(x, weights, gate_up, down, index)
     rows = x.repeat_interleave(shape.k, 0)
-    touched = index.unique()
-    read = [gate_up, down] if len(touched) == shape.E else [gate_up[touched], down[touched]]
+    read = of_touched(index, gate_up, down)
 
     def call(layer):
         return torch.no_grad()(lambda: layer(x, index, weights, gate_up, down))
+
+    def dense(dtype):
+        arguments = [t.to(dtype) for t in (rows, gate_up[0], down[0])]
+        return torch.no_grad()(lambda: bounds.dense(*arguments))
 
     race(
         f"{group}/forward/{short(dtype)}",
@@ -34,16 +42,21 @@ def forward(race, device, group: str, dtype: torch.dtype, shape: Shape, load: st
         flops=shape.flops,
         moved=sum(t.nbytes for t in read),
         index=index,
-        bound_dense=torch.no_grad()(lambda: bounds.dense(rows, gate_up[0], down[0])),
+        bound_dense=dense(dtype),
+        **({"bound_dense_f32": dense(torch.float32)} if dtype != torch.float32 else {}),
         bound_read=bounds.read(*read),
-        **{name: call(layer) for name, layer in rivals.items()},
+        **{name: call(layer) for name, layer in (variants(dtype) | rivals).items()},
     )
 
 
 def forward_backward(
     race, device, group: str, dtype: torch.dtype, shape: Shape, memory: str, load: str
 ) -> None:
-    """Fresh: gradients are allocated, filled and released in the timed call.  Kept: added to memory that exists."""
+    """Fresh: gradients are allocated, filled and released in the timed call.  Kept: added to memory that exists.
+
+    Released, ours stay with the library and the next call gets them; NOTHING_KEPT gives them back to the system before
+    its backward, and touches each page for the first time, as peers do.
+    """
     index = choices(shape, load, device)
     leaves = [t.requires_grad_() for t in layer_inputs(shape, dtype, device)]
     grad_out = torch.randn(shape.T, shape.H).to(device, dtype)
@@ -54,33 +67,43 @@ def forward_backward(
         rivals |= peers_gpu.LAYERS
         missing |= dict.fromkeys(peers_gpu.FORWARD, peers_gpu.FORWARD_ALONE)
 
-    def call(function, leaves, grad_out):
+    layers = {OURS: sk.moe_experts} | variants(dtype) | rivals
+    if memory == "fresh" and device.type == "cpu":
+        layers[NOTHING_KEPT] = sk.moe_experts
+
+    def call(function, leaves, grad_out, before_backward=lambda: None):
         def run():
-            function(*leaves).backward(grad_out)
+            out = function(*leaves)
+            before_backward()
+            out.backward(grad_out)
             if memory == "fresh":
-                for leaf in leaves:
-                    leaf.grad = None
+                forget(leaves)
 
         return run
 
-    def moe(layer):
-        return call(lambda x, w, g, d: layer(x, index, w, g, d), leaves, grad_out)
+    def moe(layer, before_backward=lambda: None):
+        return call(lambda x, w, g, d: layer(x, index, w, g, d), leaves, grad_out, before_backward)
 
     def check(who, _):
         """Of gradients made once more; where memory is kept, it is theirs from now on."""
-        for leaf in leaves:
-            leaf.grad = None
+        forget(leaves)
         sk.empty_cache()
         x, w, g, d = leaves
-        (sk.moe_experts if who == "sigma" else rivals[who])(x, index, w, g, d).backward(grad_out)
+        layers[who](x, index, w, g, d).backward(grad_out)
         oracle.assert_agrees(who, [leaf.grad for leaf in leaves], want, shape.H)
         if memory == "fresh":
-            for leaf in leaves:
-                leaf.grad = None
+            forget(leaves)
 
-    rows = leaves[0].detach().repeat_interleave(shape.k, 0)
-    dense_leaves = [t.detach().clone().requires_grad_() for t in (rows, leaves[2][0], leaves[3][0])]
-    dense_grad = grad_out.repeat_interleave(shape.k, 0)
+    def dense(dtype):
+        rows = leaves[0].detach().repeat_interleave(shape.k, 0)
+        dense_leaves = [
+            t.detach().to(dtype, copy=True).requires_grad_() for t in (rows, leaves[2][0], leaves[3][0])
+        ]
+        return call(bounds.dense, dense_leaves, grad_out.repeat_interleave(shape.k, 0).to(dtype))
+
+    experts = [t.detach() for t in leaves[2:]]
+    read, added = of_touched(index, *experts), memory == "kept"
+    written = read if added else experts  # what no row reached stays as it is, or is zero
     race(
         f"{group}/forward+backward/{short(dtype)}",
         moe(sk.moe_experts),
@@ -91,12 +114,42 @@ def forward_backward(
         limits={"padded_bmm": 2} | slow_under_skew(index, shape, 1),
         missing=missing,
         flops=3 * shape.flops,
-        moved=3 * sum(t.nbytes for t in leaves[2:]),
+        moved=sum(2 * t.nbytes for t in read) + (1 + added) * sum(t.nbytes for t in written),
         index=index,
-        bound_dense=call(bounds.dense, dense_leaves, dense_grad),
-        **({"beside_accumulate_grad": moe(accumulating)} if memory == "kept" else {}),
-        **{name: moe(layer) for name, layer in rivals.items()},
+        bound_dense=dense(dtype),
+        **({"bound_dense_f32": dense(torch.float32)} if dtype != torch.float32 else {}),
+        bound_read_write=bounds.read_write(read, written, added),
+        **({"beside_accumulate_grad": moe(accumulating)} if added else {}),
+        **{
+            name: moe(layer, *([sk.empty_cache] if name == NOTHING_KEPT else []))
+            for name, layer in layers.items()
+            if name != OURS
+        },
     )
+
+
+def forget(leaves: Sequence[torch.Tensor]) -> None:
+    for leaf in leaves:
+        leaf.grad = None
+
+
+def of_touched(index: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:
+    """The weights of experts that have rows: the others need not be read."""
+    touched = index.unique()
+    return [w if len(touched) == len(w) else w[touched] for w in weights]
+
+
+def variants(dtype: torch.dtype) -> dict[str, peers.Layer]:
+    return {"sigma_permuted": permuted} if dtype == torch.float32 else {}
+
+
+def permuted(
+    x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """Ours as separate operations: rows are copied into expert order, which sk.moe_experts gathers within its GEMM."""
+    routing = sk.group_by_expert(index, gate_up.shape[0], weights)
+    gate, up = sk.grouped_gemm(sk.permute(x, routing), gate_up, routing.offsets).chunk(2, -1)
+    return sk.unpermute(sk.grouped_gemm(F.silu(gate) * up, down, routing.offsets), routing)
 
 
 @sk.accumulate_grad()

@@ -51,3 +51,19 @@ def assert_agrees(who: str, got: Sequence[Tensor], want: Sequence[Tensor], depth
         wrong = torch.stack([(p - q).float().square().sum() for p, q in parts]).sum().sqrt()
         whole = (wrong / (size.float() * b.numel() ** 0.5)).item()
         assert whole <= 1 / 8, f"{who}: output {i} is off by {whole:.0%} as a whole"
+
+
+def assert_step(
+    who: str, loss: Tensor, gradient: Tensor, want: float, want_gradient: Tensor, dtype: torch.dtype
+) -> None:
+    """Of a first step: its loss, and the gradient of experts, since a loss at the first step hardly tells experts.
+
+    Within 1e-3; in bf16 half of the gradient's norm, as a router that is rounded sends some tokens to another expert.
+
+    Raises: AssertionError naming who is wrong.
+    """
+    loose = dtype != torch.float32
+    off = abs(loss.item() - want)
+    assert off < (5e-3 if loose else 1e-3), f"{who}: the first loss is {loss.item():.6f}, not {want:.6f}"
+    wrong = ((gradient.float() - want_gradient).norm() / want_gradient.norm()).item()
+    assert wrong < (1 / 2 if loose else 1e-3), f"{who}: the first gradient of experts is off by {wrong:.1%}"

@@ -10,6 +10,7 @@ from typing import Any
 OURS = "sigma"
 BOUND = "bound_"  # candidates whose name starts so are limits, not rivals, and compute something else
 BESIDE = "beside_"  # neither: timed in the same turns to be compared with
+VARIANT = f"{OURS}_"  # ours in another way: checked as a rival, no peer
 SLOW_S, FEW_ROUNDS = 3.0, 3  # who needs so long for a call runs in so many rounds: its median is in no doubt
 REST_S = 0.1  # threads that wait by spinning have gone to sleep by then
 
@@ -113,14 +114,15 @@ def examine(name: str, result: object, check: Callable[[str, Any], None] | None)
         check(name, result)
 
 
-def record(name: str, times: list[float], calls: int = 1) -> dict[str, object]:
-    """One candidate's line in the results; each of `times` is of so many calls."""
+def record(name: str, times: list[float], calls: int = 1, moved: int | None = None) -> dict[str, object]:
+    """One candidate's line in the results; each of `times` is of so many calls, `moved` of who moves other bytes."""
     return {
         **_who(name),
         "median_s": statistics.median(times) / calls,
         "min_s": min(times) / calls,
         "max_s": max(times) / calls,
         "rounds": len(times),
+        **({} if moved is None else {"moved": moved}),
     }
 
 
@@ -130,7 +132,7 @@ def absent(name: str, reason: str) -> dict[str, object]:
 
 
 def _who(name: str) -> dict[str, object]:
-    kinds = {BOUND: "bound", BESIDE: "beside"}
+    kinds = {BOUND: "bound", BESIDE: "beside", VARIANT: "variant"}
     kind = next((kinds[prefix] for prefix in kinds if name.startswith(prefix)), "peer")
     return {
         "name": name.removeprefix(BOUND).removeprefix(BESIDE),

@@ -12,10 +12,12 @@ import peers
 import peers_gpu
 import pytest
 import torch
+from race import OURS
 from shapes import DECODE, DTYPES, layer_inputs, short
 
 import sigma_kernels as sk
 
+INT8 = "sigma_int8"  # checked against the oracle of the rounded weights
 APART = {"llama_cpp_mul_mat_id": peer_ggml.Layer, "kt_kernel": peer_kt.Layer}
 
 
@@ -31,7 +33,18 @@ def choices_of_pass(shape, device) -> list[torch.Tensor]:
 def test_decode(race, device, dtype, shape):
     x, weights, gate_up, down = layer_inputs(shape, dtype, device)
     indices = choices_of_pass(shape, device)
-    want = [oracle.layer(x, weights, gate_up, down, index)[0] for index in indices]
+
+    def exact(*experts):
+        return [oracle.layer(x, weights, *experts, index)[0] for index in indices]
+
+    small = [t for w in (gate_up, down) for t in sk.quantize_experts(w)]
+    want = {
+        INT8: exact(small[0] * small[1][..., None], small[2] * small[3][..., None]),
+        OURS: exact(gate_up, down),
+    }
+
+    def int8(x, index, weights, gate_up, down):
+        return sk.moe_experts_int8(x, index, weights, *small)
 
     def over(layer):
         @torch.no_grad()
@@ -59,15 +72,16 @@ def test_decode(race, device, dtype, shape):
         over(sk.moe_experts),
         shape=shape,
         load=f"a pass of {len(indices)} calls",
-        check=lambda who, got: oracle.assert_agrees(who, got, want, shape.H),
+        check=lambda who, got: oracle.assert_agrees(who, got, want.get(who, want[OURS]), shape.H),
         apart=APART,
         missing=missing,
         limits={"padded_bmm": 2},  # all experts padded at each call
         flops=len(indices) * shape.flops,
         moved=gate_up.nbytes + down.nbytes,
+        moved_by={INT8: sum(t.nbytes for t in small)},
         index=torch.cat(indices),
         note="every expert is asked in a pass, so that weights come from memory",
         bound_read=bounds.read(gate_up, down),
-        **{name: over(layer) for name, layer in rivals.items()},
+        **{name: over(layer) for name, layer in ({INT8: int8} | rivals).items()},
         **{name: apart(name) for name in APART if name not in missing},
     )

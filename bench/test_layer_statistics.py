@@ -14,6 +14,7 @@ from sigma_train.loop import Trainer
 PRESET = "tiny-96"
 
 
+@pytest.mark.keeps_memory
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_train_step_with_layer_statistics(race, device, tmp_path, dtype):
     if device.type != "cpu":

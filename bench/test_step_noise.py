@@ -13,6 +13,7 @@ from sigma_train.loop import Trainer
 from sigma_train.step_noise import LOG, NoRecord
 
 
+@pytest.mark.keeps_memory
 @pytest.mark.parametrize("preset", ["smoke", "tiny-96"])
 def test_train_step_with_noise(race, device, tmp_path, preset):
     if device.type != "cpu":

@@ -51,6 +51,7 @@ def settings(out: Path, *more: str) -> Config:
     return load_config(PRESET, None, [*own, "data.max_bytes=3000000", "guard.spike=1e9", *more])
 
 
+@pytest.mark.keeps_memory
 @pytest.mark.parametrize("method", METHODS)
 def test_train_step_with_methods(race, device, tmp_path, method):
     if device.type != "cpu":

@@ -271,6 +271,10 @@ def test_bench_runs_on_a_gpu_that_is_not_there(tmp_path, monkeypatch):
         }
         assert lines[group]["sonicmoe"].startswith("not importable: ModuleNotFoundError: No module named")
         assert lines[group]["liger"].startswith("AssertionError: liger: output 0 is off by")
+    for group, of_bytes in (("layer/forward/bf16", "read"), ("layer/forward+backward/bf16", "read_write")):
+        assert lines[group].keys() >= {"dense", "dense_f32", of_bytes}
+        assert "sigma_nothing_kept" not in lines[group], "whose blocks are a CPU's"
+    assert lines["decode/forward/bf16"]["sigma_int8"] is None
     for name in ("vllm_fused_experts", "hf_eager"):
         assert lines["layer/forward/bf16"][name] is None
     assert lines["layer/forward+backward/bf16"]["vllm_fused_experts"] == peers_gpu.FORWARD_ALONE

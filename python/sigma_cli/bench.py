@@ -34,6 +34,7 @@ GPU_ENVIRONMENT = ("CUDA_", "HIP_", "TRITON_", "PYTORCH_", "NVIDIA_TF32_OVERRIDE
 PLACES = ("_HOME", "_DIR", "_PATH", "_VERSION")  # of these, where things lie changes no time
 GPU_PACKAGES = ("triton", "megablocks", "grouped_gemm", "sonicmoe", "liger-kernel", "vllm")
 SHARES = ("race", "ours, ms", "bound, ms", "of", "share", "best peer", "over ours")
+STREAMS = ("read", "write", "read_write", "copy")  # bounds of bytes
 COLUMNS = ("who", "median, ms", "fastest, ms", "slowest, ms", "rounds", "over ours")
 
 
@@ -175,7 +176,7 @@ def flop_rate(race: dict[str, Any]) -> tuple[str, float, int]:
 
 
 def multiplies(candidate: dict[str, Any]) -> bool:
-    return candidate["kind"] != "beside" and candidate["name"] not in ("read", "write", "copy")
+    return candidate["kind"] != "beside" and candidate["name"] not in STREAMS
 
 
 def columns(race: dict[str, Any]) -> tuple[str, ...]:
@@ -183,20 +184,20 @@ def columns(race: dict[str, Any]) -> tuple[str, ...]:
 
 
 def lines(race: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The candidates' rows: ours, then what is beside it and the bounds, then the peers, fastest first."""
+    """The candidates' rows: ours, in other ways too, what is beside it, the bounds, the peers, fastest first."""
     ours = race["candidates"][0]["median_s"]
     _, unit, decimals = flop_rate(race)
-    rank = {"ours": 0, "beside": 1, "bound": 2, "peer": 3}
+    rank = {"ours": 0, "variant": 1, "beside": 2, "bound": 3, "peer": 4}
     ordered = sorted(race["candidates"], key=lambda c: (rank[c["kind"]], c.get("median_s", float("inf"))))
     out = []
     for c in ordered:
-        who = c["name"] if c["kind"] in ("ours", "peer") else f"{c['kind']}: {c['name']}"
+        who = c["name"] if c["kind"] in ("ours", "variant", "peer") else f"{c['kind']}: {c['name']}"
         if "reason" in c:
             out.append((who, c["reason"], *[""] * len(COLUMNS)))
             continue
-        flops, moved = race["flops"], race["moved"]
+        flops, moved = race["flops"], c.get("moved", race["moved"])
         has_flops = flops and multiplies(c)
-        has_moved = moved and c["kind"] != "beside" and c["name"] != "dense"
+        has_moved = moved and c["kind"] != "beside" and not c["name"].startswith("dense")
         out.append(
             (
                 who,
@@ -213,14 +214,20 @@ def lines(race: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def shares(races: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Of each race that has bounds: ours, the bound that lies highest, our share of it, and the best peer."""
+    """Of each race that has bounds: ours, the bound that lies highest, our share of it, and the best peer.
+
+    A bound that was measured in f32 too, as NAME_f32, is the faster of the two: where bf16 is slower nobody is bound to
+    multiply in it.
+    """
     out = []
     for race in races:
         ours, *others = (c for c in race["candidates"] if "median_s" in c)
-        bounds = [c for c in others if c["kind"] == "bound"]
-        if not bounds:
+        fastest: dict[str, dict[str, Any]] = {}
+        for c in sorted((c for c in others if c["kind"] == "bound"), key=lambda c: c["median_s"]):
+            fastest.setdefault(c["name"].removesuffix("_f32"), c)
+        if not fastest:
             continue
-        bound = max(bounds, key=lambda c: c["median_s"])
+        bound = max(fastest.values(), key=lambda c: c["median_s"])
         peers = sorted((c["median_s"], c["name"]) for c in others if c["kind"] == "peer")
         best = (peers[0][1], f"{peers[0][0] / ours['median_s']:.2f}") if peers else ("", "")
         out.append((title(race), milliseconds(ours["median_s"]), milliseconds(bound["median_s"]), bound["name"],
@@ -295,16 +302,18 @@ def page(document: dict[str, Any], plots: Sequence[str] = ()) -> str:
         "",
         "Each table is one interleaved run. Bounds are the same FLOPs in one dense product or layer and the same bytes "
         "in one stream. Everyone's first result was checked before the clock started: layers and products against f64, "
-        "choices of experts and copies exactly, training steps by their loss. `fresh`: gradients are allocated, filled "
-        "and released in the timed call; `kept`: they go to memory that exists. GB/s: of weights, or of what is read "
-        "and written where there are none.",
+        "choices of experts and copies exactly, training steps by their loss and the gradient of a layer's experts. "
+        "`fresh`: gradients are allocated, filled and released in the timed call, where `sigma` gets memory again that "
+        "it has kept and `sigma_nothing_kept` has given it back; `kept`: they go to memory that exists. GB/s: of "
+        "weights, or of what is read and written where there are none.",
     ]
     for name in plots:
         kind = Path(name).stem.rsplit("-", 1)[-1]
         parts += ["", f"![{kind}]({name})"]
     if rows := shares(document["races"]):
         parts += ["", "## Shares of the bounds", "", "The bound is the higher of a race's bounds, measured in its "
-                  "turns: no kernel that needs both takes less.", "", *table(SHARES, rows)]  # fmt: skip
+                  "turns: no kernel that needs both takes less. One that was measured in f32 too is the faster of the "
+                  "two.", "", *table(SHARES, rows)]  # fmt: skip
     for race in document["races"]:
         parts += ["", f"## {title(race)}", "", *table(columns(race), lines(race))]
         if text := remarks(race):
