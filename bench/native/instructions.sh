@@ -20,8 +20,9 @@ Made by \`bench/native/instructions.sh\`. Each call was stepped through, so the 
 machine does. \`multiply-adds\`: vector instructions that the FLOPs need at the width of the instruction set;
 \`least\`: for each of them, what a loop of multiply-adds and loads of their operands takes in the largest block.
 Everything is 256 deep; tasks have 64 columns and the 21 rows an expert of shape A. Below \`least\` a load is part of its
-multiply-add; above it, rows do not divide into largest blocks, sums are added up across lanes and stored, weights are
-widened, paired or asked for ahead.
+multiply-add; above it, steps are counted (5 instructions for the 12 multiply-adds and 7 loads of a step of 3 x 4), rows
+do not divide into largest blocks, sums are added up across lanes and stored, weights are widened, paired or asked for
+ahead.
 
 EOF
   for isa in avx2 avx512 avx512bf16; do
