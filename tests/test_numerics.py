@@ -17,23 +17,24 @@ NARROW, NARROW_MAX = 1.001, 1.1
 NARROW_LAYER = 0.8  # several roundings of torch's against one or, where bf16 is multiplied in hardware, two
 # f32: both sides sum, each in its own order.  The largest of 100,000 elements is a draw that varies more.
 F32, F32_MAX = 1.05, 2.0
+UNMEASURED = 1.5  # instruction sets that no table in docs/numerics.md is of
 # Where torch is closer in f32, with the ratio that AVX2 has here.  docs/numerics.md says why; no entry may grow.
 FURTHER_OFF = {
     ("grouped_gemm", "grad weight"): 1.2,  # 1.03
     ("grouped_gemm into .grad", "grad weight"): 1.2,  # 1.03
-    ("route, softmax", "weights"): 1.4,  # 1.30
-    ("route, softmax", "grad logits"): 1.25,  # 1.18
+    ("route, softmax", "weights"): 1.1,  # 1.03
+    ("route, softmax", "grad logits"): 1.1,  # 1.02
     ("route, softmax normalised", "grad logits"): 1.2,  # 1.10
-    ("route_with_sums", "probabilities"): 1.15,  # 1.09
-    ("route_with_sums", "grad by probabilities"): 1.3,  # 1.24
-    ("unpermute", "grad weights"): 2.1,  # 1.9
+    ("route_with_sums", "probabilities"): 1.15,  # 1.06
+    ("route_with_sums", "grad by probabilities"): 1.1,  # 1.03
 }
 
 
 def bounds(kernel: str, output: str, dtype: torch.dtype) -> tuple[float, float]:
     """What ratios of the mean and of the largest error may be."""
     if dtype == torch.float32:
-        return FURTHER_OFF.get((kernel, output), F32), F32_MAX
+        mean = FURTHER_OFF.get((kernel, output), F32)
+        return mean if sk._C.isa() == "avx2" else UNMEASURED, F32_MAX
     return NARROW_LAYER if kernel == "moe_experts" else NARROW, NARROW_MAX
 
 
