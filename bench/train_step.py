@@ -1,7 +1,7 @@
 """One training step of a whole language model against transformers' own classes on the same weights and tokens.
 
-8 layers (one with --tiny), hidden size 256, 96 experts top-1 with I=256, 4,096 tokens of vocabulary, 8 x 256 tokens:
-forward, loss, backward and fused AdamW.  With kept memory malloc keeps what is freed, as `sigma train` has it do; in
+8 layers (one with --tiny), hidden size 256, 96 experts (8) top-1 with I=256, 4,096 tokens of vocabulary, 8 x 256
+tokens: forward, loss, backward and fused AdamW.  With kept memory malloc keeps what is freed, as `sigma train` has it do; in
 bf16 everyone's matrix products are under autocast as in `sigma train`, weights and moments f32, but for one of
 transformers whose weights and moments are bf16: half the bytes to move, and another training.
 """
@@ -87,8 +87,8 @@ def first_step(model: LanguageModel, tokens: torch.Tensor) -> tuple[float, torch
 def race_steps(race, device, folder: Path, tiny: bool, dtype: torch.dtype, memory: str = "") -> None:
     torch.manual_seed(0)
     sk_hf.register()
-    num_layers, batch, length = (1, 2, 16) if tiny else (8, 8, 256)
-    config = settings(num_layers, 96, dtype)
+    num_layers, num_experts, batch, length = (1, 8, 2, 16) if tiny else (8, 96, 8, 256)
+    config = settings(num_layers, num_experts, dtype)
     ours = LanguageModel(config)
     tokens = torch.randint(config.model.vocab_size, (batch, length + 1))
     want = first_step(ours, tokens)
@@ -114,7 +114,7 @@ def race_steps(race, device, folder: Path, tiny: bool, dtype: torch.dtype, memor
     race(
         f"train_step/{short(dtype)}",
         step_of(ours.to(device), tokens, config),
-        shape=f"{num_layers} layers, E96 k1 H256 I256, {batch} x {length} tokens",
+        shape=f"{num_layers} layers, E{num_experts} k1 H256 I256, {batch} x {length} tokens",
         memory=memory,
         check=lambda who, got: oracle.assert_step(who, *got, want[0], want[1].to(device), dtype),
         once={"hf_eager"},
