@@ -1,8 +1,8 @@
 """One training step of a whole language model against transformers' own classes on the same weights and tokens.
 
 8 layers (one with --tiny), hidden size 256, 96 experts (8) top-1 with I=256, 4,096 tokens of vocabulary, 8 x 256
-tokens: forward, loss, backward and fused AdamW.  With kept memory malloc keeps what is freed, as `sigma train` has it do; in
-bf16 everyone's matrix products are under autocast as in `sigma train`, weights and moments f32, but for one of
+tokens: forward, loss, backward and fused AdamW.  With kept memory malloc keeps what is freed, as `sigma train` has it
+do; in bf16 everyone's matrix products are under autocast as in `sigma train`, weights and moments f32, but for one of
 transformers whose weights and moments are bf16: half the bytes to move, and another training.
 """
 
