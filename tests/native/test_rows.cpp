@@ -66,6 +66,43 @@ void test_permute(const Case& c, const std::vector<int32_t>& row_map) {
   check("combine_backward", grad_w, want_w);
 }
 
+// What route writes of T tokens, k of E experts each, and the call for it: a softmax of these logits, nothing
+// more unless a member is set.
+struct Choices {
+  Choices(int64_t T, int64_t E, int k)
+      : T(T),
+        E(E),
+        k(k),
+        indices(T * k),
+        counts(E),
+        offsets(E + 1),
+        row_map(T * k),
+        weights(T * k, NAN),
+        sums(E, NAN),
+        square(1, NAN) {}
+  Route of(const Floats& logits) {
+    return {.T = T,
+            .E = E,
+            .k = k,
+            .logits = logits.data(),
+            .ld = E,
+            .bias = nullptr,
+            .is_softmax = true,
+            .is_normalized = false,
+            .indices = indices.data(),
+            .weights = weights.data(),
+            .counts = counts.data(),
+            .offsets = offsets.data(),
+            .row_map = row_map.data(),
+            .threads = 2};
+  }
+
+  int64_t T, E;
+  int k;
+  std::vector<int32_t> indices, counts, offsets, row_map;
+  Floats weights, sums, square;
+};
+
 void test_route(const Case& c) {
   const int64_t T = c.T, E = c.E;
   for (const int k : {1, static_cast<int>(E)})
@@ -75,25 +112,15 @@ void test_route(const Case& c) {
       if (sums_softmax && !has_sums) continue;
       const Floats logits = random_floats(T * E), bias = random_floats(E), grad_w = random_floats(T * k);
       const Floats grad_sums = random_floats(E), grad_square = random_floats(1);
-      std::vector<int32_t> indices(T * k), counts(E), offsets(E + 1), row_map(T * k);
-      Floats weights(T * k, NAN), grad(T * E, NAN), sums(E, NAN), square(1, NAN);
-      route({.T = T,
-             .E = E,
-             .k = k,
-             .logits = logits.data(),
-             .ld = E,
-             .bias = has_bias ? bias.data() : nullptr,
-             .is_softmax = is_softmax,
-             .is_normalized = is_normalized,
-             .indices = indices.data(),
-             .weights = weights.data(),
-             .counts = counts.data(),
-             .offsets = offsets.data(),
-             .row_map = row_map.data(),
-             .threads = 2,
-             .sums_softmax = sums_softmax,
-             .probabilities = has_sums ? sums.data() : nullptr,
-             .square = has_sums ? square.data() : nullptr});
+      Floats grad(T * E, NAN);
+      Choices chosen(T, E, k);
+      Route r = chosen.of(logits);
+      r.bias = has_bias ? bias.data() : nullptr;
+      r.is_softmax = is_softmax;
+      r.is_normalized = is_normalized;
+      r.sums_softmax = sums_softmax;
+      if (has_sums) r.probabilities = chosen.sums.data(), r.square = chosen.square.data();
+      route(r);
       route_backward({.T = T,
                       .E = E,
                       .k = k,
@@ -101,7 +128,7 @@ void test_route(const Case& c) {
                       .ld = E,
                       .is_softmax = is_softmax,
                       .is_normalized = is_normalized,
-                      .indices = indices.data(),
+                      .indices = chosen.indices.data(),
                       .grad_weights = grad_w.data(),
                       .grad_logits = grad.data(),
                       .threads = 2,
@@ -114,19 +141,21 @@ void test_route(const Case& c) {
         const auto sigmoid_of = [&](int64_t e) { return 1 / (1 + 1 / exp_of(e)); };
         const auto score = [&](int64_t e) { return is_softmax ? exp_of(e) : sigmoid_of(e); };
         const auto share = [&](int64_t e) { return sums_softmax ? exp_of(e) : sigmoid_of(e); };
-        double all = 0, chosen = 0, exps = 0, shares = 0, inner = 0, inner_sums = 0;
+        double all = 0, of_chosen = 0, exps = 0, shares = 0, inner = 0, inner_sums = 0;
         for (int64_t e = 0; e < E; ++e) all += score(e), exps += exp_of(e), shares += share(e);
-        for (int j = 0; j < k; ++j) chosen += score(indices[t * k + j]);
+        for (int j = 0; j < k; ++j) of_chosen += score(chosen.indices[t * k + j]);
         for (int64_t e = 0; e < E; ++e) inner_sums += grad_sums[e] * share(e) / shares;
         for (int j = 0; j < k; ++j) {
-          want[t * k + j] = score(indices[t * k + j]) / (is_normalized ? chosen : is_softmax ? all : 1);
+          want[t * k + j] = score(chosen.indices[t * k + j]) / (is_normalized ? of_chosen
+                                                                : is_softmax  ? all
+                                                                              : 1);
           inner += grad_w[t * k + j] * want[t * k + j];
         }
         double* const g = &want_grad[t * E];
         if (!is_softmax && !is_normalized) inner = 0;
         for (int64_t e = 0; is_softmax && !is_normalized && e < E; ++e) g[e] -= score(e) / all * inner;
         for (int j = 0; j < k; ++j) {
-          const int64_t e = indices[t * k + j];
+          const int64_t e = chosen.indices[t * k + j];
           const double slope = is_softmax ? 1 : 1 - sigmoid_of(e);
           g[e] += want[t * k + j] * slope * (grad_w[t * k + j] - (is_normalized ? inner : 0));
         }
@@ -138,11 +167,11 @@ void test_route(const Case& c) {
         }
         want_square[0] += std::log(exps) * std::log(exps);
       }
-      check("route", weights, want);
+      check("route", chosen.weights, want);
       check("route_backward", grad, want_grad);
       if (!has_sums) continue;
-      check("sums of route", sums, want_sums);
-      check("squares of route", square, want_square);
+      check("sums of route", chosen.sums, want_sums);
+      check("squares of route", chosen.square, want_square);
     }
 }
 
@@ -153,32 +182,16 @@ void test_choice(int64_t E) {
   Floats logits = random_floats(T * E);
   for (float& x : logits) x = std::round(16 * x);
   for (const int k : {1, 2, 4, 5, 8, 13, 16, 17}) {
-    std::vector<int32_t> indices(T * k), counts(E), offsets(E + 1), row_map(T * k), want, order(E);
-    Floats weights(T * k, NAN);
-    route({.T = T,
-           .E = E,
-           .k = k,
-           .logits = logits.data(),
-           .ld = E,
-           .bias = nullptr,
-           .is_softmax = true,
-           .is_normalized = false,
-           .indices = indices.data(),
-           .weights = weights.data(),
-           .counts = counts.data(),
-           .offsets = offsets.data(),
-           .row_map = row_map.data(),
-           .threads = 2,
-           .sums_softmax = false,
-           .probabilities = nullptr,
-           .square = nullptr});
+    std::vector<int32_t> want, order(E);
+    Choices chosen(T, E, k);
+    route(chosen.of(logits));
     for (int64_t t = 0; t < T; ++t) {
       const float* const row = &logits[t * E];
       std::iota(order.begin(), order.end(), 0);
       std::stable_sort(order.begin(), order.end(), [row](int32_t a, int32_t b) { return row[a] > row[b]; });
       want.insert(want.end(), order.begin(), order.begin() + k);
     }
-    expect("the choice of route", indices == want);
+    expect("the choice of route", chosen.indices == want);
   }
 }
 
@@ -189,29 +202,18 @@ void test_infinite_rows(int64_t E) {
   for (const float largest : {inf, -inf})
     for (const bool has_nan : {false, true})
       for (const bool sums_softmax : {true, false}) {
-        Floats logits(E, -inf), weights(1, NAN), grad(E, 0), sums(E, NAN), square(1, NAN);
+        Floats logits(E, -inf), grad(E, 0);
         logits[E / 2] = largest;
         if (has_nan) logits[E - 1] = NAN;
         const Floats ones(E, 1);
-        std::vector<int32_t> indices(1), counts(E), offsets(E + 1), row_map(1);
-        route({.T = 1,
-               .E = E,
-               .k = 1,
-               .logits = logits.data(),
-               .ld = E,
-               .bias = nullptr,
-               .is_softmax = true,
-               .is_normalized = false,
-               .indices = indices.data(),
-               .weights = weights.data(),
-               .counts = counts.data(),
-               .offsets = offsets.data(),
-               .row_map = row_map.data(),
-               .threads = 1,
-               .sums_softmax = sums_softmax,
-               .probabilities = sums.data(),
-               .square = square.data()});
-        expect("squares of infinite rows", has_nan ? std::isnan(square[0]) : square[0] == inf);
+        Choices chosen(1, E, 1);
+        Route r = chosen.of(logits);
+        r.sums_softmax = sums_softmax;
+        r.probabilities = chosen.sums.data();
+        r.square = chosen.square.data();
+        route(r);
+        const float square = chosen.square[0];
+        expect("squares of infinite rows", has_nan ? std::isnan(square) : square == inf);
         route_backward({.T = 1,
                         .E = E,
                         .k = 1,
@@ -219,7 +221,7 @@ void test_infinite_rows(int64_t E) {
                         .ld = E,
                         .is_softmax = true,
                         .is_normalized = false,
-                        .indices = indices.data(),
+                        .indices = chosen.indices.data(),
                         .grad_weights = ones.data(),
                         .grad_logits = grad.data(),
                         .threads = 1,
