@@ -42,8 +42,7 @@ def forward(race, device, group: str, dtype: torch.dtype, shape: Shape, load: st
         flops=shape.flops,
         moved=sum(t.nbytes for t in read),
         index=index,
-        bound_dense=dense(dtype),
-        **({"bound_dense_f32": dense(torch.float32)} if dtype != torch.float32 else {}),
+        **bounds.of_dtypes("dense", dense, dtype),
         bound_read=bounds.read(*read),
         **{name: call(layer) for name, layer in (variants(dtype) | rivals).items()},
     )
@@ -116,8 +115,7 @@ def forward_backward(
         flops=3 * shape.flops,
         moved=sum(2 * t.nbytes for t in read) + (1 + added) * sum(t.nbytes for t in written),
         index=index,
-        bound_dense=dense(dtype),
-        **({"bound_dense_f32": dense(torch.float32)} if dtype != torch.float32 else {}),
+        **bounds.of_dtypes("dense", dense, dtype),
         bound_read_write=bounds.read_write(read, written, added),
         **({"beside_accumulate_grad": moe(accumulating)} if added else {}),
         **{

@@ -33,12 +33,11 @@ def by_expert(function, E, offsets):
 
 
 def dense(a, b):
-    """One product of the same FLOPs, and of a narrower dtype the same in f32, which may be faster."""
-    bound = {"bound_dense": lambda: a @ b}
-    if a.dtype != torch.float32:
-        wide_a, wide_b = a.float(), b.float()
-        bound["bound_dense_f32"] = lambda: wide_a @ wide_b
-    return bound
+    def product(dtype):
+        left, right = a.to(dtype), b.to(dtype)
+        return lambda: left @ right
+
+    return bounds.of_dtypes("dense", product, a.dtype)
 
 
 @pytest.mark.parametrize("load", LOADS)

@@ -86,8 +86,7 @@ def test_train_step_with_methods(race, device, tmp_path, method):
         shape=f"{m.num_layers} layers, E{m.num_experts} k1-2 H{m.hidden_size}, "
         f"{STEPS} x {t.batch_size} x {t.seq_len} tokens",
         check=check,
-        note="one step of ten is looked at; a step that is takes 14 % (tiny-96) or 19 % (sigma-moe-tiny-cpu) "
-        "more: docs/routing-metrics.md",
+        note="one step of ten is looked at; what a look costs: docs/routing-metrics.md",
         limits={"bound_without": 1 << 30},  # as many rounds as ours, though slow
         bound_without=steps(without, 0),
     )

@@ -9,6 +9,7 @@ transformers whose weights and moments are bf16: half the bytes to move, and ano
 import json
 from pathlib import Path
 
+import bounds
 import oracle
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,6 @@ def race_steps(race, device, folder: Path, tiny: bool, dtype: torch.dtype, memor
         memory=memory,
         check=lambda who, got: oracle.assert_step(who, *got, want[0], want[1].to(device), dtype),
         once={"hf_eager"},
-        bound_hf_dense=dense(dtype),
-        **({"bound_hf_dense_f32": dense(torch.float32)} if dtype != torch.float32 else {}),
+        **bounds.of_dtypes("hf_dense", dense, dtype),
         **{name: step_of(model.to(device), tokens, config) for name, model in theirs.items()},
     )

@@ -24,6 +24,7 @@ from sigma_train.processor import processor_name
 
 import sigma_kernels as sk
 from sigma_cli import heeded
+from sigma_cli.bounds import fastest_bounds
 
 SCHEMA = 1
 # Settings of the process that change what memory or threads cost everyone, so the page names those that are set.
@@ -214,20 +215,13 @@ def lines(race: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def shares(races: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Of each race that has bounds: ours, the bound that lies highest, our share of it, and the best peer.
-
-    A bound that was measured in f32 too, as NAME_f32, is the faster of the two: where bf16 is slower nobody is bound to
-    multiply in it.
-    """
+    """Of each race that has bounds: ours, the bound that lies highest, our share of it, and the best peer."""
     out = []
     for race in races:
         ours, *others = (c for c in race["candidates"] if "median_s" in c)
-        fastest: dict[str, dict[str, Any]] = {}
-        for c in sorted((c for c in others if c["kind"] == "bound"), key=lambda c: c["median_s"]):
-            fastest.setdefault(c["name"].removesuffix("_f32"), c)
-        if not fastest:
+        if not (bounds := fastest_bounds(race)):
             continue
-        bound = max(fastest.values(), key=lambda c: c["median_s"])
+        bound = max(bounds.values(), key=lambda c: c["median_s"])
         peers = sorted((c["median_s"], c["name"]) for c in others if c["kind"] == "peer")
         best = (peers[0][1], f"{peers[0][0] / ours['median_s']:.2f}") if peers else ("", "")
         out.append((title(race), milliseconds(ours["median_s"]), milliseconds(bound["median_s"]), bound["name"],

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
+from sigma_cli.bounds import fastest_bounds
+
 DTYPES = ("f32", "bf16")
 BAND = 0.42  # of the height of a roofline is for the labels
 DODGE = 1.07  # points of one intensity stand side by side, this factor apart
@@ -41,12 +43,6 @@ def timed(race: Race, kind: str, name: str | None = None) -> list[dict[str, Any]
     return sorted(found, key=lambda c: c["median_s"])
 
 
-def densest(race: Race) -> list[dict[str, Any]]:
-    """The dense bound, fastest first: in bf16 it is measured in f32 too, which is faster without bf16 products."""
-    both = timed(race, "bound", "dense") + timed(race, "bound", "dense_f32")
-    return sorted(both, key=lambda c: c["median_s"])
-
-
 def of(races: Sequence[Race], group: str, load: str | None = None) -> list[Race]:
     return [r for r in races if r["group"] == group and load in (None, r["load"])]
 
@@ -58,7 +54,7 @@ def roofline(document: dict[str, Any]) -> Figure | None:
         + of(document["races"], f"decode/forward/{d}")
         for d in DTYPES
     }
-    races = {d: rs for d, rs in races.items() if any(densest(r) for r in rs)}
+    races = {d: rs for d, rs in races.items() if any("dense" in fastest_bounds(r) for r in rs)}
     if not races:
         return None
     figure, panels = plt.subplots(1, len(races), figsize=(8.5 * len(races), 8.5), squeeze=False)
@@ -72,7 +68,8 @@ def roofline(document: dict[str, Any]) -> Figure | None:
 
 
 def draw_roofline(axes: Axes, dtype: str, races: Sequence[Race]) -> None:
-    dense = max(r["flops"] / c["median_s"] / 1e9 for r in races for c in densest(r))
+    bounds = [(race, fastest_bounds(race)) for race in races]
+    dense = max(r["flops"] / b["dense"]["median_s"] / 1e9 for r, b in bounds if "dense" in b)
     read = max(r["moved"] / c["median_s"] / 1e9 for r in races for c in timed(r, "bound", "read"))
     points = dodged(sorted(races, key=lambda r: (r["flops"] / r["moved"], r["shape"])))
     speeds = [
@@ -191,7 +188,7 @@ def draw_scaling(axes: Axes, size: str, by_dtype: dict[str, list[Race]]) -> None
     for number, (dtype, races) in enumerate(by_dtype.items()):
         curves: dict[str, list[tuple[int, float]]] = {}
         for race in races:
-            dense = densest(race)[0]["median_s"]
+            dense = fastest_bounds(race)["dense"]["median_s"]
             for name, candidates in (
                 (f"sigma, {dtype}", timed(race, "ours")),
                 (f"fastest peer, {dtype}", timed(race, "peer")),
