@@ -40,6 +40,15 @@ def test_all_statistics_run_with_the_seed_that_is_printed(tmp_path):
     assert calls == [f"41 -q -m acceptance {names}", f"41 -q -m {usual} {names}"]
 
 
+@pytest.mark.parametrize("seed", ["abc", "-1", "1.5", "", "1 2", "1" * 30])
+def test_a_seed_that_is_no_number_is_refused(seed):
+    ended = subprocess.run(
+        [NIGHTLY, seed], capture_output=True, text=True, timeout=60, env={"PATH": "/nowhere:/bin:/usr/bin"}
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"SEED must be a number of at most nine digits, found {seed}\n"
+
+
 def test_the_seed_is_the_day(tmp_path):
     _, _, calls = nightly(tmp_path)
     assert 1 <= int(calls[0].split()[0]) <= 366

@@ -10,7 +10,7 @@ import torch
 from sigma_train import grow_run as writing
 from sigma_train.checkpoint import latest_checkpoint, load_checkpoint, read_record, save_checkpoint
 from sigma_train.config import load_config
-from sigma_train.errors import Stopped
+from sigma_train.errors import Stopped, WrongInput
 from sigma_train.generate import load_run
 from sigma_train.grow_cli import beside
 from sigma_train.grow_run import Base, grow_run
@@ -175,6 +175,10 @@ def test_a_folder_that_is_not_named_is_beside_the_run(cache, tmp_path):
     assert f"wrote {grown}: " in result.stdout
     assert load_run(grown)[0].model.num_layers == 4
     assert_one_sentence(sigma(*args, env=cache, cwd=tmp_path), 2, f"--out: {grown} exists; name a new folder")
+    with pytest.raises(
+        WrongInput, match="SOURCE must be a run, a checkpoint or a folder of transformers, found /"
+    ):
+        beside(Path("/"))
 
 
 WRONG = [

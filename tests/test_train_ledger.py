@@ -292,6 +292,8 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_sigma_ledger_shows_runs_and_their_total(cache, tmp_path):
     one, two = map(str, runs(tmp_path))
+    for run, settings in ((one, "train = 3"), (two, "no settings")):  # of which no cost is asked
+        (Path(run) / "config.toml").write_text(settings)
     wide = {**cache, "COLUMNS": "150"}
     result = sigma("ledger", one, two, env=wide)
     assert result.returncode == 0, result.stderr

@@ -1,5 +1,6 @@
 """`sigma grow`: a deeper or wider model from a checkpoint of ours or of transformers."""
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,14 +117,19 @@ def grow(
 
 
 def beside(source: Path) -> Path:
-    """SOURCE-grown; of a checkpoint beside its run, which takes all of its checkpoints' folder for its own."""
-    import os
+    """SOURCE-grown; of a checkpoint beside its run, which takes all of its checkpoints' folder for its own.
+
+    Raises: WrongInput for the root of all folders, which nothing lies beside.
+    """
+    from sigma_train.errors import WrongInput
 
     place = Path(os.path.abspath(source))  # not resolved: beside a link, not beside what it leads to
     if place.parent.name == "checkpoints":
         place = place.parent
     if place.name == "checkpoints":
         place = place.parent
+    if not place.name:
+        raise WrongInput(f"SOURCE must be a run, a checkpoint or a folder of transformers, found {place}")
     return place.with_name(f"{place.name}-grown")
 
 

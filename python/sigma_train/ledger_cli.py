@@ -58,7 +58,8 @@ def _cost(run: Path) -> "SunkCostLedger | None":
         settings = tomllib.loads((run / "config.toml").read_text())
     except (OSError, ValueError):
         return None
-    if not settings.get("train", {}).get("init_from"):
+    train = settings.get("train")
+    if not (isinstance(train, dict) and train.get("init_from")):
         return None
     from sigma_train.growth_cost import ledger_of_run
 
