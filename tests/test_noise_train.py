@@ -257,18 +257,22 @@ def least_ns(take: Callable[[], None], n: int) -> float:
     return min(tries)
 
 
-@pytest.mark.parametrize("preset", ["smoke", "tiny-96"])
-def test_recording_takes_less_than_a_hundredth_of_a_step(cache, tmp_path, monkeypatch, preset):
+@pytest.mark.live
+def test_recording_takes_less_than_a_hundredth_of_a_step(cache, tmp_path, monkeypatch):
     """Counted: rows of a step times the processor time of one, a reading of the counters, and the heartbeat's, over the
     processor time of a step.  By the wall's clock only how many beats a step has is told.
 
+    Live: beside other work each wake of the heartbeat finds cold caches, and takes thrice as long.
     Defends: what is always on and in no sum of rows.
     """
+    skip_if_unfit("before a training is recorded")
     recorder = Recorder(0)
     name = recorder.code("quantum", "forward")
     row_ns = least_ns(lambda: recorder.add(name, now_ns(), now_ns()), 20_000)
     settings = ["data.max_bytes=1000000", "model.vocab_size=512", "train.threads=1", "train.noise=true"]
-    config = load_config(preset, None, [*settings, f"train.out={tmp_path / 'run'}"], {"train": {"steps": 15}})
+    config = load_config(
+        "tiny-96", None, [*settings, f"train.out={tmp_path / 'run'}"], {"train": {"steps": 3}}
+    )
     (tmp_path / "run").mkdir()
     monkeypatch.setenv("SIGMA_CACHE", cache["SIGMA_CACHE"])
     trainer = loop.Trainer(config, Console(quiet=True), resume=False)
@@ -277,16 +281,15 @@ def test_recording_takes_less_than_a_hundredth_of_a_step(cache, tmp_path, monkey
     counters_ns = least_ns(counters.read, 500)
     assert len(counters._sources) >= 2
     before, spent, beats = len(trainer.noise._recorder), [], []
-    n = 15 if preset == "smoke" else 3
+    n = 3
     for number in range(1, n + 1):
-        if (number - 1) % (n // 3) == 0:
-            beats.append((now_ns(), counters.heartbeat_ns))
+        beats.append((now_ns(), counters._heartbeat.spent_ns))
         began = time.thread_time_ns()
         trainer.noise.begin_step(number)
         trainer._train_step()
         trainer.noise.end_step()
         spent.append(time.thread_time_ns() - began)
-    beats.append((now_ns(), counters.heartbeat_ns))
+    beats.append((now_ns(), counters._heartbeat.spent_ns))
     lasted_ns, beaten_ns = np.diff(np.array(beats), axis=0).T
     heartbeat = float((beaten_ns / lasted_ns).min())  # of a core; a disturbed one takes more
     rows = (len(trainer.noise._recorder) - before) / n

@@ -11,13 +11,8 @@ from sigma_noise.failures import failures_are
 from sigma_noise.options import given, seconds, whole_numbers
 
 RANKS = "8,64,512,2048,16384"
-OF_QUANTA = (
-    "kernel",
-    "tau",
-    "window",
-    "layers",
-    "barriers",
-)  # options that steps of a training have no use for
+# Options that steps of a training have no use for.
+OF_QUANTA = ("kernel", "tau", "window", "layers", "barriers")
 
 
 def analyze(

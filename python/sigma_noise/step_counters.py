@@ -39,11 +39,6 @@ class StepCounters:
         self._heartbeat = None
         self._files.close()
 
-    @property
-    def heartbeat_ns(self) -> int:
-        """Processor time of the heartbeat since `begin`."""
-        return 0 if self._heartbeat is None else self._heartbeat.spent_ns
-
     def begin_step(self) -> None:
         if now_ns() - self._read_ns > APART_NS:
             self.read()
