@@ -58,12 +58,14 @@ def assert_step(
 ) -> None:
     """Of a first step: its loss, and the gradient of experts, since a loss at the first step hardly tells experts.
 
-    Within 1e-3; in bf16 half of the gradient's norm, as a router that is rounded sends some tokens to another expert.
+    Within 1e-3; in bf16 a quarter of the gradient's norm, as a router that is rounded sends some tokens to another
+    expert (8 layers of 96: 11 % of ours, 10 of transformers'), and half where weights are rounded too.
 
     Raises: AssertionError naming who is wrong.
     """
     loose = dtype != torch.float32
+    limit = 1e-3 if not loose else 1 / 2 if who.endswith("bf16_weights") else 1 / 4
     off = abs(loss.item() - want)
     assert off < (5e-3 if loose else 1e-3), f"{who}: the first loss is {loss.item():.6f}, not {want:.6f}"
     wrong = ((gradient.float() - want_gradient).norm() / want_gradient.norm()).item()
-    assert wrong < (1 / 2 if loose else 1e-3), f"{who}: the first gradient of experts is off by {wrong:.1%}"
+    assert wrong < limit, f"{who}: the first gradient of experts is off by {wrong:.1%}"
