@@ -37,7 +37,10 @@ def test_all_statistics_run_with_the_seed_that_is_printed(tmp_path):
         sorted(f"tests/{path.name}" for path in NIGHTLY.parents[1].glob("tests/test_noise_*.py"))
     )
     usual = "not faults and not live and not acceptance"
-    assert calls == [f"41 -q -m acceptance {names}", f"41 -q -m {usual} {names}"]
+    assert calls == [
+        f"41 -q -m acceptance {names} tests/test_experiments_claims.py",
+        f"41 -q -m {usual} {names}",
+    ]
 
 
 @pytest.mark.parametrize("seed", ["abc", "-1", "1.5", "", "1 2", "1" * 30])

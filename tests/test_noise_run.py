@@ -106,27 +106,22 @@ def test_two_ranks_write_a_file_each(cache, tmp_path):
     assert trace.ranks[0]["measured"]["a2a"] == trace.ranks[1]["measured"]["a2a"]
 
 
-def test_ranks_that_nproc_starts(tmp_path, cache):
-    """Defends: arguments lost on the way to the ranks."""
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "sigma_cli",
-        "noise",
-        "run",
-        *SHORT,
-        "--kernel",
-        "a2a",
-        "--nproc",
-        "2",
-    ]
-    result = subprocess.run(
-        [*command, "--mode", "fwq", "--out", str(tmp_path / "run")],
-        env={**os.environ, **cache}, capture_output=True, text=True, check=False,
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [([], ["--nproc", "2"]), (TORCHRUN, [])], ids=["nproc", "torchrun"]
+)
+def test_ranks_of_processes_that_others_start(tmp_path, cache, before, after):
+    """Defends: arguments lost on the way to the ranks; ranks that find each other only where we start them."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-P", "-m", *before, "sigma_cli", "noise", "run", *SHORT]
+    result = subprocess.run(  # elsewhere: `python -m`, which torchrun starts, finds the sources of a checkout first
+        [*command, "--kernel", "a2a", "--mode", "fwq", "--out", str(out), *after],
+        env={**os.environ, **cache}, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert list(read(tmp_path / "run").ranks) == [0, 1]
+    assert list(read(out).ranks) == [0, 1]
 
 
 def test_offsets_between_clocks(tmp_path):

@@ -258,30 +258,42 @@ def test_limits_are_of_the_k_of_the_interval(make_trainer):
 
 
 def test_the_line_names_the_lowest_layer_and_the_worst():
-    """Defends: the idlest expert of one layer beside the busiest of another; a lost sign; another layer's entropy."""
+    """Defends: the idlest expert of one layer beside the busiest of another; a lost sign; another layer's entropies;
+    a look without an earlier one.
+    """
     load = [[6, 2, 4, 4], [4, 4, 0, 4], [12, 4, 0, 0]]
     assert deviations(load[::2]) == [(0.5, -0.5), (2, -1)]
     quarter = (0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(4)
-    assert loads(load) == ["L0 +50/-50%", f"L2 +200/-100% H{quarter:.2f}", "3 dead"]
-    assert loads([[4, 4], [4, 4]]) == ["L0 +0/+0% H1.00"]
-    assert loads([[0, 8], [4, 4]]) == ["L0 +100/-100% H0.00", "1 dead"]
+    assert loads(load, {}) == ["L0 +50/-50%", worst := f"L2 +200/-100% H{quarter:.2f}", "3 dead"]
+    assert loads([[4, 4], [4, 4]], {}) == ["L0 +0/+0% H1.00"]
+    assert loads([[0, 8], [4, 4]], {}) == ["L0 +100/-100% H0.00", "1 dead"]
+    look = {"router_entropy_of_mean": [0.25, 0.5, 0.999], "routing_changes": [0.1, 0.25, 0.13]}
+    assert loads(load, look) == ["L0 +50/-50%", f"{worst} p1.00", "16% rerouted", "3 dead"]
+    first = {"router_entropy_of_mean": [0.25, None, None], "routing_changes": [None] * 3}
+    assert loads(load, first) == ["L0 +50/-50%", worst, "3 dead"]
 
 
 LOAD = [[125, *[21] * 91, 12, 0, 0, 0], *[[21] * 96] * 9, [1196, *[100] * 8, 52, *[0] * 86]]
 FULL = {"share": 0.93, "load": LOAD, "utilisation": 0.95, "mfu_useful": 0.4}
 
 
+LOOK = {"router_entropy_of_mean": [0.99] * 11, "routing_changes": [0.3] * 11}
+
+
+@pytest.mark.parametrize(("look", "rows"), [({}, 2), (LOOK, 3)], ids=["", "look"])
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_the_line_fits_80_columns(is_terminal):
-    """Defends: figures cut off at the edge of a terminal, or broken in the middle."""
+def test_the_line_fits_80_columns(is_terminal, look, rows):
+    """Defends: figures cut off at the edge of a terminal, or broken in the middle; a look that is not shown."""
     console = Console(width=80, force_terminal=is_terminal, file=io.StringIO())
     with RunLine(console, 0, 100_000) as line:
+        line.look(look)
         line.update(12_345, 10.1234, 1_234_567.0, **FULL)
     shown = Console(width=80, file=io.StringIO())
     shown.print(line._live.renderable)
     text = (shown if is_terminal else console).file.getvalue()
-    assert len(text.splitlines()) == 2
+    assert len(text.splitlines()) == (rows if is_terminal else 2)
     assert max(map(len, text.splitlines())) <= 80
+    assert ("p0.99  30% rerouted" in text) == bool(look)
     parts = ("loss 10.1234", "1,234,567 tokens/s", "93% of dense", "L0 +486/-100%", "util 95%", "mfu 40%")
     assert all(part in text for part in (*parts, "L10 +5506/-100% H0.35", "89 dead"))
 

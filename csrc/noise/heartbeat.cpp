@@ -11,7 +11,7 @@
 namespace sigma::noise {
 namespace {
 
-constexpr int kReadEvery = 4;  // wakes: a reading of schedstat takes some 5 us
+constexpr int kReadEvery = 2;  // wakes: a reading of schedstat takes some 5 us
 constexpr int64_t kSecond = 1'000'000'000;
 
 // The second number of schedstat, 0 where there is none.

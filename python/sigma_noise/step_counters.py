@@ -1,7 +1,7 @@
 """What tells why a step of a training was late: counters of its main thread, and a heartbeat of its process.
 
 Counters are read where steps begin and end, three small files that stay open and a clock.  The heartbeat is a
-native thread that wakes every 5 ms and writes down when it was late (csrc/noise/heartbeat.h): 0.2 % of a core.
+native thread that wakes every 10 ms and writes down when it was late (csrc/noise/heartbeat.h): 0.2 % of a core.
 """
 
 import threading
@@ -13,7 +13,7 @@ from sigma_noise.recorder import Recorder, now_ns
 NAMES = ("on_cpu_ns", "run_delay_ns", "throttled_ns")
 LATE = "late wake"  # an event; value: ns of it for which the heartbeat was runnable without a CPU
 APART_NS = 1_000_000  # a step that begins so soon after a reading needs none of its own
-PERIOD_NS, LATE_NS = 5_000_000, 10_000_000
+PERIOD_NS, LATE_NS = 10_000_000, 10_000_000
 
 
 class StepCounters:

@@ -222,6 +222,8 @@ class Trainer:
             self.step += 1
             self.ledger.step(self.step, is_learned="loss" in row)
             self.line.advance(self.step)
+            if "layers" in row:
+                self.line.look(row["layers"])
             if self.step % t.log_every == 0 or self.step == t.steps:
                 now = time.monotonic()
                 if self.tokens_seen > last_tokens and "loss" in row:

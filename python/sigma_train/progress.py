@@ -1,9 +1,9 @@
 """The line that a run shows: alive on a terminal, one line every log_every steps elsewhere; both fit 80 columns."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -27,6 +27,7 @@ class RunLine:
         )  # fmt: skip
         self._task = self._progress.add_task("", total=steps, completed=step)
         self._more = Text()  # the row below the bar
+        self._layers: Mapping[str, Any] = {}
         self._live = Live(Group(self._progress, self._more), console=console)
 
     def __enter__(self) -> Self:
@@ -42,6 +43,10 @@ class RunLine:
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
 
+    def look(self, layers: Mapping[str, Any]) -> None:
+        """What a look at the layers found, values a layer by name; shown until the next."""
+        self._layers = layers
+
     def update(
         self,
         step: int,
@@ -56,7 +61,7 @@ class RunLine:
         """share: of the dense twin's tokens a second; load: counts [layers][E]; the rest: of the ledger."""
         first = [f"loss {loss:.4f}", f"{tokens_per_s:,.0f} tokens/s"]
         more = [] if share is None else [f"{share:.0%} of dense"]
-        more += [] if load is None else loads(load)
+        more += [] if load is None else loads(load, self._layers)
         more += [] if utilisation is None else [f"util {utilisation:.0%}"]
         more += [] if mfu_useful is None else [f"mfu {mfu_useful:.0%}"]
         self._progress.update(self._task, completed=step, description=GAP.join(first))
@@ -69,15 +74,20 @@ class RunLine:
         say(self._console, text, style)
 
 
-def loads(load: Sequence[Sequence[int]]) -> list[str]:
+def loads(load: Sequence[Sequence[int]], layers: Mapping[str, Any]) -> list[str]:
     """Of layer 0 and of that whose busiest expert is furthest from an even share, and the dead of all layers.
 
-    Busiest and idlest expert against an even share; of the second layer the load's entropy over log E, too.
+    Busiest and idlest expert against an even share; of the second layer the load's entropy over log E, too, and that of
+    the mean probabilities at the last look; of all layers the share of choices that had changed there.
     """
     of = deviations(load)
     worst = max(range(len(of)), key=lambda layer: of[layer][0])
     parts = [f"L{i} {100 * of[i][0]:+.0f}/{100 * of[i][1]:+.0f}%" for i in sorted({0, worst})]
     parts[-1] += f" H{entropy(load[worst]):.2f}"
+    if layers:
+        p, changes = layers["router_entropy_of_mean"][worst], layers["routing_changes"]
+        parts[-1] += "" if p is None else f" p{p:.2f}"
+        parts += [] if None in changes else [f"{sum(changes) / len(changes):.0%} rerouted"]
     dead = sum(count == 0 for counts in load for count in counts)
     return [*parts, f"{dead} dead"] if dead else parts
 
