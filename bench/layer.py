@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import bounds
 import oracle
+import peer_kt
 import peers
 import peers_gpu
 import torch
@@ -13,7 +14,7 @@ from shapes import Shape, choices, layer_inputs, short, spread
 
 import sigma_kernels as sk
 
-NOTHING_KEPT = "sigma_nothing_kept"
+NOTHING_KEPT, KT = "sigma_nothing_kept", "kt_kernel"
 TOO_SLOW = "not raced: autograd of an indexed weight is a full-size zero tensor for every expert"
 
 
@@ -21,6 +22,8 @@ def forward(race, device, group: str, dtype: torch.dtype, shape: Shape, load: st
     x, weights, gate_up, down = layer_inputs(shape, dtype, device)
     index = choices(shape, load, device)
     rivals = peers.LAYERS | (peers_gpu.LAYERS | peers_gpu.FORWARD if device.type == "cuda" else {})
+    if has_kt(dtype, device):
+        rivals[KT] = peers.built(peer_kt.Layer, shape.T, shape.k, gate_up, down)
     want = oracle.layer(x, weights, gate_up, down, index)
     rows = x.repeat_interleave(shape.k, 0)
     read = of_touched(index, gate_up, down)
@@ -39,6 +42,7 @@ def forward(race, device, group: str, dtype: torch.dtype, shape: Shape, load: st
         load=load,
         check=lambda who, got: oracle.assert_agrees(who, [got], want, shape.H),
         limits=slow_under_skew(index, shape, 2),
+        apart=[KT],
         flops=shape.flops,
         moved=sum(t.nbytes for t in read),
         index=index,
@@ -70,6 +74,10 @@ def forward_backward(
     if memory == "fresh" and device.type == "cpu":
         layers[NOTHING_KEPT] = sk.moe_experts
 
+    apart = {}
+    if has_kt(dtype, device):
+        apart[KT] = peer_kt.Training(leaves, index, grad_out, releases=memory == "fresh")
+
     def call(function, leaves, grad_out, before_backward=lambda: None):
         def run():
             out = function(*leaves)
@@ -85,6 +93,8 @@ def forward_backward(
 
     def check(who, _):
         """Of gradients made once more; where memory is kept, it is theirs from now on."""
+        if who in apart:
+            return oracle.assert_agrees(who, apart[who].gradients(), want, shape.H)
         forget(leaves)
         sk.empty_cache()
         x, w, g, d = leaves
@@ -111,6 +121,7 @@ def forward_backward(
         memory=memory,
         check=check,
         limits={"padded_bmm": 2} | slow_under_skew(index, shape, 1),
+        apart=apart,
         missing=missing,
         flops=3 * shape.flops,
         moved=sum(2 * t.nbytes for t in read) + (1 + added) * sum(t.nbytes for t in written),
@@ -123,7 +134,13 @@ def forward_backward(
             for name, layer in layers.items()
             if name != OURS
         },
+        **apart,
     )
+
+
+def has_kt(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether KTransformers' experts might take part: they are of bf16, on a CPU."""
+    return dtype == torch.bfloat16 and device.type == "cpu"
 
 
 def forget(leaves: Sequence[torch.Tensor]) -> None:

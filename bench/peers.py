@@ -1,6 +1,7 @@
 """The same layer by everyone else.  x [T, H], index and weights [T, k], gate_up [E, 2I, H], down [E, H, I]."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +128,12 @@ def hugging_face(name: str) -> Layer:
     return run
 
 
+def built(make: Callable[..., Callable], T: int, k: int, gate_up: Tensor, down: Tensor) -> Layer:
+    """Who has weights or a graph of its own, made at its first call: one that cannot run says so there."""
+    made = cache(lambda: make(T, k, gate_up, down))
+    return lambda x, index, weights, gate_up, down: made()(x, index, weights)
+
+
 LAYERS: dict[str, Layer] = {
     "torch_grouped_mm": grouped_mm,
     "padded_bmm": padded_bmm,
@@ -142,6 +149,7 @@ __all__ = [
     "FEW_TOKENS",
     "LAYERS",
     "Layer",
+    "built",
     "dense",
     "grouped_mm",
     "hugging_face",

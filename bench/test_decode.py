@@ -53,15 +53,9 @@ def test_decode(race, device, dtype, shape):
 
         return run
 
-    built = {}
-
     def apart(name):
-        def layer(x, index, weights, gate_up, down):
-            if name not in built:
-                built[name] = APART[name](shape.T, shape.k, gate_up, down)
-            return built[name](x, index, weights).clone()  # of memory that its next call writes to
-
-        return over(layer)
+        layer = peers.built(APART[name], shape.T, shape.k, gate_up, down)
+        return over(lambda *inputs: layer(*inputs).clone())  # of memory that its next call writes to
 
     rivals, missing = peers.LAYERS | peers.FEW_TOKENS, {}
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What `sigma experiment balance` claims on its page, trained again at its size with one seed: minutes, by .ci/nightly."""
+"""Claims of the page of `sigma experiment balance`, trained again at its size with one seed: minutes, by .ci/nightly."""
 
 import os
 
