@@ -1,4 +1,4 @@
-"""Claims of the page of `sigma experiment balance`, trained again at its size with one seed: minutes, by .ci/nightly."""
+"""The page of `sigma experiment balance` claims this: trained again, its size, one seed; minutes, by .ci/nightly."""
 
 import os
 
