@@ -39,6 +39,7 @@ from sigma_train.model import LanguageModel, flops_per_token
 from sigma_train.objective import Objective
 from sigma_train.optim import learning_rate, make_optimizer, set_learning_rate
 from sigma_train.placing import Placing, in_words
+from sigma_train.products import has_products_of_bf16
 from sigma_train.progress import RunLine
 from sigma_train.ranks import Ranks
 from sigma_train.step import Step
@@ -179,10 +180,10 @@ class Trainer:
                 self.metrics.close()
 
     def _peak(self) -> float:
-        """FLOP/s of all ranks in dense products of the run's dtype, all at work at once; a collective."""
+        """FLOP/s of all ranks in dense products, all at work at once; a collective."""
         self.ranks.summed(0.0)  # they begin together
-        dtype = torch.bfloat16 if self.config.train.dtype == "bf16" else torch.float32
-        (peak,) = self.ranks.summed(product_flops_per_s(dtype))
+        is_bf16 = self.config.train.dtype == "bf16" and has_products_of_bf16()
+        (peak,) = self.ranks.summed(product_flops_per_s(torch.bfloat16 if is_bf16 else torch.float32))
         return peak
 
     @contextlib.contextmanager

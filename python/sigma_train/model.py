@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from sigma_kernels.nn import MoE
 from sigma_train.config import Config, ModelConfig
+from sigma_train.products import Linear, causal_attention
 
 
 def runs_at_one(config: Config) -> bool:
@@ -35,10 +36,10 @@ class Attention(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, c.num_heads * c.head_dim)
+        self.k_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
+        self.v_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
+        self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size)
         self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
         self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
 
@@ -47,9 +48,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).float().view(B, S, self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).float().view(B, S, self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(B, S, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=True
-        )
+        out = causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
 
 
@@ -64,8 +63,8 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -121,7 +120,7 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(config, k) for k in c.layer_top_k)
         self.norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
-        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.lm_head = Linear(c.hidden_size, c.vocab_size)
         if c.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)

@@ -1,0 +1,58 @@
+"""Linear layers and attention of bf16, on any processor.
+
+Without instructions for it torch multiplies bf16 many times more slowly than f32 (docs/train.md).  A product of two
+bf16 numbers is exact in f32, so there operands are rounded to bf16 and multiplied in f32.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.amp import custom_bwd, custom_fwd
+
+
+def has_products_of_bf16() -> bool:
+    """Whether torch multiplies bf16 by instructions of this processor."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def multiplies_in_f32() -> bool:
+    """Whether operands are to be rounded to bf16, and then multiplied in f32."""
+    return torch.is_autocast_enabled("cpu") and not has_products_of_bf16()
+
+
+class Linear(nn.Linear):
+    """x @ weight.T, without a bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Rounded.apply(x, self.weight) if multiplies_in_f32() else super().forward(x)
+
+
+class _Rounded(torch.autograd.Function):
+    """Of x, weight and the gradient what is left of them in bf16; result and gradients are f32, as they were summed."""
+
+    @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    @custom_bwd(device_type="cpu")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grad.bfloat16().float()
+        return grad @ weight.float(), grad.flatten(0, -2).t() @ x.float().flatten(0, -2)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [B, heads, S, d], k and v [B, kv_heads, S, d]."""
+    if not multiplies_in_f32():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    q, k, v = (x.bfloat16().float() for x in (q, k, v))
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
