@@ -1,5 +1,6 @@
 """A small model of each family of transformers that `sigma grow` knows, with what its gates may do else."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_text": ("gemma4_text", GEMMA4),
     "glm4_moe": ("glm4_moe", SMALL | EIGHT | DENSE),
     "glm4_moe_lite": ("glm4_moe_lite", LATENT | EIGHT | SUMMED | MIDDLE),
-    "glm4v_moe": ("glm4v_moe", seeing(SMALL | EIGHT | DENSE | SUMMED)),
+    "glm4v_moe": ("glm4v_moe", seeing(SMALL | EIGHT | DENSE | SUMMED | {
+        "rope_parameters": ROPE["rope_parameters"] | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}})),
     "glm5_next": ("glm5_next", seeing(LATENT | KIMI | EIGHT | INDEXED | SUMMED | MIDDLE | {
         "qk_rope_head_dim": 0, "index_kpool": 2, "hc_mult": 2, "indexer_types": ["full"] * 3,
         "layer_types": ["linear_attention", "indexed_attention", "linear_attention"]})),
     "glm_moe_dsa": ("glm_moe_dsa", LATENT | EIGHT | INDEXED | SUMMED | MIDDLE),
-    "glm_moe_dsa, indexers shared": ("glm_moe_dsa", LATENT | EIGHT | INDEXED | {
+    "glm_moe_dsa, indexers shared": ("glm_moe_dsa", LATENT | EIGHT | INDEXED | MIDDLE | {
         "indexer_types": ["full", "shared", "full"]}),
     "gpt_oss": ("gpt_oss", SLIDING | ROPE | {"num_local_experts": 6, "head_dim": 8}),
     "granitemoe": ("granitemoe", {"num_local_experts": 6, "residual_multiplier": 0.5}),
@@ -133,13 +135,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         "num_local_experts": 6, "head_dim": 8, "dense_intermediate_size": 24, "shared_intermediate_size": 16,
         "rotary_dim": 8, "index_head_dim": 8, "index_n_heads": 2, "index_block_size": 4, "index_topk_blocks": 2,
         "layer_types": ["minimax_m3_sparse", "full_attention", "minimax_m3_sparse"]}, projector_hidden_size=16)),
-    "mistral4": ("mistral4", LATENT | EIGHT | DENSE | GROUPS | SCALED | ROPE),
-    "mistral4, gates not normalised": ("mistral4", LATENT | EIGHT | DENSE | SUMMED | ROPE),
+    "mistral4": ("mistral4", LATENT | EIGHT | DENSE | GROUPS | SCALED),
+    "mistral4, gates not normalised": ("mistral4", LATENT | EIGHT | DENSE | SUMMED),
     "mistral_large4": ("mistral_large4", seeing(LATENT | EIGHT | DENSE | GROUPS | INDEXED | SCALED | ROPE)),
     "mixtral": ("mixtral", {"num_local_experts": 6}),
     "muse_spark": ("muse_spark", seeing(SMALL | SLIDING | SCALED | MIDDLE | {
-        "num_local_experts": 6, "moe_hidden_size": 16, "layer_rope_theta": [1e4, 0, 1e3]}, audio_config=EAR, out_hidden_size=16,
-        projector_hidden_size=16)),
+        "num_local_experts": 6, "moe_hidden_size": 16, "layer_rope_theta": [1e4, 0, 1e3]}, audio_config=EAR,
+        out_hidden_size=16,        projector_hidden_size=16)),
     "nemotron_h": ("nemotron_h", NEMOTRON | GROUPS),
     "nemotron_h, latent": ("nemotron_h", NEMOTRON | {"moe_latent_size": 16, "mlp_bias": True, "norm_topk_prob": True}),
     "olmoe": ("olmoe", {"num_experts": 6}),
@@ -176,13 +178,13 @@ def save(folder: Path, name: str, dtype: torch.dtype = torch.float32, **how: Any
     """A model of random weights, large enough to tell one from another, its norms and biases too."""
     from transformers import AutoConfig
 
-    family, settings = SETTINGS[name]
+    family, settings = deepcopy(SETTINGS[name])
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **settings if "text_config" in settings else COMMON | settings)
     model = loader(config).from_config(config, dtype=dtype)
     for own, x in [*model.named_parameters(), *model.named_buffers()]:
         if "rotary" not in own and x.is_floating_point():
-            x.data.copy_(torch.randn_like(x) * 0.3 + (x.dim() == 1))
+            x.data.copy_(torch.randn_like(x) * (2 if "embed_tokens" in own else 0.3) + (x.dim() == 1))
     model.save_pretrained(folder, **how)
 
 
@@ -198,6 +200,8 @@ def logits(folder: Path, routes: list[torch.Tensor] | None = None) -> torch.Tens
         folder, output_loading_info=True, dtype=torch.float32, experts_implementation="eager"
     )
     assert not any(info.values()), info
+    for x in model.parameters():
+        x.data = x.data.clone()  # where it lies in a file decides how products are summed
     if routes is not None:
         for module in model.modules():
             if type(module).__name__.endswith("Experts"):

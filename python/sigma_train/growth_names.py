@@ -10,17 +10,18 @@ LAYER = re.compile(
     r"((?!(?:.*\.)?(?:vision|visual|audio|sam_model|qwen2_model))(?:.*\.)?layers\.)(\d+)\.(.+)"
 )
 ALL_EXPERTS = re.compile(
-    r"(?:.*\.)?(?:experts|block_sparse_moe|moe)\.(gate_up_proj|gate_proj|up_proj|down_proj|fc1|fc2"
-    r"|input_linear|output_linear)(?:_bias|\.weight)?"
+    r"(?:.*\.)?(?:experts\.(gate_up_proj|up_proj|down_proj|fc1|fc2)|moe\.(gate_proj|up_proj|down_proj)"
+    r"|block_sparse_moe\.(input_linear|output_linear))(?:_bias|\.weight)?"
 )
-ONE_EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\.(gate_proj|up_proj|down_proj|w1|w2|w3)\..+)")
+ONE_EXPERT = re.compile(r"((?:.*\.)?experts\.)(\d+)(\.(gate_proj|up_proj|down_proj|w1|w2|w3)\..+)")
 ROUTER = re.compile(
     r"(?:.*\.)?(?:mlp|moe|block_sparse_moe|feed_forward|mixer)\.(?:router|gate)(?:\.(?:gate|layer|wg))?\.(?:weight|bias)"
-    r"|router\.(?:proj\.weight|per_expert_scale)"
+    r"|gate\.weight|router\.(?:proj\.weight|per_expert_scale)"
 )
 BALANCE_BIAS = re.compile(r".*\.(expert_bias|e_score_correction_bias|router_bias)")
 OUTPUT = re.compile(
-    r".*\b(o_proj|out_proj|down_proj|w2|experts\.fc2|output_linear|fc2_latent_proj)(\.weight|\.bias|_bias)?"
+    r".*\b(o_proj|out_proj|down_proj|w2|experts\.fc2|output_linear|fc2_latent_proj|attention\.dense)"
+    r"(\.weight|\.bias|_bias)?"
 )
 MATRICES = {  # others end in _proj
     "w1": "gate", "w3": "up", "w2": "down",  # Mixtral's
@@ -77,12 +78,13 @@ class Name:
 
 
 def parse(name: str) -> Name:
-    if not (found := LAYER.fullmatch(name)):
+    if not (parts := LAYER.fullmatch(name)):
         return Name("", None, name, Kind.OTHER)
-    before, layer, after = found[1], int(found[2]), found[3]
+    before, layer, after = parts[1], int(parts[2]), parts[3]
     kind, expert, matrix = Kind.OTHER, 0, ""
     if m := ALL_EXPERTS.fullmatch(after):
-        kind, matrix = Kind.ALL_EXPERTS, MATRICES.get(m[1], m[1])
+        found = m[m.lastindex or 0]
+        kind, matrix = Kind.ALL_EXPERTS, MATRICES.get(found, found)
     elif m := ONE_EXPERT.fullmatch(after):
         kind, expert, matrix = Kind.ONE_EXPERT, int(m[2]), MATRICES.get(m[4], m[4])
     elif ROUTER.fullmatch(after):
