@@ -34,6 +34,7 @@ def family_of(settings: Mapping[str, Any]) -> Family:
     for key in found.wants:
         if not _named(model, ALSO.get(key, (key,))):
             raise WrongInput(f"config.json: {key} must be given for a {name}, found none")
+    _score(model, found)
     if settings.get("quantization_config") or model.get("quantization_config"):
         raise WrongInput(
             "config.json: quantization_config: weights must be floating-point numbers, not quantised"
