@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from sigma_train.growth import grow_experts
+from sigma_train.growth import grow, grow_experts
+from sigma_train.growth_layers import LayerGrowthPlan
 from sigma_train.growth_noise import noisy
+from sigma_train.growth_pieces import Growth
 
 
 def test_noise_is_of_copies_alone_and_one_percent():
@@ -46,6 +48,19 @@ def test_noise_does_not_depend_on_who_draws_it():
         assert torch.equal(got[2], whole["layers.2.mlp.experts.down_proj"][e])
     alone = noisy(down[3], 0.01, "0 2 7 of 8 down")
     assert torch.equal(alone, whole["layers.2.mlp.experts.down_proj"][7])
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_gate_and_up_have_noise_of_their_own_wherever_they_lie(in_turn):
+    """Defends: one std for both, in layouts [E, H, 2I] of Llama 4 and of gpt-oss, whose columns take turns."""
+    torch.manual_seed(0)
+    gate, up, down = torch.randn(1, 300, 200), 100 * torch.randn(1, 300, 200), torch.randn(1, 200, 300)
+    both = torch.stack([gate, up], -1).flatten(-2) if in_turn else torch.cat([gate, up], -1)
+    state = {"layers.0.mlp.experts.gate_up_proj": both, "layers.0.mlp.experts.down_proj": down}
+    grown = grow(state, Growth(LayerGrowthPlan.none(1), 2, alternates=in_turn))
+    noise = grown["layers.0.mlp.experts.gate_up_proj"][1] - both[0]
+    halves = (noise[:, ::2], noise[:, 1::2]) if in_turn else noise.chunk(2, -1)
+    assert [float(half.std()) for half in halves] == pytest.approx([0.01, 1.0], rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)

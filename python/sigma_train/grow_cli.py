@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sigma_train.growth_layers import LayerGrowthPlan
     from sigma_train.growth_pieces import Growth
 
-    Grow = Callable[[int, str], Growth]  # of the number of layers and the router's score
+    Grow = Callable[..., Growth]  # of the number of layers and, of a run, the router's score
     Done = tuple[SunkCostLedger, str]
 
 
@@ -100,7 +100,7 @@ def grow(
     from sigma_train.growth_layers import LayerGrowthPlan
     from sigma_train.growth_pieces import Growth
 
-    def growth(n: int, score: str) -> Growth:
+    def growth(n: int, score: str = "softmax") -> Growth:
         kind = getattr(LayerGrowthPlan, depth.value)
         plan = kind(n) if depth is Depth.none else kind(n, depth_factor, skip_first, skip_last)
         return Growth(plan, experts, noise, seed, interleave, balance_bias.value, score, zero_outputs)  # type: ignore[arg-type]
@@ -139,10 +139,10 @@ def _grow_folder(
     from contextlib import ExitStack
 
     from sigma_train.grow_folder import Folder, Open, grow_folder
-    from sigma_train.growth_families import family_of, num_layers
+    from sigma_train.growth_settings import num_layers
 
     folder = Folder.read(source)
-    how = growth(num_layers(folder.settings), family_of(folder.settings).score)
+    how = growth(num_layers(folder.settings))
     ledger = grow_folder(folder, how, sunk_tokens, shard_bytes, out)
     with ExitStack() as stack:
         if norms:

@@ -19,9 +19,9 @@ from torch import Tensor
 from sigma_train.errors import WrongInput
 from sigma_train.files import atomic_folder, failed_writes_are_oserrors, must_be_new, sync, write_text
 from sigma_train.growth_cost import SunkCostLedger
-from sigma_train.growth_families import grown_settings, num_experts, top_k
 from sigma_train.growth_names import Kind, parse
 from sigma_train.growth_pieces import Grown, Growth, Piece, expert_counts, grown_tensors
+from sigma_train.growth_settings import grown_settings, num_experts, top_k, what_gates_ask
 from sigma_train.tensor_files import Stored, header_of, size_of, stored_tensors, sync_file
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -81,7 +81,8 @@ class Open(Mapping[str, Tensor]):
     def blocks(self, piece: Piece) -> Iterator[bytes]:
         """What a piece of a grown tensor is, as bytes."""
         stored = self._tensors[piece.source]
-        stored = stored if piece.row is None else stored.row(piece.row)
+        if piece.row is not None:
+            stored = stored.number(piece.row) if piece.is_number else stored.row(piece.row)
         file = self._files[stored.path]
         if piece.noise == 0 and piece.scale == 1:
             yield from stored.blocks(file)
@@ -95,11 +96,13 @@ def grow_folder(
     """Write `out`, whole or not at all; what the grown model has cost so far, which is in growth.json too.
 
     Args:
+        growth: what of it the gates decide, as `score`, is taken from config.json.
         sunk_tokens: that the weights were trained on; of a folder that was grown, since it was.
         shard_bytes: the most of a file of several tensors.
     Raises: WrongInput if `out` is there, or the growth does not fit the model.
     """
     must_be_new(out, "--out")
+    growth = replace(growth, **what_gates_ask(folder.settings))
     settings = grown_settings(folder.settings, growth)
     made = _made(folder, growth)
     ledger = _grown_ledger(folder, growth, sunk_tokens)

@@ -1,166 +1,153 @@
-"""Mixture-of-experts families of transformers whose gates and layers are known here, and their grown config.json."""
+"""Mixture-of-experts families of transformers: what config.json does not say of each, and those that can't grow.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+A family is data.  What is made of it is in growth_settings.py (config.json) and growth_pieces.py (tensors).
+"""
 
-from sigma_train.errors import WrongInput
-from sigma_train.growth_layers import LayerGrowthPlan
-from sigma_train.growth_pieces import Growth
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-TOP_K = "num_experts_per_tok"
-OF_EACH_LAYER = ("layer_types", "mlp_layer_types")
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a router's scores become gates.
+    """How a router's scores become gates, and what becomes of layers.
 
     Attributes:
-        score: of the router.
+        score: of the router, "softmax" or "sigmoid"; else the setting that has one of them.
         is_normalized: of sigmoids, whether gates are divided by their sum; None: as `norm_topk_prob` says.
-        dense: which layers have no experts: "listed" by decoder_sparse_step and mlp_only_layers, "first" of them by
-            first_k_dense_replace, "none".
-        wants: settings that config.json must have, as what transformers takes for them else is each family's own.
+        scale: of sigmoids that are not, the setting that gates are multiplied by; "": there is none.
+        dense: the setting that says which layers have no experts: "mlp_only_layers" and "moe_layers" name layers, any
+            other counts the first; "": none, or as `mlp_layer_types` has them.
+        lists: have an entry for each layer, and must be there before layers are copied, as what transformers takes
+            for them else depends on a layer's number.
+        wants: must be there, as what transformers takes for them else is each family's own.
+        inside: the setting that holds the language model's, where others see or hear.
+        alternates: columns of fused gate and up take turns.
+        no_copies: why layers can't be copied.
+        no_zeros: why a copied layer with outputs of zero would not be nothing.
     """
 
-    score: Literal["softmax", "sigmoid"]
+    score: str
     is_normalized: bool | None = None
-    dense: Literal["none", "listed", "first"] = "none"
+    scale: str = "routed_scaling_factor"
+    dense: str = ""
+    lists: tuple[str, ...] = ()
     wants: tuple[str, ...] = ()
+    inside: str = ""
+    alternates: bool = False
+    no_copies: str = ""
+    no_zeros: str = ""
 
 
-GATES = ("first_k_dense_replace", "n_group", "norm_topk_prob", "routed_scaling_factor")
+ATTENTION, MLP, INDEXERS, TEXT = "layer_types", "mlp_layer_types", "indexer_types", "text_config"
+FIRST, NAMED = "first_k_dense_replace", "mlp_only_layers"
+STREAMS = "its layers mix several residual streams"
+
+SOFTMAX = Family("softmax")
+SIGMOID = Family("sigmoid", is_normalized=True)
+SCALED = Family("sigmoid", wants=("n_group", "norm_topk_prob"))
+DEEPSEEK = replace(SCALED, dense=FIRST)
+LLAMA4 = Family("sigmoid", is_normalized=False, scale="", dense="moe_layers", lists=("no_rope_layers",))
+GEMMA4 = Family(
+    "softmax",
+    lists=(ATTENTION,),
+    wants=("hidden_size_per_layer_input",),
+    no_zeros="its layers scale the residual stream",
+)
+
 FAMILIES = {
-    "qwen2_moe": Family("softmax", dense="listed"),
-    "qwen3_moe": Family("softmax", dense="listed"),
-    "mixtral": Family("softmax"),
-    "olmoe": Family("softmax"),
-    "flex_olmo": Family("softmax"),
-    "deepseek_v2": Family("softmax", dense="first", wants=GATES[:1]),
-    "deepseek_v3": Family("sigmoid", dense="first", wants=GATES),
-    "glm4_moe": Family("sigmoid", dense="first", wants=GATES),
-    "dots1": Family("sigmoid", dense="first", wants=GATES),
-    "minimax_m2": Family("sigmoid", is_normalized=True),
+    "afmoe": replace(SIGMOID, dense="num_dense_layers", lists=(ATTENTION,)),
+    "aria": replace(SOFTMAX, inside=TEXT),
+    "aria_text": SOFTMAX,
+    "axk1": DEEPSEEK,
+    "axk2": replace(DEEPSEEK, wants=("norm_topk_prob",)),
+    "bailing_hybrid": replace(DEEPSEEK, lists=(ATTENTION,)),
+    "beam": replace(SCALED, no_copies="what its layers add is divided by their number"),
+    "cohere2_moe": Family(
+        "expert_selection_fn",
+        scale="",
+        lists=(ATTENTION, MLP),
+        wants=("expert_selection_fn", "norm_topk_prob"),
+    ),
+    "deepseek_ocr2": replace(SOFTMAX, lists=(MLP,), inside=TEXT),
+    "deepseek_v2": replace(SOFTMAX, dense=FIRST, wants=(FIRST,)),
+    "deepseek_v3": replace(DEEPSEEK, wants=(FIRST, *DEEPSEEK.wants)),
+    "deepseek_v32": DEEPSEEK,
+    "dots1": replace(DEEPSEEK, wants=(FIRST, *DEEPSEEK.wants)),
+    "ernie4_5_moe": replace(SOFTMAX, dense="moe_layer_start_index"),
+    "exaone_moe": replace(DEEPSEEK, lists=(ATTENTION,)),
+    "flex_olmo": SOFTMAX,
+    "flint": Family(
+        "sigmoid", scale="", dense=NAMED, lists=(ATTENTION,), wants=("norm_topk_prob", "mlp_only_layers")
+    ),
+    "gemma4": replace(GEMMA4, inside=TEXT),
+    "gemma4_text": GEMMA4,
+    "glm4_moe": replace(DEEPSEEK, wants=(FIRST, *DEEPSEEK.wants)),
+    "glm4_moe_lite": replace(SCALED, lists=(MLP,)),
+    "glm4v_moe": replace(DEEPSEEK, inside=TEXT),
+    "glm5_next": replace(SCALED, lists=(ATTENTION, MLP, INDEXERS), inside=TEXT, no_zeros=STREAMS),
+    "glm_moe_dsa": replace(DEEPSEEK, lists=(INDEXERS,)),
+    "gpt_oss": replace(SOFTMAX, lists=(ATTENTION,), alternates=True),
+    "granitemoe": SOFTMAX,
+    "granitemoe_swa": replace(SOFTMAX, lists=(ATTENTION,)),
+    "granitemoehybrid": SOFTMAX,
+    "granitemoeshared": SOFTMAX,
+    "hunyuan_v1_moe": SOFTMAX,
+    "hy_v3": replace(SIGMOID, lists=(MLP,)),
+    "hy_v4": replace(SCALED, lists=(MLP, INDEXERS)),
+    "jamba": replace(
+        SOFTMAX, no_copies="every how many layers have attention and experts is all that it says"
+    ),
+    "kimi_linear": replace(SCALED, lists=(ATTENTION, MLP)),
+    "kolibri1": Family("sigmoid", scale="", lists=(ATTENTION,), wants=("norm_topk_prob",)),
+    "laguna": replace(SIGMOID, lists=(MLP,)),
+    "lfm2_moe": Family("sigmoid", dense="num_dense_layers", lists=(ATTENTION,), wants=("norm_topk_prob",)),
+    "llama4": replace(LLAMA4, inside=TEXT),
+    "llama4_text": LLAMA4,
+    "mellum": SOFTMAX,
+    "mimo_v2_flash": replace(SCALED, lists=(ATTENTION, MLP)),
+    "minimax": replace(SOFTMAX, no_copies="its linear attention decays by a layer's number"),
+    "minimax_m2": SIGMOID,
+    "minimax_m3_vl": replace(SIGMOID, lists=(ATTENTION, MLP), inside=TEXT),
+    "mistral4": replace(SOFTMAX, dense=FIRST),
+    "mistral_large4": replace(
+        SOFTMAX, inside=TEXT, no_copies="kv_source_layers names layers by their numbers"
+    ),
+    "mixtral": SOFTMAX,
+    "muse_spark": replace(
+        SIGMOID,
+        lists=(ATTENTION, MLP, "layer_rope_theta"),
+        inside=TEXT,
+        no_zeros="its gates weigh the residual stream itself",
+    ),
+    "nemotron_h": replace(SCALED, lists=("layers_block_type",)),
+    "olmoe": SOFTMAX,
+    "qwen2_moe": replace(SOFTMAX, dense=NAMED),
+    "qwen3_5_moe": replace(SOFTMAX, lists=(ATTENTION,), inside=TEXT),
+    "qwen3_5_moe_text": replace(SOFTMAX, lists=(ATTENTION,)),
+    "qwen3_moe": replace(SOFTMAX, dense=NAMED),
+    "qwen3_next": replace(SOFTMAX, dense=NAMED, lists=(ATTENTION,)),
+    "qwen3_vl_moe": replace(
+        SOFTMAX, dense=NAMED, inside=TEXT, no_copies="images come to its first layers by their numbers"
+    ),
+    "qwen4_exp": replace(SOFTMAX, inside=TEXT, no_copies="ple_layer_ids names layers by their numbers"),
+    "solar_open": SCALED,
+    "step3p7": replace(SIGMOID, lists=(ATTENTION, MLP), inside=TEXT),
+    "unlimited_ocr": replace(SOFTMAX, dense=FIRST, inside=TEXT),
 }
 
-
-def family_of(settings: Mapping[str, Any]) -> Family:
-    """Raises: WrongInput for a model that is not known, or of which something is not said."""
-    name = settings.get("model_type")
-    found = FAMILIES.get(name) if isinstance(name, str) else None
-    if found is None:
-        raise WrongInput(
-            f"config.json: model_type must be one of {', '.join(FAMILIES)}, whose gates are known here, "
-            f"found {name!r}"
-        )
-    for key in found.wants:
-        if settings.get(key) is None:
-            raise WrongInput(f"config.json: {key} must be given for a {name}, found none")
-    if settings.get("quantization_config"):
-        raise WrongInput(
-            "config.json: quantization_config: weights must be floating-point numbers, not quantised"
-        )
-    return found
-
-
-def num_experts(settings: Mapping[str, Any]) -> int:
-    return _integer(settings, next(iter(_named_experts(settings)), EXPERTS[0]), least=1)
-
-
-def _named_experts(settings: Mapping[str, Any]) -> list[str]:
-    """Under which keys their number stands; null is what transformers writes for none."""
-    return [key for key in EXPERTS if settings.get(key) is not None]
-
-
-def top_k(settings: Mapping[str, Any]) -> int:
-    return _integer(settings, TOP_K, least=1)
-
-
-def num_layers(settings: Mapping[str, Any]) -> int:
-    return _integer(settings, "num_hidden_layers", least=1)
-
-
-def grown_settings(settings: Mapping[str, Any], growth: Growth) -> dict[str, Any]:
-    """config.json of the grown model.  Raises: WrongInput for settings that it can't have."""
-    family, grown = family_of(settings), dict(settings)
-    _grow_layers(grown, growth.layers, family)
-    if growth.experts > 1:
-        _grow_experts(grown, growth, family)
-    return grown
-
-
-def _grow_layers(settings: dict[str, Any], plan: LayerGrowthPlan, family: Family) -> None:
-    n = num_layers(settings)
-    if n != plan.num_layers:
-        raise WrongInput(f"growth: the plan is of {plan.num_layers} layers, config.json has {n}")
-    if tuple(range(n)) == plan.sources:
-        return
-    for key in OF_EACH_LAYER:
-        if (of_each := settings.get(key)) is not None:
-            settings[key] = [_of_layers(key, of_each, n)[source] for source in plan.sources]
-    if settings.get("use_sliding_window") and settings.get("layer_types") is None:
-        raise WrongInput("config.json: layer_types must say which layers have use_sliding_window, found none")
-    if settings.get("moe_layer_freq", 1) != 1:
-        raise WrongInput(f"config.json: moe_layer_freq must be 1, found {settings['moe_layer_freq']!r}")
-    settings["num_hidden_layers"] = len(plan.sources)
-    if family.dense == "listed":
-        dense = _dense_layers(settings, n)
-        settings["decoder_sparse_step"] = 1
-        settings["mlp_only_layers"] = [j for j, source in enumerate(plan.sources) if source in dense]
-    if family.dense == "first":
-        first = _integer(settings, "first_k_dense_replace")
-        is_dense = [source < first for source in plan.sources]
-        if is_dense != sorted(is_dense, reverse=True):
-            raise WrongInput(
-                f"growth: config.json can only say that the first layers are dense; skip_first must be at least "
-                f"{first}, or the plan an interposition"
-            )
-        settings["first_k_dense_replace"] = sum(is_dense)
-
-
-def _dense_layers(settings: Mapping[str, Any], n: int) -> list[int]:
-    """As Qwen's model has them."""
-    step, only = _integer(settings, "decoder_sparse_step", 1, least=1), settings.get("mlp_only_layers") or []
-    if not isinstance(only, list):
-        raise WrongInput(f"config.json: mlp_only_layers must be a list of layers, found {only!r}")
-    return [i for i in range(n) if i in only or (i + 1) % step]
-
-
-def _grow_experts(settings: dict[str, Any], growth: Growth, family: Family) -> None:
-    f = growth.experts
-    for key in _named_experts(settings):
-        settings[key] = _integer(settings, key, least=1) * f
-    settings[TOP_K] = top_k(settings) * f
-    if (groups := settings.get("n_group") or 1) > 1:
-        # The groups are neighbours: appended copies make as many new ones, each a copy of one.
-        if growth.interleave:
-            raise WrongInput(
-                f"growth: interleave would put an expert's copies into one of n_group = {groups} groups, by whose "
-                "best experts groups are chosen"
-            )
-        settings["n_group"], settings["topk_group"] = groups * f, _integer(settings, "topk_group") * f
-    if family.score == "sigmoid" and not (family.is_normalized or settings["norm_topk_prob"]):
-        settings["routed_scaling_factor"] = _number(settings, "routed_scaling_factor") / f
-
-
-def _integer(settings: Mapping[str, Any], key: str, default: int | None = None, least: int = 0) -> int:
-    value = settings.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise WrongInput(f"config.json: {key} must be an integer of at least {least}, found {value!r}")
-    return value
-
-
-def _number(settings: Mapping[str, Any], key: str) -> float:
-    value = settings.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise WrongInput(f"config.json: {key} must be a number, found {value!r}")
-    return value
-
-
-def _of_layers(key: str, value: Any, n: int) -> Sequence[Any]:
-    if not isinstance(value, list) or len(value) != n:
-        raise WrongInput(f"config.json: {key} must have one entry for each of {n} layers, found {value!r}")
-    return value
+REFUSED = {
+    "dbrx": "the experts of a layer are rows of one matrix",
+    "deepseek_v4": "its first layers look up in a table which experts a token goes to",
+    "diffusion_gemma": "it is no causal language model",
+    "doge": "its experts are pairs of keys, of which each is chosen alone",
+    "dots3_note": "its vision has experts of its own, of another number in each layer",
+    "ernie4_5_vl_moe": "experts of text and of images are one list in its files",
+    "inkling2": "its layers read those before them by their numbers, and its checkpoints are quantised",
+    "inkling_mm_model": "gates of the shared experts are divided by one sum with those of the chosen",
+    "jetmoe": "its attention has experts too",
+    "longcat_flash": "some of its experts compute nothing and have no weights",
+    "nemo_speechlm": "it is no causal language model",
+    "openai_privacy_filter": "it is no causal language model",
+    "phimoe": "a token goes to two experts, chosen one after the other",
+    "qwen3_omni_moe": "it is two models with experts, of which one reads a layer of the other by its number",
+    "zaya": "a token goes to one expert",
+}

@@ -46,6 +46,11 @@ class Stored:
         begin = self.begin + row * size
         return Stored(self.path, self.dtype, self.shape[1:], begin, begin + size)
 
+    def number(self, at: int) -> "Stored":
+        """One of its numbers."""
+        size = DTYPES[self.dtype].itemsize
+        return Stored(self.path, self.dtype, (), self.begin + at * size, self.begin + (at + 1) * size)
+
     def read(self, file: BinaryIO) -> Tensor:
         file.seek(self.begin)
         content = bytearray(file.read(self.end - self.begin))

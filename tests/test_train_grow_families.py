@@ -1,0 +1,124 @@
+"""Which families of transformers `sigma grow` knows, and what it makes of their config.json and of layers that see."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from growth_models import save
+from safetensors.torch import load_file, save_file
+from sigma_train.errors import WrongInput
+from sigma_train.grow_folder import Folder, grow_folder
+from sigma_train.growth_families import FAMILIES, REFUSED
+from sigma_train.growth_layers import LayerGrowthPlan
+from sigma_train.growth_names import parse
+from sigma_train.growth_pieces import Growth
+from sigma_train.growth_settings import grown_settings
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+PLAN = LayerGrowthPlan
+
+
+def test_what_transformers_has_is_known_or_refused():
+    """Defends: a family of a new transformers that nobody has looked at."""
+    import transformers
+
+    says_how_many = re.compile(r"^    (num_experts_per_tok|moe_topk|moe_top_k|moe_k|top_k_experts)\b", re.M)
+    missing = []
+    for path in (Path(transformers.__file__).parent / "models").glob("*/configuration_*.py"):
+        text = path.read_text()
+        kinds = set(re.findall(r'^    model_type = "(.+)"', text, re.M))
+        if says_how_many.search(text) and not kinds & (FAMILIES.keys() | REFUSED.keys()):
+            missing.append(path.parent.name)
+    assert not missing
+
+
+def test_the_page_lists_every_family():
+    page = (Path(__file__).parents[1] / "docs" / "grow.md").read_text()
+    assert [name for name in (*FAMILIES, *REFUSED) if f"`{name}`" not in page] == []
+
+
+def test_layers_counted_on_their_own_stay(tmp_path):
+    """Defends: Qwen's `mtp.layers.0`, for the token after the next, copied as the model's layer 0, or not grown."""
+    save(tmp_path / "a", "qwen3_next")
+    weights = load_file(tmp_path / "a" / "model.safetensors")
+    beyond = {n.replace("model.", "mtp."): x + 1 for n, x in weights.items() if "layers.0.mlp" in n}
+    save_file(weights | beyond, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    grow_folder(Folder.read(tmp_path / "a"), Growth(PLAN.interposition(3), 2), 0, 1 << 30, tmp_path / "b")
+    grown = load_file(tmp_path / "b" / "model.safetensors")
+    name = "mtp.layers.{}.mlp.experts.{}.up_proj.weight"
+    assert name.format(1, 0) not in grown
+    assert torch.equal(grown[name.format(0, 5)], beyond[name.format(0, 5)])
+    copy, origin = grown[name.format(0, 11)], grown[name.format(0, 5)]
+    assert 0.005 < (copy - origin).std() / origin.std() < 0.02
+    noise = (
+        grown[name.replace("mtp", "model").format(0, 11)] - weights[name.replace("mtp", "model").format(0, 5)]
+    )
+    assert not torch.allclose(noise, copy - origin, atol=1e-6)  # the draw of the model's layer 0
+
+
+@pytest.mark.parametrize("name", ["llama4", "aria", "deepseek_ocr2"])
+def test_what_sees_stays_as_it_is(tmp_path, name):
+    """Defends: layers of vision, which have numbers too, copied by the plan; their settings changed."""
+    save(tmp_path / "a", name)
+    former = Folder.read(tmp_path / "a")
+    grow_folder(former, Growth(PLAN.stack(3), 2), 0, 1 << 30, tmp_path / "b")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in "ab")
+    kept = [n for n in before if parse(n).layer is None]
+    assert sum("layers." in n for n in kept) > 8
+    assert all(torch.equal(before[n], after[n]) for n in kept)
+    assert {n for n in after if parse(n).layer is None} == set(kept)
+    grown = Folder.read(tmp_path / "b").settings
+    text = grown.pop("text_config")
+    assert grown == {key: value for key, value in former.settings.items() if key != "text_config"}
+    assert text["num_hidden_layers"] == 6
+
+
+@pytest.mark.parametrize("settings, told", [
+    ({"decoder_sparse_step": 0}, "decoder_sparse_step must be an integer of at least 1, found 0"),
+    ({"mlp_only_layers": 1}, "mlp_only_layers must be a list of layers, found 1"),
+    ({"num_local_experts": 0}, "num_local_experts must be an integer of at least 1, found 0"),
+    ({"num_experts_per_tok": None}, "num_experts_per_tok must be an integer of at least 1, found None"),
+])  # fmt: skip
+def test_settings_of_no_model_are_named(settings, told):
+    sound = {"model_type": "qwen3_moe", "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 1}
+    growth = Growth(PLAN.stack(2), 2)
+    grown = grown_settings(sound | {"num_local_experts": None}, growth)
+    assert (grown["num_experts"], grown["num_local_experts"], grown["num_experts_per_tok"]) == (8, None, 2)
+    with pytest.raises(WrongInput, match=f"^config.json: {told}$"):
+        grown_settings(sound | settings, growth)
+
+
+SOUND = {"num_hidden_layers": 3, "num_experts_per_tok": 2, "num_experts": 8}
+
+
+@pytest.mark.parametrize("settings, told", [
+    ({"model_type": "qwen3_next"}, "config.json: layer_types must say of each layer what it is, found none; "
+                                   "save_pretrained writes it"),
+    ({"model_type": "ernie4_5_moe", "moe_layer_start_index": 0, "moe_layer_interval": 2},
+     "config.json: moe_layer_interval must be 1 to copy layers, found 2"),
+    ({"model_type": "ernie4_5_moe", "moe_layer_start_index": 0, "moe_layer_end_index": 1},
+     "config.json: moe_layer_end_index must be the last layer to copy, found 1"),
+    ({"model_type": "llama4_text", "no_rope_layers": [1, 1, 0], "moe_layers": 2},
+     "config.json: moe_layers must be a list of layers, found 2"),
+    ({"model_type": "gemma4_text", "hidden_size_per_layer_input": 4}, "config.json: hidden_size_per_layer_input must "
+                                                                      "be 0 to copy layers, found 4"),
+    ({"model_type": "minimax"}, "growth: layers of a minimax can't be copied: its linear attention decays by a "
+                                "layer's number"),
+    ({"model_type": "cohere2_moe", "expert_selection_fn": "tanh", "norm_topk_prob": True, "layer_types": ["a"] * 3,
+      "mlp_layer_types": ["sparse"] * 3}, "config.json: expert_selection_fn must be softmax or sigmoid, found 'tanh'"),
+])  # fmt: skip
+def test_layers_or_gates_that_cannot_be_said_are_named(settings, told):
+    with pytest.raises(WrongInput, match=f"^{re.escape(told)}$"):
+        grown_settings(SOUND | settings, Growth(PLAN.interposition(3), 2))
+
+
+def test_a_layer_list_may_go_on_beyond_the_model():
+    """Defends: entries for tokens after the next that are lost, or copied."""
+    settings = {
+        "model_type": "qwen3_next",
+        "num_nextn_predict_layers": 1,
+        "layer_types": ["a", "b", "c", "d"],
+    }
+    grown = grown_settings(SOUND | settings, Growth(PLAN.interposition(3)))
+    assert grown["layer_types"] == ["a", "a", "b", "b", "c", "c", "d"]
