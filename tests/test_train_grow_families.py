@@ -57,6 +57,18 @@ def test_layers_counted_on_their_own_stay(tmp_path):
     assert not torch.allclose(noise, copy - origin, atol=1e-6)  # the draw of the model's layer 0
 
 
+def test_columns_in_turn_are_told_apart(tmp_path):
+    """Defends: gpt-oss' gate and up, whose columns take turns, taken for halves with one std each of both."""
+    save(tmp_path / "a", "gpt_oss")
+    weights, name = load_file(tmp_path / "a" / "model.safetensors"), "model.layers.0.mlp.experts.gate_up_proj"
+    weights[name][..., 1::2] *= 100
+    save_file(weights, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    grow_folder(Folder.read(tmp_path / "a"), Growth(PLAN.none(3), 2), 0, 1 << 30, tmp_path / "b")
+    noise = load_file(tmp_path / "b" / "model.safetensors")[name][6:] - weights[name]
+    shares = [noise[..., i::2].std() / weights[name][..., i::2].std() for i in (0, 1)]
+    assert [float(x) for x in shares] == pytest.approx([0.01, 0.01], rel=0.1)
+
+
 @pytest.mark.parametrize("name", ["llama4", "aria", "deepseek_ocr2"])
 def test_what_sees_stays_as_it_is(tmp_path, name):
     """Defends: layers of vision, which have numbers too, copied by the plan; their settings changed."""
