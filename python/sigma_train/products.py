@@ -29,30 +29,48 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Rounded.apply(x, self.weight) if multiplies_in_f32() else super().forward(x)
+        return _Linear.apply(x, self.weight) if multiplies_in_f32() else super().forward(x)
 
 
-class _Rounded(torch.autograd.Function):
-    """Of x, weight and the gradient what is left of them in bf16; result and gradients are f32, as they were summed."""
+class _Linear(torch.autograd.Function):
+    """As torch's under autocast: operands, what is kept of them, result and gradients are bf16, sums f32."""
 
     @staticmethod
     @custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x.float(), weight.float())
+        return F.linear(x.float(), weight.float()).bfloat16()
 
     @staticmethod
     @custom_bwd(device_type="cpu")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        grad = grad.bfloat16().float()
-        return grad @ weight.float(), grad.flatten(0, -2).t() @ x.float().flatten(0, -2)
+        grad = grad.float()
+        of_weight = grad.flatten(0, -2).t() @ x.float().flatten(0, -2)
+        return (grad @ weight.float()).bfloat16(), of_weight.bfloat16()
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [B, heads, S, d], k and v [B, kv_heads, S, d]."""
-    if not multiplies_in_f32():
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    q, k, v = (x.bfloat16().float() for x in (q, k, v))
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if multiplies_in_f32():
+        return _Attention.apply(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+class _Attention(torch.autograd.Function):
+    """As torch's under autocast; the operations are those that it takes on a CPU, and what is kept is bf16, too."""
+
+    @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, logsumexp = op(q.float(), k.float(), v.float(), 0.0, True)
+        ctx.save_for_backward(q, k, v, out := out.bfloat16(), logsumexp)
+        return out
+
+    @staticmethod
+    @custom_bwd(device_type="cpu")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        made = op(grad.float(), *(x.float() for x in ctx.saved_tensors), 0.0, True)
+        return tuple(x.bfloat16() for x in made)
