@@ -242,6 +242,7 @@ def test_what_nvidia_smi_knows(monkeypatch):
     assert clock.nvidia_smi(7) == {}
 
 
+@pytest.mark.acceptance
 @pytest.mark.timeout(900)
 def test_bench_runs_on_a_gpu_that_is_not_there(tmp_path, monkeypatch):
     """Defends: data left on the CPU, a peer or a race that only a CPU could run.  How: tests/fake_gpu.py."""

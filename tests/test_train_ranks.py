@@ -144,6 +144,7 @@ def process_of(rank: int, out: Path) -> int:
     return pid
 
 
+@pytest.mark.acceptance
 def test_a_run_that_loses_ranks_goes_on_by_itself(cache, tmp_path, whole):
     """One is killed, then one hangs until the others have waited too long: nothing is lost but steps since a save."""
     out = tmp_path / "run"

@@ -23,8 +23,9 @@ from sigma_kernels.ops import triton_rows
 FILES = sorted(Path(__file__).parent.glob("test_triton_*.py"))
 SHARES = [  # of about the same time
     [file for file in FILES if "experts" in file.stem],
-    [file for file in FILES if "gemm" in file.stem or "fp8" in file.stem],
+    [file for file in FILES if "gemm" in file.stem],
     [file for file in FILES if not any(name in file.stem for name in ("experts", "gemm", "fp8"))],
+    pytest.param([file for file in FILES if "fp8" in file.stem], marks=pytest.mark.acceptance),
 ]
 
 
