@@ -1,7 +1,7 @@
 """What tells why a step of a training was late: counters of its main thread, and a heartbeat of its process.
 
 Counters are read where steps begin and end, three small files that stay open and a clock.  The heartbeat is a
-native thread that wakes every 10 ms and writes down when it was late (csrc/noise/heartbeat.h): 0.2 % of a core.
+native thread that wakes every 10 ms and writes down when it was late (csrc/noise/heartbeat.h): 0.3 % of a core.
 """
 
 import threading
