@@ -50,9 +50,8 @@ class Layer:
         must_be_bf16(down)
         E, H, I = down.shape
         moe = extension().moe
-        kernels = [
-            name for name in ("AMXBF16_MOE", "AVX2BF16_MOE") if hasattr(moe, name)
-        ]  # the first is faster
+        # The faster one first.
+        kernels = [name for name in ("AMXBF16_MOE", "AVX2BF16_MOE") if hasattr(moe, name)]
         if not kernels:
             raise CannotRun("kt-kernel has no bf16 experts for this processor")
         self.pool, self.k = pool(torch.get_num_threads()), k

@@ -29,10 +29,10 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight) if multiplies_in_f32() else super().forward(x)
+        return _LinearInF32.apply(x, self.weight) if multiplies_in_f32() else super().forward(x)
 
 
-class _Linear(torch.autograd.Function):
+class _LinearInF32(torch.autograd.Function):
     """As torch's under autocast: operands, what is kept of them, result and gradients are bf16, sums f32."""
 
     @staticmethod
@@ -43,21 +43,24 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @custom_bwd(device_type="cpu")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        grad = grad.float()
-        of_weight = grad.flatten(0, -2).t() @ x.float().flatten(0, -2)
-        return (grad @ weight.float()).bfloat16(), of_weight.bfloat16()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x, weight), grad = ctx.saved_tensors, grad.float()
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = (grad @ weight.float()).bfloat16()
+        if ctx.needs_input_grad[1]:
+            of_weight = (grad.flatten(0, -2).t() @ x.float().flatten(0, -2)).bfloat16()
+        return of_x, of_weight
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [B, heads, S, d], k and v [B, kv_heads, S, d]."""
     if multiplies_in_f32():
-        return _Attention.apply(q, k, v)
+        return _AttentionInF32.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-class _Attention(torch.autograd.Function):
+class _AttentionInF32(torch.autograd.Function):
     """As torch's under autocast; the operations are those that it takes on a CPU, and what is kept is bf16, too."""
 
     @staticmethod
