@@ -110,6 +110,15 @@ def test_a_plan_is_that_of_the_paper(plan, sources):
             "tensors of layer 0 disagree in the number of experts",
         ),
         (
+            lambda: grow_experts(
+                {
+                    "layers.0.mlp.experts.gate_up_proj": torch.ones(2, 4, 1),
+                    "layers.0.mlp.experts.down_proj": torch.ones(3, 1, 2),
+                }
+            ),
+            "layers.0.mlp.experts.down_proj is of 3 experts, one beside it of 2",
+        ),
+        (
             lambda: grow_experts({"layers.0.mlp.experts.down_proj": torch.full((2, 1, 1), math.nan)}),
             "layers.0.mlp.experts.down_proj with noise 0.01 has numbers that are not finite",
         ),

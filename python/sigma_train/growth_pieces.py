@@ -172,7 +172,10 @@ def expert_counts(shapes: Mapping[str, Shape]) -> dict[int, int]:
         if name.kind is Kind.BALANCE_BIAS:
             rows = math.prod(shape)
         of_layer = found.setdefault(name.layer, {})
-        of_layer[name.kind] = max(rows, of_layer.get(name.kind, 0))
+        former = of_layer.get(name.kind, rows)
+        if name.kind is not Kind.ONE_EXPERT and rows != former:
+            raise WrongInput(f"growth: {source} is of {rows} experts, one beside it of {former}")
+        of_layer[name.kind] = max(rows, former)
     for layer, counts in found.items():
         if len(set(counts.values())) > 1:
             told = ", ".join(f"{n} in {kind.value}" for kind, n in counts.items())
