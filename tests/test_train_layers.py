@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from contextlib import nullcontext
 
 import forked
 import pytest
@@ -361,3 +362,25 @@ def test_a_weight_of_one_rank_is_named_with_it(cache, tmp_path):
     place = "the first that is not finite is the experts' output in layer 1 (rank 0, micro-batch 1)"
     assert f"step 3: loss nan, gradient norm nan; {place}, and so is the weight expert 6 of" in result.stderr
     assert "expert 6 of layers.1.mlp.experts.down_proj (rank 1); no checkpoint" in result.stderr
+
+
+def test_micro_steps_add_where_gradients_are_computed(make_trainer, monkeypatch):
+    """As autograd's, which writes each micro-step's gradient and then adds it.
+
+    Defends: a micro-step that is added twice or not; a context that is entered in vain.
+    """
+    trainer = make_trainer("run", "train.grad_accum=3", "train.batch_size=2")
+
+    def gradients() -> tuple[list[Tensor], int]:
+        with torch.profiler.profile() as record:
+            trainer.one_step.gradients(0)
+        found = [p.grad.clone() for p in trainer.model.parameters()]
+        trainer.optimizer.zero_grad(set_to_none=True)
+        return found, sum(event.name == "sigma::moe_experts_backward_" for event in record.events())
+
+    ours, added = gradients()
+    monkeypatch.setattr(one_step.sk, "accumulate_grad", nullcontext)
+    theirs, none = gradients()
+    assert (added, none) == (2 * len(trainer.model.moe_layers()), 0)
+    for mine, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, want)

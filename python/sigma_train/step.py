@@ -1,8 +1,11 @@
 """One step: loss and gradients of its micro-batches over all ranks, and what is learned from them."""
 
+from contextlib import nullcontext
+
 from torch import Tensor
 from torch.optim import Optimizer
 
+import sigma_kernels as sk
 from sigma_kernels import nn as sk_nn
 from sigma_train import step_noise
 from sigma_train.config import Config
@@ -48,7 +51,9 @@ class Step:
         t, loss_sum, counts = self.config.train, 0.0, []
         self.objective.begin()
         for micro in range(t.grad_accum):
-            loss = self._cross_entropy(number, micro)
+            # A mesh reduces gradients as autograd makes them.
+            with nullcontext() if self.mesh else sk.accumulate_grad():
+                loss = self._cross_entropy(number, micro)
             counts.append([moe.last_routing.counts for moe in self.model.moe_layers()])
             loss_of_all = (loss + self.balance_loss()) / t.grad_accum
             self.noise.turn(step_noise.BACKWARD)
