@@ -39,6 +39,7 @@ def test_the_gate_and_up_projection(architecture):
     assert 0 < verdict.resources.occupancy(GPUS[architecture]) <= 1
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize("architecture", ["sm_80", "gfx942"])
 def test_a_block_that_spills_is_found(architecture):
     """Defends: a gate that passes everything.  One warp holds two sums of 64 x 128."""

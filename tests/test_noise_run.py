@@ -110,7 +110,9 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [([], ["--nproc", "2"]), (TORCHRUN, [])], ids=["nproc", "torchrun"]
+    ("before", "after"),
+    [([], ["--nproc", "2"]), pytest.param(TORCHRUN, [], marks=pytest.mark.acceptance)],
+    ids=["nproc", "torchrun"],
 )
 def test_ranks_of_processes_that_others_start(tmp_path, cache, before, after):
     """Defends: arguments lost on the way to the ranks; ranks that find each other only where we start them."""

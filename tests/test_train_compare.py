@@ -1,13 +1,13 @@
 """`sigma compare`: same tokens, several seeds, one picture; goes on where it stopped."""
 
-import subprocess
-import sys
+import os
 
 import pytest
 from rich.console import Console
 from sigma_train.compare import Runs, compare, page, validation
 from sigma_train.config import ConfigError
 from sigma_train.metrics import read_metrics
+from support import sigma
 
 TINY = ["train.steps=12", "train.eval_every=4", "data.max_bytes=200000", "train.keep=1"]
 
@@ -42,9 +42,7 @@ def test_two_presets_two_seeds_and_again(tmp_path, tmp_path_factory):
     ],
 )
 def test_wrong_presets_exit_2(tmp_path, presets, message):
-    code = "from sigma_cli import main; main()"
-    command = [sys.executable, "-P", "-c", code, "compare", *presets, "--out", str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = sigma("compare", *presets, "--out", str(tmp_path / "out"), env=dict(os.environ))
     assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "out").exists()

@@ -212,6 +212,7 @@ def test_sigterm_reaches_all_ranks_and_they_save(long_run):
     assert load_checkpoint(latest_checkpoint(out / "checkpoints")).step == max(rows(out, "loss"))
 
 
+@pytest.mark.acceptance
 def test_ranks_whose_parent_is_killed_save_and_end(long_run):
     """Defends: ranks that train on alone, and hold the folder."""
     process, out = long_run
@@ -224,6 +225,7 @@ def test_ranks_whose_parent_is_killed_save_and_end(long_run):
     assert load_checkpoint(latest_checkpoint(out / "checkpoints")).step == max(rows(out, "loss"))
 
 
+@pytest.mark.acceptance
 def test_by_torchrun_in_bf16_with_biases_and_micro_steps(cache, tmp_path):
     """Defends: counts of one rank, which move its biases alone; tokens in f32 beside experts in bf16."""
     more = [

@@ -25,10 +25,11 @@ SHARES = [  # of about the same time
     [file for file in FILES if "experts" in file.stem],
     [file for file in FILES if "gemm" in file.stem],
     [file for file in FILES if not any(name in file.stem for name in ("experts", "gemm", "fp8"))],
-    pytest.param([file for file in FILES if "fp8" in file.stem], marks=pytest.mark.acceptance),
+    [file for file in FILES if "fp8" in file.stem],
 ]
 
 
+@pytest.mark.acceptance
 @pytest.mark.skipif(
     tuple(map(int, version("triton").split(".")[:2])) < (3, 9),
     reason="before Triton 3.9 its interpreter has no fp8e4b8, and no descriptors of mixed strides",
