@@ -9,6 +9,7 @@ from growth_models import save
 from safetensors.torch import load_file, save_file
 from sigma_train.errors import WrongInput
 from sigma_train.grow_folder import Folder, grow_folder
+from sigma_train.growth import grow
 from sigma_train.growth_families import FAMILIES, REFUSED
 from sigma_train.growth_layers import LayerGrowthPlan
 from sigma_train.growth_names import parse
@@ -69,6 +70,40 @@ def test_columns_in_turn_are_told_apart(tmp_path):
     assert [float(x) for x in shares] == pytest.approx([0.01, 0.01], rel=0.1)
 
 
+def test_experts_that_are_rows_of_one_matrix_are_told_apart(tmp_path):
+    """Defends: DBRX' experts, taken for one with one std and one draw; growth in memory that is another."""
+    save(tmp_path / "a", "dbrx")
+    weights, name = load_file(tmp_path / "a" / "model.safetensors"), "transformer.blocks.1.ffn.experts.mlp.v1"
+    weights[name][12:24] *= 100  # of the second of six
+    save_file(weights, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    growth = Growth(PLAN.none(3), 2)
+    grow_folder(Folder.read(tmp_path / "a"), growth, 0, 1 << 30, tmp_path / "b")
+    grown = load_file(tmp_path / "b" / "model.safetensors")
+    assert torch.equal(grown[name][:72], weights[name])
+    gate = name.replace("v1", "w1")
+    noise, of_gate = ((grown[n][72:] - weights[n]).view(6, 12 * 32) for n in (name, gate))
+    former, former_gate = (weights[n].view(6, 12 * 32).std(1, correction=0) for n in (name, gate))
+    assert (noise.std(1) / former).tolist() == pytest.approx([0.01] * 6, rel=0.1)
+    assert not torch.allclose(noise / former[:, None], of_gate / former_gate[:, None], atol=1e-3)
+    assert all(torch.equal(x, grown[n]) for n, x in grow(weights, growth).items())
+    with pytest.raises(WrongInput, match="v1 has 73 rows, which 6 experts cannot share"):
+        grow({**weights, name: torch.zeros(73, 32)}, growth)
+
+
+def test_experts_of_attention_draw_their_own_noise(tmp_path):
+    """Defends: JetMoE's two routers of a layer, whose copies would begin with the same noise."""
+    save(tmp_path / "a", "jetmoe")
+    weights = load_file(tmp_path / "a" / "model.safetensors")
+    grow_folder(Folder.read(tmp_path / "a"), Growth(PLAN.none(3), 2), 0, 1 << 30, tmp_path / "b")
+    grown = load_file(tmp_path / "b" / "model.safetensors")
+    names = [f"model.layers.0.{of}.router.layer.weight" for of in ("mlp", "self_attention.experts")]
+    draws = [(grown[n][6:] - weights[n]) / weights[n].std(1, correction=0, keepdim=True) for n in names]
+    assert all(0.005 < x.std() < 0.02 for x in draws)
+    assert not torch.allclose(*draws, atol=1e-4)
+    heads = Folder.read(tmp_path / "b").settings["num_attention_heads"]
+    assert heads == 8  # 2 of keys for each of 4 experts
+
+
 @pytest.mark.parametrize("name", ["llama4", "aria", "deepseek_ocr2"])
 def test_what_sees_stays_as_it_is(tmp_path, name):
     """Defends: layers of vision, which have numbers too, copied by the plan; their settings changed."""
@@ -115,6 +150,10 @@ SOUND = {"num_hidden_layers": 3, "num_experts_per_tok": 2, "num_experts": 8}
      "config.json: moe_layers must be a list of layers, found 2"),
     ({"model_type": "gemma4_text", "hidden_size_per_layer_input": 4}, "config.json: hidden_size_per_layer_input must "
                                                                       "be 0 to copy layers, found 4"),
+    ({"model_type": "dbrx", "n_layers": 3, "ffn_config": {
+        "moe_num_experts": 8, "moe_top_k": 2, "moe_normalize_expert_weights": 2}},
+     "config.json: moe_normalize_expert_weights must be 1 to copy experts, found 2"),
+    ({"model_type": "dbrx", "n_layers": 3}, "config.json: ffn_config must hold settings, found None"),
     ({"model_type": "minimax"}, "growth: layers of a minimax can't be copied: its linear attention decays by a "
                                 "layer's number"),
     ({"model_type": "cohere2_moe", "expert_selection_fn": "tanh", "norm_topk_prob": True, "layer_types": ["a"] * 3,

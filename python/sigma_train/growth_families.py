@@ -20,8 +20,13 @@ class Family:
             for them else depends on a layer's number.
         wants: must be there, as what transformers takes for them else is each family's own.
         inside: the setting that holds the language model's, where others see or hear.
+        layers: the setting that counts layers.
+        counts: the setting that holds the numbers of experts, where they are not among the others.
+        follows: what else is f times as large where f times as many experts are chosen.
         alternates: columns of fused gate and up take turns.
+        no_experts: why experts can't be added.
         no_copies: why layers can't be copied.
+        skip_first: why the first layer can't.
         no_zeros: why a copied layer with outputs of zero would not be nothing.
     """
 
@@ -32,8 +37,13 @@ class Family:
     lists: tuple[str, ...] = ()
     wants: tuple[str, ...] = ()
     inside: str = ""
+    layers: str = "num_hidden_layers"
+    counts: str = ""
+    follows: tuple[str, ...] = ()
     alternates: bool = False
+    no_experts: str = ""
     no_copies: str = ""
+    skip_first: str = ""
     no_zeros: str = ""
 
 
@@ -67,12 +77,26 @@ FAMILIES = {
         lists=(ATTENTION, MLP),
         wants=("expert_selection_fn", "norm_topk_prob"),
     ),
+    "dbrx": replace(SOFTMAX, layers="n_layers", counts="ffn_config"),
     "deepseek_ocr2": replace(SOFTMAX, lists=(MLP,), inside=TEXT),
     "deepseek_v2": replace(SOFTMAX, dense=FIRST, wants=(FIRST,)),
     "deepseek_v3": replace(DEEPSEEK, wants=(FIRST, *DEEPSEEK.wants)),
     "deepseek_v32": DEEPSEEK,
+    "deepseek_v4": replace(
+        SOFTMAX,
+        lists=(ATTENTION, MLP),
+        no_experts="its first layers look up in a table which experts a token goes to",
+        no_zeros=STREAMS,
+    ),
+    "diffusion_gemma": replace(GEMMA4, wants=(), inside=TEXT),
     "dots1": replace(DEEPSEEK, wants=(FIRST, *DEEPSEEK.wants)),
     "ernie4_5_moe": replace(SOFTMAX, dense="moe_layer_start_index"),
+    "ernie4_5_vl_moe": replace(
+        SOFTMAX,
+        lists=(MLP,),
+        inside=TEXT,
+        no_experts="those of text and of images are one list in its files",
+    ),
     "exaone_moe": replace(DEEPSEEK, lists=(ATTENTION,)),
     "flex_olmo": SOFTMAX,
     "flint": Family(
@@ -93,15 +117,28 @@ FAMILIES = {
     "hunyuan_v1_moe": SOFTMAX,
     "hy_v3": replace(SIGMOID, lists=(MLP,)),
     "hy_v4": replace(SCALED, lists=(MLP, INDEXERS)),
+    "inkling_mm_model": replace(
+        SIGMOID,
+        lists=(ATTENTION, MLP),
+        inside=TEXT,
+        no_experts="gates of the shared experts are divided by one sum with those of the chosen",
+    ),
     "jamba": replace(
         SOFTMAX, no_copies="every how many layers have attention and experts is all that it says"
     ),
+    "jetmoe": replace(SOFTMAX, follows=("num_attention_heads",)),
     "kimi_linear": replace(SCALED, lists=(ATTENTION, MLP)),
     "kolibri1": Family("sigmoid", scale="", lists=(ATTENTION,), wants=("norm_topk_prob",)),
     "laguna": replace(SIGMOID, lists=(MLP,)),
     "lfm2_moe": Family("sigmoid", dense="num_dense_layers", lists=(ATTENTION,), wants=("norm_topk_prob",)),
     "llama4": replace(LLAMA4, inside=TEXT),
     "llama4_text": LLAMA4,
+    "longcat_flash": replace(
+        SOFTMAX,
+        layers="num_layers",
+        no_experts="some of them compute nothing and have no weights",
+        no_zeros="experts without weights hand on what they get",
+    ),
     "mellum": SOFTMAX,
     "mimo_v2_flash": replace(SCALED, lists=(ATTENTION, MLP)),
     "minimax": replace(SOFTMAX, no_copies="its linear attention decays by a layer's number"),
@@ -120,6 +157,8 @@ FAMILIES = {
     ),
     "nemotron_h": replace(SCALED, lists=("layers_block_type",)),
     "olmoe": SOFTMAX,
+    "openai_privacy_filter": SOFTMAX,
+    "phimoe": replace(SOFTMAX, no_experts="a token goes to two, chosen one after the other"),
     "qwen2_moe": replace(SOFTMAX, dense=NAMED),
     "qwen3_5_moe": replace(SOFTMAX, lists=(ATTENTION,), inside=TEXT),
     "qwen3_5_moe_text": replace(SOFTMAX, lists=(ATTENTION,)),
@@ -132,22 +171,18 @@ FAMILIES = {
     "solar_open": SCALED,
     "step3p7": replace(SIGMOID, lists=(ATTENTION, MLP), inside=TEXT),
     "unlimited_ocr": replace(SOFTMAX, dense=FIRST, inside=TEXT),
+    "zaya": replace(
+        SOFTMAX,
+        no_experts="a token goes to one",
+        skip_first="its router has less than others'",
+        no_zeros="its routers read those of the layers before",
+    ),
 }
 
 REFUSED = {
-    "dbrx": "the experts of a layer are rows of one matrix",
-    "deepseek_v4": "its first layers look up in a table which experts a token goes to",
-    "diffusion_gemma": "it is no causal language model",
     "doge": "its experts are pairs of keys, of which each is chosen alone",
     "dots3_note": "its vision has experts of its own, of another number in each layer",
-    "ernie4_5_vl_moe": "experts of text and of images are one list in its files",
     "inkling2": "its layers read those before them by their numbers, and its checkpoints are quantised",
-    "inkling_mm_model": "gates of the shared experts are divided by one sum with those of the chosen",
-    "jetmoe": "its attention has experts too",
-    "longcat_flash": "some of its experts compute nothing and have no weights",
     "nemo_speechlm": "it is no causal language model",
-    "openai_privacy_filter": "it is no causal language model",
-    "phimoe": "a token goes to two experts, chosen one after the other",
     "qwen3_omni_moe": "it is two models with experts, of which one reads a layer of the other by its number",
-    "zaya": "a token goes to one expert",
 }

@@ -10,7 +10,7 @@ from sigma_train.growth_pieces import Growth
 
 Settings = dict[str, Any]
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
 NORMALIZED = ("norm_topk_prob", "moe_renormalize")
 GROUPS = ("n_group", "num_expert_group")
 ALSO = {"norm_topk_prob": NORMALIZED, "n_group": GROUPS}  # other names of what a family wants
@@ -22,6 +22,9 @@ OF_EACH_LAYER = (
 OF_NO_LAYER = {
     "moe_layer_freq": 1, "moe_layer_interval": 1, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
 }  # fmt: skip
+
+# With another value a copy would not have its share of what its expert had.
+OF_NO_COPY = {"moe_normalize_expert_weights": 1}
 
 
 def family_of(settings: Mapping[str, Any]) -> Family:
@@ -52,30 +55,40 @@ def _refused(name: Any) -> str:
 
 
 def _language_model(settings: Mapping[str, Any], family: Family) -> Settings:
-    model = settings.get(family.inside) if family.inside else settings
-    if not isinstance(model, Mapping):
-        raise WrongInput(
-            f"config.json: {family.inside} must be the language model's settings, found {model!r}"
-        )
-    return dict(model)
+    return _inside(settings, family.inside) if family.inside else dict(settings)
+
+
+def _inside(settings: Mapping[str, Any], key: str) -> Settings:
+    found = settings.get(key)
+    if not isinstance(found, Mapping):
+        raise WrongInput(f"config.json: {key} must hold settings, found {found!r}")
+    return dict(found)
 
 
 def num_experts(settings: Mapping[str, Any]) -> int:
-    return _count(_language_model(settings, family_of(settings)), EXPERTS)
+    return _count(_counts(settings), EXPERTS)
 
 
 def top_k(settings: Mapping[str, Any]) -> int:
-    return _count(_language_model(settings, family_of(settings)), TOP_K)
+    return _count(_counts(settings), TOP_K)
+
+
+def _counts(settings: Mapping[str, Any]) -> Settings:
+    """Where the numbers of experts stand."""
+    family = family_of(settings)
+    model = _language_model(settings, family)
+    return _inside(model, family.counts) if family.counts else model
 
 
 def num_layers(settings: Mapping[str, Any]) -> int:
-    return _num_layers(_language_model(settings, family_of(settings)))
+    family = family_of(settings)
+    return _num_layers(_language_model(settings, family), family)
 
 
-def _num_layers(model: Mapping[str, Any]) -> int:
-    if model.get("num_hidden_layers") is None and isinstance(blocks := model.get("layers_block_type"), list):
+def _num_layers(model: Mapping[str, Any], family: Family) -> int:
+    if model.get(family.layers) is None and isinstance(blocks := model.get("layers_block_type"), list):
         return len(blocks)
-    return _integer(model, "num_hidden_layers", least=1)
+    return _integer(model, family.layers, least=1)
 
 
 def what_gates_ask(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,19 +121,30 @@ def grown_settings(settings: Mapping[str, Any], growth: Growth) -> Settings:
     """config.json of the grown model.  Raises: WrongInput for settings that it can't have."""
     family = family_of(settings)
     model = _language_model(settings, family)
-    if growth.layers.sources != tuple(range(_num_layers(model))):
-        _grow_layers(model, growth, family, settings["model_type"])
-    if growth.experts > 1:
+    name = settings["model_type"]
+    if growth.layers.sources != tuple(range(_num_layers(model, family))):
+        _grow_layers(model, growth, family, name)
+    if growth.experts > 1 and family.no_experts:
+        raise WrongInput(f"growth: a {name} can't have more experts: {family.no_experts}")
+    if growth.experts > 1 and family.counts:
+        counts = _inside(model, family.counts)
+        _grow_experts(counts, growth, family)
+        model[family.counts] = counts
+    elif growth.experts > 1:
         _grow_experts(model, growth, family)
     return {**settings, family.inside: model} if family.inside else model
 
 
 def _grow_layers(model: Settings, growth: Growth, family: Family, name: str) -> None:
-    plan, n = growth.layers, _num_layers(model)
+    plan, n = growth.layers, _num_layers(model, family)
     if n != plan.num_layers:
         raise WrongInput(f"growth: the plan is of {plan.num_layers} layers, config.json has {n}")
     if family.no_copies:
         raise WrongInput(f"growth: layers of a {name} can't be copied: {family.no_copies}")
+    if family.skip_first and plan.sources.count(0) > 1:
+        raise WrongInput(
+            f"growth: skip_first must be at least 1 to copy layers of a {name}: {family.skip_first}"
+        )
     if growth.zero_outputs and (why := family.no_zeros or _shares(model)):
         raise WrongInput(f"growth: zero_outputs would not keep what a {name} computes: {why}")
     for key, value in OF_NO_LAYER.items():
@@ -139,7 +163,8 @@ def _grow_layers(model: Settings, growth: Growth, family: Family, name: str) -> 
     if by_number := model.get("per_layer_config"):
         made = {j: by_number.get(str(source)) for j, source in enumerate(plan.sources)}
         model["per_layer_config"] = {str(j): own for j, own in made.items() if own is not None}
-    model["num_hidden_layers"] = len(plan.sources)
+    model.pop("num_hidden_layers", None)  # a family that counts by another name counts otherwise, too
+    model[family.layers] = len(plan.sources)
     if family.dense and model.get("mlp_layer_types") is None:
         _grow_dense(model, family.dense, plan)
 
@@ -199,9 +224,12 @@ def _listed(key: str, value: Any) -> list[int]:
 
 def _grow_experts(model: Settings, growth: Growth, family: Family) -> None:
     f = growth.experts
+    for key, value in OF_NO_COPY.items():
+        if model.get(key) not in (None, value):
+            raise WrongInput(f"config.json: {key} must be {value} to copy experts, found {model[key]!r}")
     for names in (EXPERTS, TOP_K):
         _count(model, names)
-        for key in _named(model, names):
+        for key in _named(model, (*names, *family.follows) if names == TOP_K else names):
             model[key] = _integer(model, key, least=1) * f
     for key in _named(model, GROUPS):
         if (groups := _integer(model, key, least=1)) > 1:
