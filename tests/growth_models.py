@@ -45,6 +45,14 @@ GEMMA4 = SIX | {
     "top_k_experts": 2, "enable_moe_block": True, "hidden_size_per_layer_input": 0, "global_head_dim": 16,
     "sliding_window": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
 }  # fmt: skip
+HEARS = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_mel_bins": 8,
+}  # fmt: skip
+QWEN4 = SIX | SHARED | DELTA | {
+    "hc_count": 2, "hc_lowrank": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
+    "indexer_budget": 8, "indexer_compress_ratio": 2,
+    "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+}  # fmt: skip
 DBRX = {
     "d_model": 32, "n_heads": 4, "n_layers": 3, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
 }  # fmt: skip
@@ -104,7 +112,18 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "diffusion_gemma": ("diffusion_gemma", {
         "text_config": COMMON | {key: x for key, x in GEMMA4.items() if key not in ONLY_GEMMA4}, "vision_config": EYE,
         "canvas_length": 20}),
+    "doge": ("doge", {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4, "keep_window_size": 8}),
     "dots1": ("dots1", SMALL | EIGHT | DENSE | {"n_shared_experts": 1}),
+    "dots3_note": ("dots3_note", {
+        "text_config": COMMON | LATENT | EIGHT | INDEXED | GROUPS | SUMMED | MIDDLE | {
+            "layer_types": ["sliding_attention", "indexed_attention", "sliding_attention"], "sliding_window": 8,
+            "head_dim": 16, "shared_experts_intermediate_size": 16, "swa_num_attention_heads": 2,
+            "swa_num_key_value_heads": 2, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 16,
+            "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
+        "vision_config": EYE | {"pyramid_num_routed": [-1, 4], "moe_intermediate_size": 8, "adapter_in_dim": 16,
+                                "adapter_out_dim": 32},
+        "audio_config": HEARS | {"feature_size": 8, "downsample_hidden_size": 8, "adapter_input_size": 16,
+                                 "adapter_out_dim": 32}}),
     "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 12}),
     "ernie4_5_vl_moe": ("ernie4_5_vl_moe", seeing({
         "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": [12, 8],
@@ -173,6 +192,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "muse_spark": ("muse_spark", seeing(SMALL | SLIDING | SCALED | MIDDLE | {
         "num_local_experts": 6, "moe_hidden_size": 16, "layer_rope_theta": [1e4, 0, 1e3]}, audio_config=EAR,
         out_hidden_size=16,        projector_hidden_size=16)),
+    "nemo_speechlm": ("nemo_speechlm", {
+        "text_config": COMMON | NEMOTRON | GROUPS,
+        "word_timestamp_config": HEARS | {"vocab_size": 8, "blank_token_id": 7},
+        "audio_config": {"asr_config": HEARS, "diarization_config": {
+            "audio_config": HEARS, "head_config": {"hidden_size": 8, "audio_hidden_size": 16}}}}),
     "nemotron_h": ("nemotron_h", NEMOTRON | GROUPS),
     "nemotron_h, latent": ("nemotron_h", NEMOTRON | {"moe_latent_size": 16, "mlp_bias": True, "norm_topk_prob": True}),
     "olmoe": ("olmoe", {"num_experts": 6}),
@@ -186,10 +210,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe, dense layers named": ("qwen3_moe", SIX | {"mlp_only_layers": [1]}),
     "qwen3_next": ("qwen3_next", SIX | SHARED | DELTA | LINEAR | {"mlp_only_layers": [1]}),
     "qwen3_vl_moe": ("qwen3_vl_moe", seeing(SIX, {"deepstack_visual_indexes": [0]})),
-    "qwen4_exp": ("qwen4_exp", seeing(SIX | SHARED | DELTA | {
-        "hc_count": 2, "hc_lowrank": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
-        "indexer_budget": 8, "indexer_compress_ratio": 2,
-        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"]})),
+    "qwen4_exp": ("qwen4_exp", seeing(QWEN4)),
+    "qwen4_exp, embeddings of a layer": ("qwen4_exp", seeing(QWEN4 | {
+        "ple_layer_ids": [1], "eos_token_id": 1, "heads_per_ngram": 2, "ngram_size": 2, "ngram_vocab_size_base": 16,
+        "make_ngram_vocab_size_divisible_by": 1})),
     "solar_open": ("solar_open", SMALL | EIGHT | GROUPS | SUMMED),
     "step3p7": ("step3p7", seeing(SMALL | EIGHT | SLIDING | MIDDLE | {
         "share_expert_dim": 16, "num_sliding_attention_heads": 2, "moe_router_scaling_factor": 1.7,
@@ -205,14 +229,13 @@ TOKENS = torch.arange(40).view(2, 20) * 7 % 64
 
 def loader(config: Any) -> Any:
     """Of the whole model, where it is more than a language model, or none."""
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoModelForTokenClassification,
-    )
+    import transformers
 
-    kinds = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForTokenClassification)
-    return next(kind for kind in kinds if type(config) in kind._model_mapping)
+    for kind in ("ImageTextToText", "CausalLM", "MultimodalLM", "TokenClassification"):
+        found = getattr(transformers, f"AutoModelFor{kind}")
+        if type(config) in found._model_mapping:
+            return found
+    raise AssertionError(config)
 
 
 def save(folder: Path, name: str, dtype: torch.dtype = torch.float32, **how: Any) -> None:
@@ -254,6 +277,8 @@ def logits(folder: Path, routes: list[torch.Tensor] | None = None) -> torch.Tens
                 module.register_forward_hook(
                     lambda own, _, made: routes.append(made[4].topk(own.top_k).indices)
                 )
+            elif type(module).__name__ == "DogeCDMoE":
+                module.down_embed.register_forward_pre_hook(lambda _, args: routes.append(args[0]))
             elif re.search(r"(?<!Parallel)(?<!Shared)Experts$", type(module).__name__):
                 module.register_forward_pre_hook(lambda _, args: routes.append(_chosen(*args)))
     torch.manual_seed(0)  # DiffusionGemma begins with a canvas that is drawn

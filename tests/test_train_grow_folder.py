@@ -73,7 +73,7 @@ def test_a_grown_model_computes_the_same(tmp_path, name):
     model = folder.settings.get(family.inside, folder.settings)
     has_groups = max(model.get(key) or 1 for key in GROUPS) > 1
     if family.no_experts:
-        with pytest.raises(WrongInput, match=f"^growth: a .+ can't have more experts: {family.no_experts}$"):
+        with pytest.raises(WrongInput, match=f"^growth: .+ can't have more experts: {family.no_experts}$"):
             grown(PLAN.none(3), 2)
     else:
         wider = grown(PLAN.none(3), 3, 0.0, interleave=not has_groups)
@@ -84,12 +84,16 @@ def test_a_grown_model_computes_the_same(tmp_path, name):
     if is_kept:
         deeper = grown(PLAN.stack(3, 2, 1), zero_outputs=True)
         assert (deeper - want).abs().max() < 1e-5 * want.abs().max()
-    deeper = PLAN.interposition(3, 2, 1 if family.skip_first else 0)
-    if family.skip_first:
-        with pytest.raises(
-            WrongInput, match=r"^growth: skip_first must be at least 1 to copy layers of a .+: "
-        ):
+    has_first = bool(family.skip_first or model.get("ple_layer_ids"))
+    deeper = PLAN.interposition(3, 2, int(has_first))
+    if has_first:
+        told = r"skip_first must be at least 1: |layers of ple_layer_ids can't be copied"
+        with pytest.raises(WrongInput, match=told):
             grown(PLAN.stack(3))
+    if family.periods:
+        with pytest.raises(WrongInput, match="attn_layer_period = 2 must tell copies of layers as it tells"):
+            grown(deeper)
+        deeper = PLAN.stack(3, 2, 1)
     if family.no_copies:
         with pytest.raises(WrongInput, match=f"^growth: layers of a .+ can't be copied: {family.no_copies}$"):
             grown(deeper)
@@ -231,7 +235,7 @@ def broken(folder: Path, what: str) -> None:
         case "family":
             settings.write_text(json.dumps(told | {"model_type": "llama"}))
         case "refused":
-            settings.write_text(json.dumps(told | {"model_type": "doge"}))
+            settings.write_text(json.dumps(told | {"model_type": "inkling2"}))
         case "inside":
             settings.write_text(json.dumps(told | {"model_type": "llama4"}))
         case "quantised":
@@ -282,7 +286,8 @@ def broken(folder: Path, what: str) -> None:
 BROKEN = {
     "family": f"config.json: model_type must be one of the {len(FAMILIES)} families whose gates are known here "
     "(docs/grow.md), found 'llama'",
-    "refused": "config.json: a doge can't grow: its experts are pairs of keys, of which each is chosen alone",
+    "refused": "config.json: inkling2 can't grow: its layers read those before them by their numbers, and its "
+    "checkpoints are quantised",
     "quantised": "config.json: quantization_config: weights must be floating-point numbers, not quantised",
     "count": "config.json has 5 experts, the tensors of layer 0 are of 6",
     "layers": "config.json: num_hidden_layers must be an integer of at least 1, found '3'",

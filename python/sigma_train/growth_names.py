@@ -7,12 +7,12 @@ from enum import Enum
 
 # Towers that see, hear or speak have layers of their own, which stay as they are.
 LAYER = re.compile(
-    r"((?!(?:.*\.)?(?:vision|visual|audio|sam_model|qwen2_model))(?:.*\.)?(?:layers|transformer\.blocks)\.)(\d+)\.(.+)"
+    r"((?!(?:.*\.)?(?:vision|visual|audio|sam_model|qwen2_model|perception|ctc_timestamp))(?:.*\.)?(?:layers|transformer\.blocks)\.)(\d+)\.(.+)"
 )
 ALL_EXPERTS = re.compile(
     r"(?:.*\.)?(?:experts\.(gate_up_proj|up_proj|down_proj|fc1|fc2)|moe\.(gate_proj|up_proj|down_proj)"
     r"|(?:block_sparse_moe|mlp|self_attention\.experts)\.(input_linear|output_linear))(?:_bias|\.weight)?"
-    r"|(?:.*\.)?experts\.(?:(w13|w2)_weight|mlp\.(w1|v1|w2))"
+    r"|(?:.*\.)?experts\.(?:(w13|w2)_weight|mlp\.(w1|v1|w2))|mlp\.((?:down|up)_embed)\.weight"
 )
 STACKED = re.compile(r".*\.experts\.mlp\.(?:w1|v1|w2)")
 ONE_EXPERT = re.compile(r"((?:.*\.)?experts\.)(\d+)(\.(gate_proj|up_proj|down_proj|w1|w2|w3)\..+)")
@@ -22,7 +22,7 @@ ROUTER = re.compile(
 )
 BALANCE_BIAS = re.compile(r".*\.(expert_bias|e_score_correction_bias|router_bias)")
 OUTPUT = re.compile(
-    r".*\b(o_proj|out_proj|down_proj|w2|experts\.fc2|output_linear|fc2_latent_proj|attention\.dense|wo_ud|w2_md)"
+    r".*\b(o_proj|out_proj|down_proj|w2|experts\.fc2|output_linear|fc2_latent_proj|attention\.(?:dense|wo)|wo_ud|w2_md)"
     r"(\.weight|\.bias|_bias)?|.*\b(?:shared_)?w2_weight|(?:mlp|self_attention\.experts)\.bias"
 )
 MATRICES = {  # others end in _proj

@@ -13,6 +13,7 @@ from sigma_train.growth_names import Kind, Name, parse, unknown_experts
 from sigma_train.growth_noise import Halves, noisy
 
 Shape = Sequence[int]
+MLP = {"experts": "mlp", "shared_experts": "mlp"}  # where they are no part of it
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def _must_be_zeroed(grown: Mapping[str, Grown], growth: Growth) -> None:
         name = parse(target)
         if name.layer is None:
             continue
-        module = name.after.partition(".")[0]
+        module = MLP.get(of := name.after.partition(".")[0], of)
         parts[name.layer] = 1 if module == "mixer" else parts.get(name.layer, 2)  # its attention and its MLP
         if all(piece.scale == 0 for piece in made.pieces):
             found.setdefault(name.layer, set()).add(module)

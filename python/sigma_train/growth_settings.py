@@ -13,10 +13,15 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
 NORMALIZED = ("norm_topk_prob", "moe_renormalize")
 GROUPS = ("n_group", "num_expert_group")
-ALSO = {"norm_topk_prob": NORMALIZED, "n_group": GROUPS}  # other names of what a family wants
+ALSO = {  # other names of what a family wants
+    "norm_topk_prob": NORMALIZED, "n_group": GROUPS,
+    "layers_block_type": ("layers_block_type", "hybrid_override_pattern"),
+    "indexer_types": ("indexer_types", "index_topk_pattern"),
+}  # fmt: skip
 OF_EACH_LAYER = (
     "layer_types", "mlp_layer_types", "layers_block_type", "indexer_types", "no_rope_layers", "layer_rope_theta",
-    "num_attention_heads_per_layer", "swiglu_limits", "swiglu_limits_shared",
+    "num_attention_heads_per_layer", "swiglu_limits", "swiglu_limits_shared", "hybrid_override_pattern",
+    "index_topk_pattern",
 )  # fmt: skip
 # With another value some layers are told from others by their number alone.
 OF_NO_LAYER = {
@@ -47,7 +52,7 @@ def family_of(settings: Mapping[str, Any]) -> Family:
 
 def _refused(name: Any) -> str:
     if isinstance(name, str) and name in REFUSED:
-        return f"a {name} can't grow: {REFUSED[name]}"
+        return f"{name} can't grow: {REFUSED[name]}"
     return (
         f"model_type must be one of the {len(FAMILIES)} families whose gates are known here (docs/grow.md), "
         f"found {name!r}"
@@ -123,9 +128,10 @@ def grown_settings(settings: Mapping[str, Any], growth: Growth) -> Settings:
     model = _language_model(settings, family)
     name = settings["model_type"]
     if growth.layers.sources != tuple(range(_num_layers(model, family))):
+        _keep_first(settings, growth.layers, family)
         _grow_layers(model, growth, family, name)
     if growth.experts > 1 and family.no_experts:
-        raise WrongInput(f"growth: a {name} can't have more experts: {family.no_experts}")
+        raise WrongInput(f"growth: {name} can't have more experts: {family.no_experts}")
     if growth.experts > 1 and family.counts:
         counts = _inside(model, family.counts)
         _grow_experts(counts, growth, family)
@@ -135,23 +141,32 @@ def grown_settings(settings: Mapping[str, Any], growth: Growth) -> Settings:
     return {**settings, family.inside: model} if family.inside else model
 
 
+def _keep_first(settings: Mapping[str, Any], plan: LayerGrowthPlan, family: Family) -> None:
+    """Raises: WrongInput if the plan copies or moves layers that must be where they are."""
+    if not family.skip_first:
+        return
+    n = family.first
+    if isinstance(n, str):
+        n = len(_listed(n, _inside(settings, "vision_config").get(n)))
+    if any(plan.targets(i) != [i] for i in range(n)):
+        raise WrongInput(f"growth: skip_first must be at least {n}: {family.skip_first}")
+
+
 def _grow_layers(model: Settings, growth: Growth, family: Family, name: str) -> None:
     plan, n = growth.layers, _num_layers(model, family)
     if n != plan.num_layers:
         raise WrongInput(f"growth: the plan is of {plan.num_layers} layers, config.json has {n}")
     if family.no_copies:
         raise WrongInput(f"growth: layers of a {name} can't be copied: {family.no_copies}")
-    if family.skip_first and plan.sources.count(0) > 1:
-        raise WrongInput(
-            f"growth: skip_first must be at least 1 to copy layers of a {name}: {family.skip_first}"
-        )
     if growth.zero_outputs and (why := family.no_zeros or _shares(model)):
         raise WrongInput(f"growth: zero_outputs would not keep what a {name} computes: {why}")
     for key, value in OF_NO_LAYER.items():
         if model.get(key) not in (None, value):
             raise WrongInput(f"config.json: {key} must be {value} to copy layers, found {model[key]!r}")
     for key in family.lists:
-        if not model.get(key):
+        if not any(model.get(other) for other in ALSO.get(key, (key,))):
+            model[key] = rule.made(model, n) if (rule := family.rules.get(key)) else None
+        if not any(model.get(other) for other in ALSO.get(key, (key,))):
             raise WrongInput(
                 f"config.json: {key} must say of each layer what it is, found none; save_pretrained writes it"
             )
@@ -160,6 +175,7 @@ def _grow_layers(model: Settings, growth: Growth, family: Family, name: str) -> 
     for key in OF_EACH_LAYER:
         if model.get(key):
             model[key] = _planned(key, model[key], plan, model.get("num_nextn_predict_layers") or 0)
+    _grow_numbers(model, plan, family)
     if by_number := model.get("per_layer_config"):
         made = {j: by_number.get(str(source)) for j, source in enumerate(plan.sources)}
         model["per_layer_config"] = {str(j): own for j, own in made.items() if own is not None}
@@ -169,17 +185,43 @@ def _grow_layers(model: Settings, growth: Growth, family: Family, name: str) -> 
         _grow_dense(model, family.dense, plan)
 
 
+def _grow_numbers(model: Settings, plan: LayerGrowthPlan, family: Family) -> None:
+    """What names layers by their numbers, or tells them by these."""
+    for period, offset in family.periods:
+        every, which = _integer(model, period, least=1), _integer(model, offset)
+        if any(
+            ((j - which) % every == 0) != ((of - which) % every == 0) for j, of in enumerate(plan.sources)
+        ):
+            raise WrongInput(
+                f"growth: {period} = {every} must tell copies of layers as it tells these; a stack of a multiple "
+                "of it does"
+            )
+    if (named := model.get("kv_source_layers")) is not None:
+        if named != list(range(plan.num_layers)):
+            raise WrongInput(
+                f"config.json: kv_source_layers must name each layer itself to copy layers, found {named!r}"
+            )
+        model["kv_source_layers"] = list(range(len(plan.sources)))
+    if named := model.get("ple_layer_ids"):
+        places = [plan.targets(number - 1) for number in _listed("ple_layer_ids", named)]
+        if any(len(of_one) > 1 for of_one in places):
+            raise WrongInput(f"growth: layers of ple_layer_ids can't be copied, found {named!r}")
+        model["ple_layer_ids"] = [place + 1 for (place,) in places]
+
+
 def _shares(model: Mapping[str, Any]) -> str:
-    shares = "shared" in (model.get("indexer_types") or [])
+    told = {*(model.get("indexer_types") or ()), *(model.get("index_topk_pattern") or ())}
+    shares = {"shared", "S"} & told
     return "some layers attend where the last one did that chose" if shares else ""
 
 
 def _planned(key: str, value: Any, plan: LayerGrowthPlan, beyond: int) -> Sequence[Any]:
-    """Entries beyond the model's layers, for tokens after the next, stay."""
+    """Entries beyond the model's layers, for tokens after the next, stay.  An entry may be a letter."""
     n = plan.num_layers
-    if not isinstance(value, list) or len(value) not in (n, n + beyond):
+    if not isinstance(value, list | str) or len(value) not in (n, n + beyond):
         raise WrongInput(f"config.json: {key} must have one entry for each of {n} layers, found {value!r}")
-    return [value[source] for source in plan.sources] + value[n:]
+    grown = [*(value[source] for source in plan.sources), *value[n:]]
+    return "".join(grown) if isinstance(value, str) else grown
 
 
 def _grow_dense(model: Settings, key: str, plan: LayerGrowthPlan) -> None:
@@ -217,7 +259,7 @@ def _dense_layers(model: Mapping[str, Any], key: str, n: int) -> set[int]:
 
 
 def _listed(key: str, value: Any) -> list[int]:
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not all(isinstance(layer, int) for layer in value):
         raise WrongInput(f"config.json: {key} must be a list of layers, found {value!r}")
     return value
 
