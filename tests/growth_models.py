@@ -48,6 +48,10 @@ GEMMA4 = SIX | {
 HEARS = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_mel_bins": 8,
 }  # fmt: skip
+EAR_OF_QWEN = {
+    "num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "d_model": 16,
+    "output_dim": 32, "n_window": 4, "downsample_hidden_size": 8,
+}  # fmt: skip
 QWEN4 = SIX | SHARED | DELTA | {
     "hc_count": 2, "hc_lowrank": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
     "indexer_budget": 8, "indexer_compress_ratio": 2,
@@ -209,6 +213,16 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", SIX | {"norm_topk_prob": True, "decoder_sparse_step": 2}),
     "qwen3_moe, dense layers named": ("qwen3_moe", SIX | {"mlp_only_layers": [1]}),
     "qwen3_next": ("qwen3_next", SIX | SHARED | DELTA | LINEAR | {"mlp_only_layers": [1]}),
+    "qwen3_omni_moe": ("qwen3_omni_moe", {
+        "thinker_config": seeing(SIX, {"deepstack_visual_indexes": [0]}, audio_config=EAR_OF_QWEN),
+        "talker_config": {
+            "text_config": COMMON | SIX | SHARED, "thinker_hidden_size": 32, "num_code_groups": 2,
+            "spatial_merge_size": 2,
+            "code_predictor_config": COMMON | {"head_dim": 8, "num_code_groups": 2}},
+        "code2wav_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "codebook_size": 8, "num_quantizers": 2, "decoder_dim": 16,
+            "upsample_rates": [2], "upsampling_ratios": [2]}}),
     "qwen3_vl_moe": ("qwen3_vl_moe", seeing(SIX, {"deepstack_visual_indexes": [0]})),
     "qwen4_exp": ("qwen4_exp", seeing(QWEN4)),
     "qwen4_exp, embeddings of a layer": ("qwen4_exp", seeing(QWEN4 | {
@@ -244,7 +258,9 @@ def save(folder: Path, name: str, dtype: torch.dtype = torch.float32, **how: Any
 
     family, settings = deepcopy(SETTINGS[name])
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **settings if "text_config" in settings else COMMON | settings)
+    config = AutoConfig.for_model(
+        family, **settings if {"text_config", "thinker_config"} & settings.keys() else COMMON | settings
+    )
     model = loader(config).from_config(config, dtype=dtype)
     for own, x in [*model.named_parameters(), *model.named_buffers()]:
         if "rotary" not in own and x.is_floating_point():
@@ -269,6 +285,7 @@ def logits(folder: Path, routes: list[torch.Tensor] | None = None) -> torch.Tens
         folder, output_loading_info=True, dtype=torch.float32, experts_implementation="eager"
     )
     assert not any(info.values()), info
+    model = getattr(model, "thinker", model)  # of Qwen's Omni, beside one that speaks
     for x in model.parameters():
         x.data = x.data.clone()  # where it lies in a file decides how products are summed
     if routes is not None:
@@ -279,7 +296,7 @@ def logits(folder: Path, routes: list[torch.Tensor] | None = None) -> torch.Tens
                 )
             elif type(module).__name__ == "DogeCDMoE":
                 module.down_embed.register_forward_pre_hook(lambda _, args: routes.append(args[0]))
-            elif re.search(r"(?<!Parallel)(?<!Shared)Experts$", type(module).__name__):
+            elif re.search("(?<!Parallel)(?<!InklingShared)Experts$", type(module).__name__):
                 module.register_forward_pre_hook(lambda _, args: routes.append(_chosen(*args)))
     torch.manual_seed(0)  # DiffusionGemma begins with a canvas that is drawn
     with torch.no_grad():

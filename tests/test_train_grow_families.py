@@ -277,6 +277,15 @@ def test_images_come_to_the_layers_that_they_came_to(tmp_path):
     assert (blind - want).abs().max() > 0.1 * want.abs().max()
 
 
+@pytest.mark.parametrize("name", [
+    "talker.model.layers.0.mlp.experts.3.up_proj.weight", "talker.code_predictor.model.layers.0.mlp.up_proj.weight",
+    "code2wav.pre_transformer.layers.0.mlp.up_proj.weight", "perception.encoder.asr_encoder.layers.0.norm1.weight",
+    "ctc_timestamp.decoder.transformer.layers.0.norm1.weight", "model.vision_model.blocks.0.attn.proj.weight",
+])  # fmt: skip
+def test_what_sees_hears_or_speaks_has_no_layers_of_the_model(name):
+    assert parse(name).layer is None
+
+
 def test_shared_experts_are_no_attention():
     """Defends: two parts of an MLP, counted as attention and MLP, where outputs of attention are not known."""
     state = {

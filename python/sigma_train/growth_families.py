@@ -24,7 +24,7 @@ class Family:
         rules: of lists, by which transformers makes those that are not there.
         periods: pairs of settings, a period and which layer of each period is another than the rest.
         wants: must be there, as what transformers takes for them else is each family's own.
-        inside: the setting that holds the language model's, where others see or hear.
+        inside: the setting that holds the language model's, where others see or hear; with a point, one within another.
         layers: the setting that counts layers.
         counts: the setting that holds the numbers of experts, where they are not among the others.
         follows: what else is f times as large where f times as many experts are chosen.
@@ -210,6 +210,12 @@ FAMILIES = {
     "qwen3_5_moe_text": replace(SOFTMAX, lists=(ATTENTION,), rules=ALTERNATE),
     "qwen3_moe": replace(SOFTMAX, dense=NAMED),
     "qwen3_next": replace(SOFTMAX, dense=NAMED, lists=(ATTENTION,), rules=ALTERNATE),
+    "qwen3_omni_moe": replace(
+        SOFTMAX,
+        dense=NAMED,
+        inside="thinker_config.text_config",
+        no_copies="what speaks reads a layer of it by its number",
+    ),
     "qwen3_vl_moe": replace(
         SOFTMAX,
         dense=NAMED,
@@ -237,5 +243,4 @@ FAMILIES = {
 
 REFUSED = {
     "inkling2": "its layers read those before them by their numbers, and its checkpoints are quantised",
-    "qwen3_omni_moe": "it is two models with experts, of which one reads a layer of the other by its number",
 }

@@ -60,7 +60,10 @@ def _refused(name: Any) -> str:
 
 
 def _language_model(settings: Mapping[str, Any], family: Family) -> Settings:
-    return _inside(settings, family.inside) if family.inside else dict(settings)
+    model = dict(settings)
+    for key in filter(None, family.inside.split(".")):
+        model = _inside(model, key)
+    return model
 
 
 def _inside(settings: Mapping[str, Any], key: str) -> Settings:
@@ -138,7 +141,12 @@ def grown_settings(settings: Mapping[str, Any], growth: Growth) -> Settings:
         model[family.counts] = counts
     elif growth.experts > 1:
         _grow_experts(model, growth, family)
-    return {**settings, family.inside: model} if family.inside else model
+    return _with(settings, family.inside, model) if family.inside else model
+
+
+def _with(settings: Mapping[str, Any], inside: str, model: Settings) -> Settings:
+    key, _, rest = inside.partition(".")
+    return {**settings, key: _with(settings[key], rest, model) if rest else model}
 
 
 def _keep_first(settings: Mapping[str, Any], plan: LayerGrowthPlan, family: Family) -> None:
