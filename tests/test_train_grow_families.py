@@ -286,6 +286,13 @@ def test_what_sees_hears_or_speaks_has_no_layers_of_the_model(name):
     assert parse(name).layer is None
 
 
+def test_numbers_of_layers_follow_the_plan():
+    """Defends: Qwen4's embeddings, counted from one, at a layer that has none."""
+    settings = {"model_type": "qwen4_exp", "text_config": SOUND | {"ple_layer_ids": [3]}}
+    grown = grown_settings(settings, Growth(PLAN.interposition(3, 2, 0, 1)))
+    assert grown["text_config"]["ple_layer_ids"] == [5]
+
+
 def test_shared_experts_are_no_attention():
     """Defends: two parts of an MLP, counted as attention and MLP, where outputs of attention are not known."""
     state = {
