@@ -228,7 +228,6 @@ FAMILIES = {
         lists=(ATTENTION,),
         rules={ATTENTION: Every("full_attention_interval", 4, "linear_attention", "indexed_attention")},
         inside=TEXT,
-        no_zeros=STREAMS,
     ),
     "solar_open": SCALED,
     "step3p7": replace(SIGMOID, lists=(ATTENTION, MLP), inside=TEXT),
