@@ -21,7 +21,7 @@ from sigma_train.files import atomic_folder, failed_writes_are_oserrors, must_be
 from sigma_train.growth_cost import SunkCostLedger
 from sigma_train.growth_names import Kind, parse
 from sigma_train.growth_pieces import Grown, Growth, Piece, expert_counts, grown_tensors
-from sigma_train.growth_settings import grown_settings, num_experts, top_k, what_gates_ask
+from sigma_train.growth_settings import family_of, grown_settings, num_experts, top_k, what_gates_ask
 from sigma_train.tensor_files import Stored, header_of, size_of, stored_tensors, sync_file
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -82,12 +82,18 @@ class Open(Mapping[str, Tensor]):
         """What a piece of a grown tensor is, as bytes."""
         stored = self._tensors[piece.source]
         if piece.row is not None:
-            stored = stored.number(piece.row) if piece.is_number else stored.row(piece.row)
+            stored = _one(stored, piece, piece.row)
         file = self._files[stored.path]
         if piece.noise == 0 and piece.scale == 1:
             yield from stored.blocks(file)
         elif stored.end > stored.begin:
             yield _bytes(piece.of(stored.read(file)))
+
+
+def _one(stored: Stored, piece: Piece, row: int) -> Stored:
+    if piece.parts:
+        return stored.part(row, piece.parts)
+    return stored.number(row) if piece.is_number else stored.row(row)
 
 
 def grow_folder(
@@ -123,7 +129,8 @@ def _made(folder: Folder, growth: Growth) -> dict[str, Grown]:
         raise WrongInput(
             f"config.json has {growth.layers.num_layers} layers, no tensor is of layer {min(missing)}"
         )
-    counts, E = expert_counts(folder.shapes), num_experts(folder.settings)
+    E = num_experts(folder.settings)
+    counts = {} if family_of(folder.settings).no_experts else expert_counts(folder.shapes)
     for layer, count in counts.items():
         if count != E:
             raise WrongInput(f"config.json has {E} experts, the tensors of layer {layer} are of {count}")

@@ -1,7 +1,7 @@
 """Growth of a whole state in memory: layers by a plan, experts by copies, and what AdamW remembers of them."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -90,12 +90,15 @@ def grown_moments(shapes: Mapping[str, torch.Size], growth: Growth) -> dict[str,
 
 def assembled(state: Mapping[str, Tensor], made: Grown) -> Tensor:
     """The tensor, in memory of its own."""
-    first = state[made.pieces[0].source]
-    out = first.new_empty(made.shape)
-    places = [out] if made.pieces[0].row is None else out
+    first = made.pieces[0]
+    out = state[first.source].new_empty(made.shape)
+    places: Iterable[Tensor] = [out] if first.row is None else out
+    if first.parts:
+        places = out.chunk(len(made.pieces))
     for place, piece in zip(places, made.pieces, strict=True):
         x = state[piece.source]
-        place.copy_(piece.of(x if piece.row is None else x[piece.row]))
+        rows = x.chunk(piece.parts) if piece.parts else x
+        place.copy_(piece.of(x if piece.row is None else rows[piece.row]))
     return out
 
 

@@ -7,24 +7,26 @@ from enum import Enum
 
 # Towers that see, hear or speak have layers of their own, which stay as they are.
 LAYER = re.compile(
-    r"((?!(?:.*\.)?(?:vision|visual|audio|sam_model|qwen2_model))(?:.*\.)?layers\.)(\d+)\.(.+)"
+    r"((?!(?:.*\.)?(?:vision|visual|audio|sam_model|qwen2_model|perception|ctc_timestamp|talker|code2wav))(?:.*\.)?(?:layers|transformer\.blocks)\.)(\d+)\.(.+)"
 )
 ALL_EXPERTS = re.compile(
     r"(?:.*\.)?(?:experts\.(gate_up_proj|up_proj|down_proj|fc1|fc2)|moe\.(gate_proj|up_proj|down_proj)"
-    r"|block_sparse_moe\.(input_linear|output_linear))(?:_bias|\.weight)?"
+    r"|(?:block_sparse_moe|mlp|self_attention\.experts)\.(input_linear|output_linear))(?:_bias|\.weight)?"
+    r"|(?:.*\.)?experts\.(?:(w13|w2)_weight|mlp\.(w1|v1|w2))|mlp\.((?:down|up)_embed)\.weight"
 )
+STACKED = re.compile(r".*\.experts\.mlp\.(?:w1|v1|w2)")
 ONE_EXPERT = re.compile(r"((?:.*\.)?experts\.)(\d+)(\.(gate_proj|up_proj|down_proj|w1|w2|w3)\..+)")
 ROUTER = re.compile(
-    r"(?:.*\.)?(?:mlp|moe|block_sparse_moe|feed_forward|mixer)\.(?:router|gate)(?:\.(?:gate|layer|wg))?\.(?:weight|bias)"
-    r"|gate\.weight|router\.(?:proj\.weight|per_expert_scale)"
+    r"(?:.*\.)?(?:mlp|moe|block_sparse_moe|feed_forward|mixer|ffn|self_attention\.experts)\.(?:router|gate)"
+    r"(?:\.(?:gate|layer|wg))?\.(?:weight|bias)|gate\.weight|router\.(?:proj\.weight|per_expert_scale)"
 )
 BALANCE_BIAS = re.compile(r".*\.(expert_bias|e_score_correction_bias|router_bias)")
 OUTPUT = re.compile(
-    r".*\b(o_proj|out_proj|down_proj|w2|experts\.fc2|output_linear|fc2_latent_proj|attention\.dense)"
-    r"(\.weight|\.bias|_bias)?"
+    r".*\b(o_proj|out_proj|down_proj|w2|experts\.fc2|output_linear|fc2_latent_proj|attention\.(?:dense|wo)|wo_ud|w2_md)"
+    r"(\.weight|\.bias|_bias)?|.*\b(?:shared_)?w2_weight|(?:mlp|self_attention\.experts)\.bias"
 )
 MATRICES = {  # others end in _proj
-    "w1": "gate", "w3": "up", "w2": "down",  # Mixtral's
+    "w1": "gate", "w3": "up", "v1": "up", "w2": "down", "w13": "gate_up",  # Mixtral's, DBRX', Inkling's
     "fc1": "gate_up", "fc2": "down",  # Aria's
     "input_linear": "gate_up", "output_linear": "down",  # Granite's
 }  # fmt: skip
@@ -49,6 +51,7 @@ class Name:
         expert: of ONE_EXPERT its number.
         matrix: gate, up, gate_up (gate, then up), down or router; "" for what is none of experts.
         is_output: what it makes is added to the residual stream, alone or through a norm.
+        is_stacked: experts of a layer are blocks of rows of one matrix.
     """
 
     before: str
@@ -58,11 +61,12 @@ class Name:
     expert: int = 0
     matrix: str = ""
     is_output: bool = False
+    is_stacked: bool = False
 
     @property
     def is_weight(self) -> bool:
         """No scale of a quantised matrix, and no bias."""
-        return self.after.endswith((".weight", "_proj"))
+        return self.is_stacked or self.after.endswith((".weight", "_proj"))
 
     @property
     def is_beyond(self) -> bool:
@@ -91,18 +95,20 @@ def parse(name: str) -> Name:
         kind, matrix = Kind.ROUTER, "router"
     elif BALANCE_BIAS.fullmatch(after):
         kind = Kind.BALANCE_BIAS
-    return Name(
-        before, layer, after, kind, expert, matrix.removesuffix("_proj"), bool(OUTPUT.fullmatch(after))
-    )
+    matrix = matrix.removesuffix("_proj")
+    if matrix and after.startswith("self_attention."):  # JetMoE's, beside those of its MLP
+        matrix = f"attention {matrix}"
+    is_output, is_stacked = (bool(form.fullmatch(after)) for form in (OUTPUT, STACKED))
+    return Name(before, layer, after, kind, expert, matrix, is_output, is_stacked)
 
 
 def unknown_experts(names: Iterable[str]) -> list[str]:
-    """Names of layers that speak of experts and are of no kind known here; a norm is one for all experts."""
-    return [
-        name
-        for name in names
-        if ".experts." in name and not name.endswith("_norm.weight") and _is_other(name)
-    ]
+    """Names of layers that speak of experts and are of no kind known here.
+
+    A norm is one for all experts, and so is what JetMoE adds to their sum.
+    """
+    of_all = ("_norm.weight", "self_attention.experts.bias")
+    return [name for name in names if ".experts." in name and not name.endswith(of_all) and _is_other(name)]
 
 
 def _is_other(name: str) -> bool:

@@ -13,6 +13,7 @@ from sigma_train.growth_names import Kind, Name, parse, unknown_experts
 from sigma_train.growth_noise import Halves, noisy
 
 Shape = Sequence[int]
+MLP = {"experts": "mlp", "shared_experts": "mlp"}  # where they are no part of it
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Growth:
 class Piece:
     """`source`, or the row of one expert of it: as it is, scaled, with noise, or as many zeros.
 
-    With `is_number` a row is one number, whatever the shape.
+    With `is_number` a row is one number, whatever the shape; with `parts` it is one of as many blocks of rows.
     """
 
     source: str
@@ -77,6 +78,7 @@ class Piece:
     key: str = ""
     halves: Halves = ""
     is_number: bool = False
+    parts: int = 0
 
     def of(self, x: Tensor) -> Tensor:
         """What becomes of what was read; memory of its own only where it changes.
@@ -107,7 +109,8 @@ def grown_tensors(shapes: Mapping[str, Shape], growth: Growth) -> dict[str, Grow
 
     Raises: WrongInput for a tensor of experts that is not known by its name, or outputs to zero that are not found.
     """
-    experts, layouts = expert_counts(shapes), _layouts(shapes, growth)
+    experts = expert_counts(shapes) if growth.experts > 1 else {}
+    layouts = _layouts(shapes, growth)
     if growth.experts > 1 and (unknown := unknown_experts(shapes)):
         raise WrongInput(f"growth: {unknown[0]} is no tensor of experts whose layout is known")
     if growth.experts > 1 and all(parse(source).kind is Kind.OTHER for source in shapes):
@@ -123,8 +126,11 @@ def grown_tensors(shapes: Mapping[str, Shape], growth: Growth) -> dict[str, Grow
                 piece = Piece(source, scale=0.0 if is_zero else 1.0)
                 grown[name.at(layer, name.expert)] = Grown(tuple(shape), (piece,))
                 continue
+            E = experts.get(name.layer or 0, 0)
+            if name.is_stacked and (not E or shape[0] % E):
+                raise WrongInput(f"growth: {source} has {shape[0]} rows, which {E} experts cannot share")
             halves = layouts.get(name.layer, "rows") if name.matrix == "gate_up" else ""
-            pieces = _of_experts(source, name, layer, experts[name.layer or 0], is_zero, halves, growth)
+            pieces = _of_experts(source, name, layer, E, is_zero, halves, growth)
             if name.kind is Kind.ONE_EXPERT:
                 grown |= {name.at(layer, e): Grown(tuple(shape), (piece,)) for e, piece in pieces.items()}
             else:
@@ -171,6 +177,8 @@ def expert_counts(shapes: Mapping[str, Shape]) -> dict[int, int]:
         rows = name.expert + 1 if name.kind is Kind.ONE_EXPERT else shape[0]
         if name.kind is Kind.BALANCE_BIAS:
             rows = math.prod(shape)
+        if name.is_stacked:  # how many it has is told by the router alone
+            continue
         of_layer = found.setdefault(name.layer, {})
         former = of_layer.get(name.kind, rows)
         if name.kind is not Kind.ONE_EXPERT and rows != former:
@@ -210,6 +218,7 @@ def _of_experts(
             f"{growth.seed} {where} {e} of {E * f} {name.matrix}".removesuffix(" gate_up") if draws else "",
             halves,
             is_bias,
+            E if name.is_stacked else 0,
         )
     return made
 
@@ -222,7 +231,7 @@ def _must_be_zeroed(grown: Mapping[str, Grown], growth: Growth) -> None:
         name = parse(target)
         if name.layer is None:
             continue
-        module = name.after.partition(".")[0]
+        module = MLP.get(of := name.after.partition(".")[0], of)
         parts[name.layer] = 1 if module == "mixer" else parts.get(name.layer, 2)  # its attention and its MLP
         if all(piece.scale == 0 for piece in made.pieces):
             found.setdefault(name.layer, set()).add(module)

@@ -46,6 +46,12 @@ class Stored:
         begin = self.begin + row * size
         return Stored(self.path, self.dtype, self.shape[1:], begin, begin + size)
 
+    def part(self, part: int, parts: int) -> "Stored":
+        """Of `parts` blocks of as many rows each."""
+        size = (self.end - self.begin) // parts
+        begin = self.begin + part * size
+        return Stored(self.path, self.dtype, (self.rows // parts, *self.shape[1:]), begin, begin + size)
+
     def number(self, at: int) -> "Stored":
         """One of its numbers."""
         size = DTYPES[self.dtype].itemsize
