@@ -117,9 +117,10 @@ def rhythm(found: tuple[Period, ...]) -> Iterator[str]:
 def levels(s: OfRank) -> Iterator[str]:
     if s.changes:
         big = max(s.changes, key=lambda c: abs(c.shift.estimate))
+        of_work = " of the work in a quantum" if s.is_fixed_time else ""
         yield (
             f"level       changed {count(len(s.changes), 'time')}; most at {big.time_s:.1f} s, by "
-            f"{big.shift.estimate:+.1%} {percents(big.shift)}; {clocks_of(big)}"
+            f"{big.shift.estimate:+.1%} {percents(big.shift)}{of_work}; {clocks_of(big)}"
         )
 
 
