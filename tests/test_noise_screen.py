@@ -1,7 +1,11 @@
 """The first screen: whose causes it names, and what it leaves out."""
 
+import json
+import re
 from dataclasses import replace
+from importlib.resources import files
 
+import jsonschema
 import numpy as np
 import pytest
 from noise_samples import everything, spun
@@ -186,6 +190,35 @@ def test_a_change_of_level_is_shown_with_the_clock():
     assert "clock of gpu0 sm 0.00 to 1.98 GHz" in screen.clocks_of(replace(of_cpu, clocks=asleep))
     unread = {"cpu_khz": Sides(3e6, float("nan"))}
     assert screen.clocks_of(replace(of_cpu, clocks=unread)) == "clocks were not read on both sides"
+
+
+def test_a_change_of_level_in_fixed_time_is_shown_with_the_clock():
+    """Defends: fixed time of which a change of level shapes the floor and is told nowhere; fewer chunks as faster."""
+    at = MS * np.arange(N)
+    count = 1000.0 - np.random.default_rng(5).poisson(5, N)
+    count[N // 2 :] = np.rint(count[N // 2 :] * 0.9)
+    about = {0: {"host": "a", "measured": {"spin_ftq": {"mode": "ftq"}}}}
+    khz = np.where(np.arange(0, N, 50) < N // 2, 3.0e6, 2.7e6)
+    gauge = Series(at[::50], at[::50], khz)
+    rows = {(0, "quantum", "spin_ftq"): Series(at, at + MS, count), (0, "counter", "cpu_khz"): gauge}
+    found = analyze(Trace({"kernels": ["spin"]}, about, rows))
+    (change,) = found.worst.changes
+    assert found.worst.bounds.tolist() == [0, change.index, N]
+    assert abs(change.index - N // 2) <= 8
+    assert (change.before, change.after) == (pytest.approx(995, abs=1), pytest.approx(895.5, abs=1))
+    assert change.shift.estimate == pytest.approx(-0.1, abs=1e-3)
+    (line,) = [text for text in screen.lines(found) if text.startswith("level")]
+    assert line.startswith("level       changed 1 time; most at 2.0 s, by -10.0% [-9.99 %, -9.9")
+    assert line.endswith("] of the work in a quantum; clock of cpu 3.00 to 2.70 GHz")
+    told = as_json(found)
+    schema = json.loads((files("sigma_noise") / "analysis.schema.json").read_text())
+    jsonschema.validate(json.loads(json.dumps(told, allow_nan=False)), schema)
+    assert told["series"][0]["changes"][0]["before"] == change.before
+    table = rendered(found, {}).split("<h2>Changes of level</h2>")[1].split("</table>")[0]
+    assert re.search(r"<td>spin_ftq<td>0<td>2\.0 s\s+<td>99[45][.\d]* chunks<td>89[56][.\d]* chunks", table)
+    assert "<td>clock of cpu 3.00 to 2.70 GHz</tr>" in table
+    fixed_work = rendered(analyze(measured({0: spun(np.random.default_rng(3), N)})), {})
+    assert re.search(r"<td>spin<td>0<td>2\.3 s\s+<td>1\.01 ms<td>1\.11 ms\s*<td>\+10\.0%", fixed_work)
 
 
 def test_few_independent_quanta_are_told():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from sigma_cli.commands import app
-from sigma_noise import inject_cli, watch
+from sigma_noise import inject_cli, online_cli, watch
 from sigma_noise.accelerators import Poller
 from sigma_noise.attribution import Attribution
 from sigma_noise.trace import Series, Trace, read
@@ -77,5 +77,5 @@ def test_a_run_that_is_not_watched_has_no_causes():
 
 def test_the_verbs_are_commands_of_sigma():
     shown = CliRunner().invoke(app, ["noise", "--help"]).output
-    for verb in (inject_cli.inject, inject_cli.doctor, inject_cli.selftest):
+    for verb in (inject_cli.inject, inject_cli.doctor, inject_cli.selftest, online_cli.watch):
         assert verb.__name__ in shown

@@ -273,15 +273,17 @@ def of_fixed_time(trace: Trace, rank: int, kernel: str, options: Options, own: M
     series, seed = trace.get(rank, "quantum", kernel), options.seed
     start_s = series.since(int(series.start_ns[0]))
     quantum_s = float(np.median(series.seconds))
-    count = series.value
-    bounds = changes.segments_of_counts(count)
+    count, end_s = series.value, float(start_s[-1]) + quantum_s
+    clocks = clocks_of(trace, rank, series)
+    found = tuple(changes.changes_of_counts(start_s, count, clocks=clocks, end_s=end_s, seed=seed))
+    bounds = np.array([0, *(change.index for change in found), len(count)])
     noise = detours.fixed_time(start_s, count, quantum_s, bounds, options.tau_s)
     best = detours.floor(count, bounds, 1 - detours.FLOOR)
     lost = detours.taken(count, quantum_s, best)
     share = ratio_interval(lost, np.full(len(lost), quantum_s), seed=seed)
     median = intervals(count, ["median"], seed=seed)["median"]
-    rhythm = rhythm_of(noise, float(start_s[-1]) + quantum_s, own, seed)
-    return OfRank(rank, kernel, True, len(series), median, noise, share, (), rhythm, bounds)
+    rhythm = rhythm_of(noise, end_s, own, seed)
+    return OfRank(rank, kernel, True, len(series), median, noise, share, found, rhythm, bounds)
 
 
 def gaps_of(trace: Trace, rank: int, options: Options, own: Mapping[str, float]) -> Gaps:

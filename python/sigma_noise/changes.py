@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from math import ceil, log, sqrt
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import ruptures
@@ -23,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import median_filter
 from scipy.signal import lfilter
 
-from sigma_noise.detours import FLOOR, floor
+from sigma_noise.detours import floor
 from sigma_noise.intervals import NORMAL_MAD, Array, Interval, initial_positive_sum, median_shift, series
 
 SAMPLES_A_BLOCK = 8
@@ -46,8 +47,8 @@ class Sides(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """A new level from sample `index`, at `time_s`, on.  `shift` is after / before - 1 of the medians; `clocks` are of
-    the processors that were watched, by gauge.
+    """A new level from sample `index`, at `time_s`, on.  `shift` is after / before - 1 of the medians, which are of
+    seconds or, in fixed time, of chunks; `clocks` are of the processors that were watched, by gauge.
     """
 
     time_s: float
@@ -121,11 +122,27 @@ def segments(x: ArrayLike, penalty: float = PENALTY) -> NDArray[np.int64]:
     return _refined(np.log(x), np.array([0, *(width * k for k in found), len(x)]), width)
 
 
-def segments_of_counts(count: ArrayLike) -> NDArray[np.int64]:
-    """The same of work done in quanta of fixed time; one segment where a stretch did none, which is no level."""
+def spread_out(count: ArrayLike) -> Array:
+    """Counts [n], each moved evenly within its chunk, by up to half of one either way; none below half a chunk.
+
+    Where 4 or 5 chunks end in a quantum, medians of counts know nothing between: they stay where the level moves, and
+    jump where it does not.  Those of counts so moved follow it, to a tenth of a chunk (Machado & Santos Silva 2005).
+    """
     x = series(count, "count")
-    bounds = segments(np.maximum(x, 0.5))
-    return bounds if floor(x, bounds, 1 - FLOOR).min() > 0 else np.array([0, len(x)])
+    rng = np.random.default_rng(crc32(x))  # by its own counts: ranks moved alike would alarm alike
+    return np.maximum(x + rng.uniform(-0.5, 0.5, len(x)), 0.5)
+
+
+def segments_of_counts(count: ArrayLike) -> NDArray[np.int64]:
+    """The same of work done in quanta of fixed time; one segment where most quanta of a stretch did none: that was
+    stopped, which is no level.
+    """
+    x = series(count, "count")
+    whole = np.array([0, len(x)])
+    if np.ptp(x) == 0:
+        return whole
+    bounds = segments(spread_out(x))
+    return bounds if floor(x, bounds, 0.5).min() > 0 else whole
 
 
 def _pelt(y: Array, penalty: float) -> list[int]:
@@ -164,14 +181,40 @@ def changes(
     x, time_s = series(x), series(time_s, "time_s")
     if len(time_s) != len(x):
         raise ValueError(f"time_s must have the {len(x)} samples of x, found {len(time_s)}")
-    bounds = segments(x, penalty)
+    return _told(time_s, x, segments(x, penalty), clocks or {}, end_s, seed)
+
+
+def changes_of_counts(
+    time_s: ArrayLike,
+    count: ArrayLike,
+    *,
+    clocks: Mapping[str, tuple[Array, Array]] | None = None,
+    end_s: float = np.inf,
+    seed: int = 0,
+) -> list[Change]:
+    """The same of work done in quanta of fixed time, whose medians are of counts `spread_out`: less is slower."""
+    count, time_s = series(count, "count"), series(time_s, "time_s")
+    if len(time_s) != len(count):
+        raise ValueError(f"time_s must have the {len(count)} samples of count, found {len(time_s)}")
+    bounds = segments_of_counts(count)
+    return _told(time_s, spread_out(count), bounds, clocks or {}, end_s, seed)
+
+
+def _told(
+    time_s: Array,
+    x: Array,
+    bounds: NDArray[np.int64],
+    clocks: Mapping[str, tuple[Array, Array]],
+    end_s: float,
+    seed: int,
+) -> list[Change]:
     found = []
     for i, at in enumerate(bounds[1:-1], 1):
         before, after = x[bounds[i - 1] : at], x[at : bounds[i + 1]]
         shift = median_shift(before, after, seed=seed)
         until_s = time_s[bounds[i + 1]] if bounds[i + 1] < len(x) else end_s
         edges = (time_s[bounds[i - 1]], time_s[at], until_s)
-        sides = {name: _sides(*gauge, edges) for name, gauge in (clocks or {}).items()}
+        sides = {name: _sides(*gauge, edges) for name, gauge in clocks.items()}
         medians = float(np.median(before)), float(np.median(after))
         found.append(Change(float(time_s[at]), int(at), *medians, shift, sides))
     return found

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sigma_noise import analyze_cli, formats_cli, inject_cli
+from sigma_noise import analyze_cli, formats_cli, inject_cli, online_cli
 from sigma_noise.options import given, names, seconds, sizes, whole_numbers
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.command()(formats_cli.export)
 app.command()(inject_cli.inject)
 app.command()(inject_cli.doctor)
 app.command()(inject_cli.selftest)
+app.command()(online_cli.watch)
 
 
 class Backend(StrEnum):

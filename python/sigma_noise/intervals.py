@@ -14,12 +14,13 @@ longer than the blocks asked for, they are the blocks, longer than need be: that
 interval, but scatters it by some 1/sqrt(2 CELLS) = 4 %.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf, isfinite, log10, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import fft
+from scipy.special import ndtri
 
 Array = NDArray[np.float64]
 ROUNDING = 1e-12  # of the largest: what differs by less is constant
@@ -242,6 +243,17 @@ def ratio_interval(
     block = _block([influence], period)
     draws = _ratios(a[None], b, block, resamples, seed)[0]
     return _of_mean(estimate, draws, level, len(a), n_eff, block)
+
+
+def picked_of(x: Interval, n: int, level: float = 0.95) -> Interval:
+    """The interval of one of n series that was picked by its estimate: it holds if those of all n do.
+
+    Either half is z(1 - (1 - level) / 2n) / z((1 + level) / 2) times as long (Bonferroni); resamples tell no quantiles
+    so far out, the normal law does.
+    """
+    side = (1 - level) / 2
+    k = float(ndtri(side / n) / ndtri(side))
+    return replace(x, low=x.estimate - k * (x.estimate - x.low), high=x.estimate + k * (x.high - x.estimate))
 
 
 def _check(level: float, resamples: int) -> None:

@@ -16,6 +16,7 @@ from sigma_noise.plots import figures
 from sigma_noise.trace import Trace
 
 DPI = 110
+MOST_CHANGES = 64
 
 
 def write(trace: Trace, found: Analysis, out: Path) -> Path:
@@ -45,10 +46,14 @@ def rendered(found: Analysis, pictures: dict[str, bytes]) -> str:
         "time": screen.time_of,
         "share": screen.share_of,
         "untold": screen.untold,
+        "clock": screen.clocks_of,
     }
+    changes = [(series, change) for series in found.series for change in series.changes]
     return environment.get_template("page.html.j2").render(
         found=found,
         first=screen.lines(found),
         detours_of=screen.detours_of,
+        changes=sorted(changes, key=lambda of: -abs(of[1].shift.estimate)),
+        most_changes=MOST_CHANGES,
         pictures={title: base64.b64encode(content).decode() for title, content in pictures.items()},
     )

@@ -121,6 +121,6 @@ class Plan:
 def as_options(error: ValueError) -> str:
     """What a function says of its arguments, of the options they came by."""
     text = str(error)
-    for argument, option in (("quantum_s", "--quantum"), ("duration_s", "--duration"), ("pin", "--pin")):
-        text = re.sub(rf"^{argument}\b", option, text)
+    for argument in ("kernel", "quantum_s", "duration_s", "pin"):
+        text = re.sub(rf"^{argument}\b", f"--{argument.removesuffix('_s')}", text)
     return text if text.startswith("--") else f"--size: {text}"

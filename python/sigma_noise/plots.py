@@ -143,7 +143,7 @@ def rank_bars(found: Analysis) -> Figure | None:
     shown = found.scores.ranks[:MOST_RANKS]
     y = np.arange(len(shown))
     value = np.array([r.what_if for r in shown])
-    low, high = (np.array([getattr(r.what_if_interval, end) for r in shown]) for end in ("low", "high"))
+    low, high = (np.array([getattr(r.what_if_together, end) for r in shown]) for end in ("low", "high"))
     figure, axes = plt.subplots(figsize=(7, 1.4 + 0.32 * len(shown)))
     flagged = set(found.scores.flagged)
     axes.barh(y, value, color=[RED if r.rank in flagged else GREY for r in shown])
@@ -157,7 +157,10 @@ def rank_bars(found: Analysis) -> Figure | None:
     )
     axes.set_yticks(y, [f"rank {r.rank}: {r.kind}" for r in shown])
     axes.invert_yaxis()
-    axes.set(xlabel="S less S with this rank replaced by a median one, 95 %", title=str(found.ranked))
+    axes.set(
+        xlabel="S less S with this rank replaced by a median one, 95 % of all together",
+        title=str(found.ranked),
+    )
     return figure
 
 

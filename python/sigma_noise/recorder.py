@@ -1,4 +1,4 @@
-"""Stamps of what a process does, while it does it: two reads of a clock and four stores of integers each.
+"""Stamps of what a process does, while it does it: two reads of a clock and one store of four integers each.
 
 Rows lie in blocks that were made and touched beforehand.  A row in the midst of a step allocates nothing, unless a
 step has more rows than a block.
@@ -7,6 +7,7 @@ step has more rows than a block.
 import gc
 import time
 from array import array
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from sigma_noise.trace import Key, Series
 
 BLOCK = 1 << 16  # rows: 2 MiB
 MOST = 1 << 20  # rows: 32 MiB, after which they want to be written
-WIDTH = 4  # code, start_ns, end_ns, value
+ROW = Struct("4q")  # code, start_ns, end_ns, value
+ROW_BYTES = ROW.size
+store = ROW.pack_into  # one call: four stores into an array take 0.1 us longer, in a row of 0.5
 
 now_ns = time.monotonic_ns
 
@@ -29,7 +32,7 @@ class Recorder:
 
     def __init__(self, rank: int, block: int = BLOCK, most: int = MOST) -> None:
         self.rank, self.most = rank, most
-        self._size = block * WIDTH
+        self._size = block * ROW_BYTES  # bytes, as places are
         self._names: list[tuple[str, str]] = []
         self._full: list[array[int]] = []
         self._rows, self._spare = self._fresh(), self._fresh()
@@ -46,12 +49,8 @@ class Recorder:
         at = self._at
         if at == self._size:
             at = self._turn_over()
-        rows = self._rows
-        rows[at] = code
-        rows[at + 1] = start_ns
-        rows[at + 2] = end_ns
-        rows[at + 3] = value
-        self._at = at + WIDTH
+        store(self._rows, at, code, start_ns, end_ns, value)
+        self._at = at + ROW_BYTES
 
     @property
     def is_full(self) -> bool:
@@ -59,7 +58,7 @@ class Recorder:
         return len(self) >= self.most
 
     def __len__(self) -> int:
-        return (len(self._full) * self._size + self._at) // WIDTH
+        return (len(self._full) * self._size + self._at) // ROW_BYTES
 
     def make_room(self) -> None:
         """Between steps, so that a block that fills up in one finds the next one ready."""
@@ -69,8 +68,8 @@ class Recorder:
     def taken(self) -> dict[Key, Series]:
         """All rows so far, which are then forgotten."""
         blocks = [np.frombuffer(rows, np.int64) for rows in self._full]
-        blocks.append(np.frombuffer(self._rows, np.int64)[: self._at])
-        table = np.concatenate(blocks).reshape(-1, WIDTH)
+        blocks.append(np.frombuffer(self._rows, np.int64, self._at // 8))
+        table = np.concatenate(blocks).reshape(-1, 4)
         if self._full:
             self._full = []
         self._at = 0
@@ -106,7 +105,7 @@ class Recorder:
         return 0
 
     def _fresh(self) -> "array[int]":
-        return array("q", bytes(8 * self._size))  # written, so that its pages are there
+        return array("q", bytes(self._size))  # written, so that its pages are there
 
 
 def _series(rows: Any) -> Series:

@@ -8,7 +8,7 @@ import numpy as np
 from sigma_noise.analysis import Analysis, OfRank
 from sigma_noise.changes import Change
 from sigma_noise.detours import Noise
-from sigma_noise.intervals import Interval
+from sigma_noise.intervals import Interval, picked_of
 from sigma_noise.periods import Period
 from sigma_noise.project import Projection
 from sigma_noise.scores import RankScore
@@ -88,9 +88,9 @@ def at_scale(p: Projection, i: int) -> str:
 
 def noise_of(s: OfRank, ranks: int) -> Iterator[str]:
     of = f"rank {s.rank}, the noisiest of {ranks}" if ranks > 1 else f"rank {s.rank}"
-    n = s.noise
+    n, share = s.noise, percents(picked_of(s.share, ranks))
     yield (
-        f"noise       {share_of(n.share)} {percents(s.share)} of {of}; detours {share_of(n.burst)}, jitter "
+        f"noise       {share_of(n.share)} {share} of {of}; detours {share_of(n.burst)}, jitter "
         f"{share_of(n.jitter)}, level {share_of(n.level)}"
     )
     unit = f"{s.median.estimate:.0f} chunks" if s.is_fixed_time else time_of(s.median.estimate)
@@ -117,9 +117,10 @@ def rhythm(found: tuple[Period, ...]) -> Iterator[str]:
 def levels(s: OfRank) -> Iterator[str]:
     if s.changes:
         big = max(s.changes, key=lambda c: abs(c.shift.estimate))
+        of_work = " of the work in a quantum" if s.is_fixed_time else ""
         yield (
             f"level       changed {count(len(s.changes), 'time')}; most at {big.time_s:.1f} s, by "
-            f"{big.shift.estimate:+.1%} {percents(big.shift)}; {clocks_of(big)}"
+            f"{big.shift.estimate:+.1%} {percents(big.shift)}{of_work}; {clocks_of(big)}"
         )
 
 
@@ -158,8 +159,8 @@ def ranks_of(found: Analysis) -> Iterator[str]:
     for r in sorted(scores.ranks, key=lambda r: r.rank not in scores.flagged)[:MOST_RANKS]:
         yield f"rank {r.rank:<6} {rank_line(r)}"
     yield (
-        f"ranks       {len(scores.ranks)} by {found.ranked}, {scores.steps:,} steps: {scores.pattern}; the slowest of "
-        f"them makes {scores.slowdown:.3f} of the median rank"
+        f"ranks       {len(scores.ranks)} by {found.ranked}, {scores.steps:,} steps: {scores.pattern}; "
+        f"{standing_out(scores.flagged)}; the slowest of them makes {scores.slowdown:.3f} of the median rank"
     )
 
 
@@ -215,7 +216,7 @@ def collectives_of(found: Analysis) -> Iterator[str]:
 
 
 def rank_line(r: RankScore) -> str:
-    low, high = r.what_if_interval
+    low, high = r.what_if_together
     return (
         f"{r.kind}: without it S falls by {r.what_if:.4f} [{low:.4f}, {high:.4f}], "
         f"location {r.location:.3f}, tail {r.tail:.3f}, blame {share_of(r.blame)}"
