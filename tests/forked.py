@@ -47,10 +47,10 @@ def _start(env: dict[str, str]) -> None:
 
 
 def run(
-    args: Sequence[str], env: Mapping[str, str], cwd: Path | None
+    args: Sequence[str], env: Mapping[str, str], cwd: Path | None, fault: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str] | None:
     """None where the program would import under other variables than the server did."""
-    results = run_all(args, [env], cwd)
+    results = run_all(args, [env], cwd, fault)
     return results[0] if results else None
 
 
@@ -144,6 +144,10 @@ class Running:
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired(list(self.args), timeout)
         return self._process.exitcode
+
+    def said(self) -> str:
+        """On stdout, until now."""
+        return self._files[0].read_text() if self._files[0].exists() else ""
 
     def result(self, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
         """What it said until its end."""

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sigma_cli import pairs
-from sigma_train import generate, loop, report, selfcheck
+from sigma_train import generate, launch, loop, report, selfcheck
 from sigma_train import step as one_step
 from sigma_train.config import Config
+from sigma_train.ledger import Ledger
 from sigma_train.model import LanguageModel
 from sigma_train.ranks import Ranks
 from sigma_train.sharded import Writer
@@ -31,17 +32,21 @@ def no_bounds() -> None:
     loop.product_flops_per_s = lambda dtype: 1e12
 
 
-def nothing() -> None:
-    """The run alone: no sample, no report, no dense twin."""
+def no_sample() -> None:
+    """Nor bounds: a run and its report."""
     no_bounds()
     generate.generate = lambda *_, **__: "no sample"
+
+
+def nothing() -> None:
+    """The run alone: no sample, no report, no dense twin."""
+    no_sample()
     report.write_report = lambda *_: "no report"
 
 
 def record_is_broken() -> None:
     """Before the report is made of it."""
-    no_bounds()
-    generate.generate = lambda *_, **__: "no sample"
+    no_sample()
     noise_of = report.noise_of
 
     def now(run: Path) -> Any:
@@ -69,6 +74,34 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def killed_in_step_16() -> None:
+    """Between its gradients and what is learned from them."""
+    nothing()
+    learn, calls = Step.learn, [0]
+
+    def now(step: Step, *args: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 16:
+            killed()
+        return learn(step, *args, **named)
+
+    Step.learn = now
+
+
+def writes_a_ledger(file: Path, resumed: int) -> None:
+    """And does nothing else, until it is killed."""
+    book = Ledger(file, True)
+    book.begin(book.now(), 1, resumed, "m", 1, 1)
+    step = resumed
+    print("ready")
+    while True:
+        step += 1
+        book.step(step, True)
+        if step % 5 == 0:
+            with book.pause("checkpoint"):
+                pass
+
+
 def disk_is_full() -> None:
     """For a part; a line of metrics fits."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -78,6 +111,11 @@ def heed_signals() -> None:
     """A run obeys what its parent ignores, and a script's `&` ignores SIGINT: tests may run under one."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
+
+
+def refused_by_all_ranks() -> None:
+    """Another program is in their place, which knows none of the options and ends with 2 at once."""
+    launch.launch = partial(launch.launch, module="json.tool")
 
 
 def signalled_while_the_bound_is_timed() -> None:

@@ -1,18 +1,21 @@
 """What the tests share: values, gradients and the error that a dtype explains."""
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import forked
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import sigma_kernels as sk
 from sigma_kernels import nn, reference
+from sigma_kernels.doctor import report
 
 
 def tolerance(dtype: torch.dtype, depth: int) -> float:
@@ -112,6 +115,29 @@ def check_isa(rank: int, isa: str) -> None:
     assert sk._C.isa() == isa
 
 
+def check_unknown_isa(rank: int) -> None:
+    os.environ["SIGMA_ISA"] = "mmx"
+    with pytest.raises(RuntimeError, match="SIGMA_ISA=mmx can't run here; this processor supports"):
+        sk._C.isa()
+
+
+def check_baseline(rank: int, machine: str, line: str) -> None:
+    """In a process of its own, as a processor of this kind."""
+    os.environ["SIGMA_ISA"] = "base"
+    platform.machine = lambda: machine
+    assert line in report().splitlines()
+
+
+def count_libgomp() -> int:
+    """OpenMP runtimes that this process has loaded."""
+    torch.ones(9).sum()
+    return len({word for word in Path("/proc/self/maps").read_text().split() if "libgomp" in word})
+
+
+def check_libgomp(rank: int) -> None:
+    assert count_libgomp() == 1
+
+
 # A pytest in a process of its own: it would rewrite the assertions of every plugin installed, hypothesis's for seconds.
 NO_OTHER_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 OF_BENCH = ["-p", "pytest_benchmark.plugin", "-p", "pytest_timeout"]
@@ -119,15 +145,14 @@ SIGMA = [sys.executable, "-P", "-c", "import sigma_cli; sigma_cli.main()"]
 
 
 def sigma(
-    *args: str, env: dict[str, str], cwd: Path | None = None, **kwargs
+    *args: str, env: dict[str, str], cwd: Path | None = None, fault: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program `sigma` to its end."""
-    result = None if kwargs else forked.run(args, env, cwd)
+    """Run the program `sigma` to its end; what befalls it is as forked.on_ranks has it."""
+    result = forked.run(args, env, cwd, fault)
     if result is not None:
         return result
-    return subprocess.run(
-        [*SIGMA, *args], env=env, cwd=cwd, capture_output=True, text=True, check=False, **kwargs
-    )
+    assert fault is None, "the first to start the server did so under other variables"
+    return subprocess.run([*SIGMA, *args], env=env, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def assert_one_sentence(result: subprocess.CompletedProcess[str], code: int, message: str) -> None:

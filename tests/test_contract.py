@@ -1,5 +1,7 @@
 """What torch expects of an operation: opcheck, gradcheck, compile, and errors that name the argument."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from support import check_isa
+from support import check_baseline, check_isa, check_libgomp, check_unknown_isa
 from torch.library import opcheck
 
 import sigma_kernels as sk
@@ -309,8 +311,6 @@ def test_wrong_input_is_named(call, kind, message):
 
 
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     return subprocess.run(
         [sys.executable, "-P", "-c", code],
         capture_output=True,
@@ -320,10 +320,20 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_an_empty_variable_is_unset():
+@pytest.fixture(scope="module")
+def imported_first() -> dict[str, object]:
+    """What a process finds that imports sigma_kernels before torch, under variables of nothing."""
+    code = "import sigma_kernels as sk, json, support; "
+    code += "print(json.dumps({'isa': sk._C.isa(), 'libgomp': support.count_libgomp()}))"
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    result = run_python(code, SIGMA_BACKEND="", SIGMA_ISA="", PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_an_empty_variable_is_unset(imported_first):
     """Defends: SIGMA_BACKEND= refused where SIGMA_ISA= is not."""
-    result = run_python("import sigma_kernels as sk; print(sk._C.isa())", SIGMA_BACKEND="", SIGMA_ISA="")
-    assert result.stdout.strip() == sk._C.supported_isas()[0], result.stderr
+    assert imported_first["isa"] == sk._C.supported_isas()[0]
 
 
 @pytest.mark.parametrize("isa", sk._C.supported_isas())
@@ -341,24 +351,17 @@ BASELINES = {
 @pytest.mark.parametrize("machine", BASELINES)
 def test_doctor_says_what_the_baseline_is(machine):
     """Defends: SSE2 in place of AVX2 that nobody notices, and NEON code that is called slow."""
-    code = "import platform; from sigma_kernels.doctor import report; platform.machine = lambda: {!r}; print(report())"
-    result = run_python(code.format(machine), SIGMA_ISA="base")
-    assert BASELINES[machine] in result.stdout.splitlines(), result.stderr
+    forked.spawn(check_baseline, (machine, BASELINES[machine]), 1)
 
 
 def test_unknown_isa_is_refused():
-    result = run_python("import sigma_kernels as sk; sk._C.isa()", SIGMA_ISA="mmx")
-    assert "SIGMA_ISA=mmx can't run here; this processor supports" in result.stderr
+    forked.spawn(check_unknown_isa, (), 1)
 
 
-@pytest.mark.parametrize("order", ["torch, sigma_kernels", "sigma_kernels, torch"])
-def test_one_libgomp(order):
-    """Defends: two OpenMP pools in one process."""
-    code = (
-        f"import {order}; import torch; torch.ones(9).sum(); m = open('/proc/self/maps').read().split(); "
-        + ("print(len({w for w in m if 'libgomp' in w}))")
-    )
-    assert run_python(code).stdout.strip() == "1"
+def test_one_libgomp(imported_first):
+    """Defends: two OpenMP pools in one process, whichever module was first in it: in a forked one torch was."""
+    assert imported_first["libgomp"] == 1
+    forked.spawn(check_libgomp, (), 1)
 
 
 def test_a_checkout_without_the_extension_says_what_to_run(tmp_path):

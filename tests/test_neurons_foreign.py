@@ -100,8 +100,8 @@ def test_losses_are_of_the_text_alone(folder, tmp_path):
     Defends: a first token that is predicted, a byte that is counted for each token that has a part of it.
     """
     for name, line in (("aa", "東京 e\u0301 🙂"), ("bb", "für alle")):
-        (tmp_path / f"{name}.txt").write_text("".join(f"{i} {line}\n" for i in range(4_000)))
-    got = opened(folder, tmp_path, "data.val_fraction=0.5").losses(10**6)
+        (tmp_path / f"{name}.txt").write_text("".join(f"{i} {line}\n" for i in range(20_000)))
+    got = opened(folder, tmp_path, "data.val_fraction=0.5", "train.batch_size=64").losses(10**6)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     files = find_files([str(tmp_path)])
     documents = split_each(files, read_corpus(files).documents, 0.5)[1]

@@ -1,13 +1,20 @@
 """`sigma compare`: same tokens, several seeds, one picture; goes on where it stopped."""
 
-import os
-
 import pytest
 from rich.console import Console
+from sigma_train import loop
 from sigma_train.compare import Runs, compare, page, validation
 from sigma_train.config import ConfigError
 from sigma_train.metrics import read_metrics
 from support import sigma
+
+
+@pytest.fixture(autouse=True)
+def runs_alone(monkeypatch):
+    """Bounds of the machine take longer to time than a run does."""
+    monkeypatch.setattr(loop, "dense_tokens_per_s", lambda config: 1.0)
+    monkeypatch.setattr(loop, "product_flops_per_s", lambda dtype: 1e12)
+
 
 TINY = ["train.steps=12", "train.eval_every=4", "data.max_bytes=200000", "train.keep=1"]
 
@@ -41,8 +48,8 @@ def test_two_presets_two_seeds_and_again(tmp_path, tmp_path_factory):
         (["smoke", "smok"], "unknown preset 'smok'; did you mean 'smoke'?"),
     ],
 )
-def test_wrong_presets_exit_2(tmp_path, presets, message):
-    result = sigma("compare", *presets, "--out", str(tmp_path / "out"), env=dict(os.environ))
+def test_wrong_presets_exit_2(cache, tmp_path, presets, message):
+    result = sigma("compare", *presets, "--out", str(tmp_path / "out"), env=cache)
     assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "out").exists()

@@ -83,7 +83,6 @@ def test_an_integer_of_thousands_of_digits_is_no_traceback(tmp_path):
 
 
 ENVIRONMENT = [
-    (["doctor"], "SIGMA_BACKEND", "foo"),
     (["doctor"], "SIGMA_ISA", "vax"),
     ([*TRAIN, "--out", "run"], "SIGMA_BACKEND", "foo"),
     ([*TRAIN, "--out", "run"], "SIGMA_ISA", "vax"),
@@ -137,19 +136,13 @@ def test_a_disk_that_fills_while_the_cache_is_built(cache, tmp_path):
     assert not list((tmp_path / "cache").glob(".tmp-*"))
 
 
-def test_a_report_that_cannot_be_written_is_one_sentence(cache, tmp_path):
-    run = tmp_path / "run"
-    assert sigma(*TRAIN, "--steps", "1", "--out", str(run), env=cache).returncode == 0
-    (run / "report.html").unlink()
-    (run / "report.html").mkdir()
-    result = sigma(*TRAIN, "--steps", "1", "--out", str(run), "--resume", env=cache)
-    assert_one_sentence(result, 1, f"cannot write {run}/report.html: Is a directory")
+ONE_STEP = [*TRAIN, "--steps", "1", "--set", "data.max_bytes=200000"]
 
 
 @pytest.fixture(scope="module")
 def two_layers(cache, tmp_path_factory):
     run = tmp_path_factory.mktemp("errors") / "run"
-    result = sigma(*TRAIN, "--steps", "1", "--set", "data.max_bytes=200000", "--out", str(run), env=cache)
+    result = sigma(*ONE_STEP, "--out", str(run), env=cache, fault=rank_faults.nothing)
     assert result.returncode == 0, result.stderr
     return run
 
@@ -159,6 +152,12 @@ def run(two_layers, tmp_path):
     """A run of two layers, to be spoilt."""
     subprocess.run(["cp", "-r", two_layers, tmp_path / "run"], check=True)
     return tmp_path / "run"
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(cache, run):
+    (run / "report.html").mkdir()
+    result = sigma(*ONE_STEP, "--out", str(run), "--resume", env=cache, fault=rank_faults.no_sample)
+    assert_one_sentence(result, 1, f"cannot write {run}/report.html: Is a directory")
 
 
 MISFITS = [
@@ -272,7 +271,7 @@ def test_a_folder_that_cannot_be_written_is_named(cache, tmp_path):
 
 
 def test_other_settings_on_resume_are_named(cache, two_layers):
-    args = [*TRAIN, "--set", "data.max_bytes=200000", "--out", str(two_layers), "--resume"]
+    args = [*ONE_STEP, "--out", str(two_layers), "--resume"]
     result = sigma(*args, "--steps", "7", "--set", "optim.lr=1.0", env=cache)
     message = (
         f"{two_layers} holds a run of other settings: optim.lr was 0.003 and is 1.0, train.steps was 1 and is 7; "
@@ -297,7 +296,8 @@ def test_a_folder_has_one_run_at_a_time(cache, tmp_path):
             second = sigma(*args, *more, env=cache)
             message = f"train.out: another process trains in {run}; wait for it or name another folder"
             assert_one_sentence(second, 2, message)
-    third = sigma(*args, "--steps", "5000", "--set", "train.time_budget_s=0.01", "--resume", env=cache)
+    more = ["--steps", "5000", "--set", "train.time_budget_s=0.01", "--resume"]
+    third = sigma(*args, *more, env=cache, fault=rank_faults.nothing)
     assert third.returncode == 0, third.stderr
 
 
@@ -305,19 +305,19 @@ def test_a_folder_has_one_run_at_a_time(cache, tmp_path):
 def test_a_signal_during_preparation(cache, tmp_path, number):
     """The test holds the lock of the cache, so that the run waits there."""
     env = {**cache, "SIGMA_CACHE": str(tmp_path / "cache")}
-    args = [*TRAIN, "--steps", "1", "--set", "data.max_bytes=200000"]
-    assert sigma(*args, "--out", str(tmp_path / "first"), env=env).returncode == 0
+    first = sigma(*ONE_STEP, "--out", str(tmp_path / "first"), env=env, fault=rank_faults.nothing)
+    assert first.returncode == 0, first.stderr
     (lock,) = (tmp_path / "cache").glob("lock-*")
     with open(lock) as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with forked.Running(
-            [*args, "--out", str(tmp_path / "run")], env, fault=rank_faults.heed_signals
+            [*ONE_STEP, "--out", str(tmp_path / "run")], env, fault=rank_faults.heed_signals
         ) as process:
             wait_for(tmp_path / "run" / "run.lock", process)
             process.send_signal(number)
             result = process.result(60)
     assert_one_sentence(result, 128 + number, f"stopped by {number.name} before the work was done")
-    again = sigma(*args, "--out", str(tmp_path / "run"), env=env)
+    again = sigma(*ONE_STEP, "--out", str(tmp_path / "run"), env=env, fault=rank_faults.nothing)
     assert again.returncode == 0, again.stderr
 
 

@@ -4,12 +4,15 @@ import json
 import math
 import random
 import resource
+import signal
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
+import rank_faults
 from prometheus_client.parser import text_string_to_metric_families
 from sigma_train.account import Account
 from sigma_train.config import load_config
@@ -162,33 +165,19 @@ def test_a_restart_is_told_from_a_start_by_the_user(tmp_path, monkeypatch):
         write(tmp_path, begin(0, 1), steps(1, range(1, 2)), end(3, "failed"))
 
 
-WRITER = """
-import sys, time
-from pathlib import Path
-from sigma_train.ledger import Ledger
-book = Ledger(Path(sys.argv[1]), True)
-book.begin(book.now(), 1, int(sys.argv[2]), "m", 1, 1)
-step = int(sys.argv[2])
-print("ready", flush=True)
-while True:
-    step += 1
-    book.step(step, True)
-    if step % 5 == 0:
-        with book.pause("checkpoint"):
-            pass
-"""
-
-
-def test_killed_at_any_moment(tmp_path):
+def test_killed_at_any_moment(cache, tmp_path):
     """Defends: lines that are lost or torn by the next process, a ledger that can then not be read."""
     resumed, random_times, kept = 0, random.Random(0), b""
     for attempt in range(4):
-        command = [sys.executable, "-P", "-c", WRITER, str(tmp_path / FILE), str(resumed)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
+        writer = partial(rank_faults.writes_a_ledger, tmp_path / FILE, resumed)
+        with forked.Running([], cache, fault=writer) as process:
+            while not process.said():
+                assert process.poll() is None
+                time.sleep(0.001)
             time.sleep(random_times.uniform(0, 0.03))
             list(read_events(tmp_path / FILE))  # while it is written
             process.kill()
+            assert process.wait() == -signal.SIGKILL
         content = (tmp_path / FILE).read_bytes()
         assert content.startswith(kept), "what stood there was changed"
         if attempt % 2:  # as a kill between two pages of a file leaves it
@@ -245,7 +234,7 @@ def test_a_run_accounts_for_the_life_of_its_process(cache, tmp_path):
         "--set",
         f"train.prometheus={prom}",
     ]
-    first = sigma(*args, "--set", "train.time_budget_s=1e-9", env=cache)
+    first = sigma(*args, "--set", "train.time_budget_s=1e-9", env=cache, fault=rank_faults.nothing)
     assert first.returncode == 0, first.stderr
     before = Account(read_events(run / FILE)).totals()
     assert Account(read_events(run / FILE)).reached == 1, "one step whatever the budget"

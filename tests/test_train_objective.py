@@ -23,7 +23,7 @@ from sigma_train.teacher_cache import cache_losses
 from sigma_train.teacher_file import read_losses, write_losses
 
 SMALL = [
-    "data.max_bytes=200000",
+    "data.max_bytes=100000",
     "train.batch_size=4",
     "train.steps=4",
     "train.save_every=2",
@@ -240,7 +240,7 @@ def test_a_run_goes_on_with_the_same_teacher_alone(make_trainer, teacher, tmp_pa
 
 
 @pytest.mark.parametrize(("settings", "error", "words"), [
-    (["data.max_bytes=150000"], WrongInput, "losses of another text than the training split: corpus_digest is"),
+    (["data.max_bytes=80000"], WrongInput, "losses of another text than the training split: corpus_digest is"),
     (["data.val_fraction=0.2"], WrongInput, "val_fraction is 0.1 there and 0.2 here"),
     (["objective.kind=random"], ConfigError, "go together; found kind 'random' and teacher /"),
     (["objective.teacher=none"], ConfigError, "go together; found kind 'teacher_guided' and teacher none"),

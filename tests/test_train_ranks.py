@@ -17,7 +17,7 @@ from sigma_train.account import Account
 from sigma_train.checkpoint import latest_checkpoint, load_checkpoint
 from sigma_train.events import FILE, Begin, Spent, read_events
 from sigma_train.metrics import read_metrics
-from support import assert_one_sentence, sigma
+from support import sigma
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -46,19 +46,16 @@ def rows(out: Path, name: str) -> dict[int, float]:
     return {row["step"]: row[name] for row in read_metrics(out / "metrics.jsonl") if name in row}
 
 
-@pytest.fixture(scope="module")
-def whole(cache, tmp_path_factory) -> Path:
-    """Twelve steps on one rank, without torchrun."""
-    out = tmp_path_factory.mktemp("ranks") / "whole"
-    args = without_a_launcher(arguments(1, out, "--steps", "12"))
-    with forked.Running(args, cache, fault=rank_faults.nothing) as process:
-        result = process.result()
+def of_one(out: Path, cache: dict[str, str], *more: str) -> Path:
+    """The run on one rank."""
+    args = without_a_launcher(arguments(1, out, *more))
+    result = sigma(*args, env=cache, fault=rank_faults.nothing)
     assert result.returncode == 0, result.stderr
     return out
 
 
 def assert_same_run(got: Path, want: Path) -> None:
-    """To the rounding of f32, which twelve steps have not yet made large; each expert's tokens exactly."""
+    """To the rounding of f32, which a dozen steps have not yet made large; each expert's tokens exactly."""
     for name, bound in (("loss", 1e-5), ("val_bits_per_byte", 1e-5), ("grad_norm", 1e-3)):
         of_got, of_want = rows(got, name), rows(want, name)
         assert of_got.keys() == of_want.keys()
@@ -82,12 +79,13 @@ def assert_same_layers(got: Path, want: Path) -> None:
     assert looks >= len(of_want) / 2
 
 
-def test_four_ranks_then_one_are_the_same_run(cache, tmp_path, whole):
+def test_four_ranks_then_one_are_the_same_run(cache, tmp_path):
     """Defends: gradients of experts summed where they are averaged, tokens left out, a norm or counts of one rank.
 
     A checkpoint is of the whole model, and each rank takes its part.
     """
-    out, more = tmp_path / "run", ("--steps", "12")
+    out, more = tmp_path / "run", ("--steps", "8")
+    whole = of_one(tmp_path / "whole", cache, *more)
     args = without_a_launcher(arguments(4, out, *more, "--set", "train.time_budget_s=0.5"))
     results = forked.on_ranks(4, args, cache, rank_faults.nothing)
     assert [result.returncode for result in results] == [0] * 4, results
@@ -95,7 +93,8 @@ def test_four_ranks_then_one_are_the_same_run(cache, tmp_path, whole):
     assert results[0].stdout.count("report: ") == 1
     assert not any(result.stdout for result in results[1:]), "every rank speaks"
     assert "time budget" in results[0].stdout, "the run was over before its budget"
-    result = sigma(*arguments(1, out, *more, "--resume"), env=cache)
+    args = without_a_launcher(arguments(1, out, *more, "--resume"))
+    result = sigma(*args, env=cache, fault=rank_faults.nothing)
     assert result.returncode == 0, result.stderr
     assert "resumed" in result.stdout
     for name, bound in (("loss", 1e-5), ("grad_norm", 1e-3)):
@@ -145,7 +144,7 @@ def process_of(rank: int, out: Path) -> int:
 
 
 @pytest.mark.acceptance
-def test_a_run_that_loses_ranks_goes_on_by_itself(cache, tmp_path, whole):
+def test_a_run_that_loses_ranks_goes_on_by_itself(cache, tmp_path):
     """One is killed, then one hangs until the others have waited too long: nothing is lost but steps since a save."""
     out = tmp_path / "run"
     args = arguments(2, out, "--steps", "12", "--set", "train.rank_timeout_s=5")
@@ -170,7 +169,7 @@ def test_a_run_that_loses_ranks_goes_on_by_itself(cache, tmp_path, whole):
     assert stdout.count("resumed") == 2
     assert "all ranks start again from the newest checkpoint, 1 of 3 times" in stderr
     assert "all ranks start again from the newest checkpoint, 2 of 3 times" in stderr
-    assert_same_run(out, whole)
+    assert_same_run(out, of_one(tmp_path / "whole", cache, "--steps", "12"))
     assert_ledger_tells(out, stdout)
 
 
@@ -225,28 +224,30 @@ def test_ranks_whose_parent_is_killed_save_and_end(long_run):
     assert load_checkpoint(latest_checkpoint(out / "checkpoints")).step == max(rows(out, "loss"))
 
 
-@pytest.mark.acceptance
-def test_by_torchrun_in_bf16_with_biases_and_micro_steps(cache, tmp_path):
+def test_two_ranks_in_bf16_with_biases_and_micro_steps(cache, tmp_path):
     """Defends: counts of one rank, which move its biases alone; tokens in f32 beside experts in bf16."""
-    more = [
-        "--preset",
-        "smoke",
-        "--steps",
-        "4",
-        "--dtype",
-        "bf16",
-        "--set",
-        "train.grad_accum=2",
-        "--set",
-        "optim.eps=1e-2",
-    ]
-    more += ["--set", "router.balance=bias", "--set", "router.bias_rate=0.1"]
-    one = sigma("train", *more, "--out", str(tmp_path / "one"), env=cache)
-    assert one.returncode == 0, one.stderr
+    settings = ("router.balance=bias", "router.bias_rate=0.1", "train.grad_accum=2")
+    more = ["--steps", "4", "--dtype", "bf16", *(part for text in settings for part in ("--set", text))]
+    one = of_one(tmp_path / "one", cache, *more)
+    two = tmp_path / "two"
+    results = forked.on_ranks(2, without_a_launcher(arguments(2, two, *more)), cache, rank_faults.nothing)
+    assert [result.returncode for result in results] == [0, 0], results
+    want, got = (rows(run, "loss") for run in (one, two))
+    assert all(abs(want[step] - got[step]) <= 1e-3 * want[step] for step in want)
+    for step, layers in rows(one, "load").items():
+        for want, got in zip(layers, rows(two, "load")[step], strict=True):
+            moved = sum(abs(a - b) for a, b in zip(want, got, strict=True))
+            assert sum(got) == sum(want) == 2 * 8 * 64
+            assert moved <= 0.02 * sum(want), "more tokens have another expert than bf16's rounding moves"
+
+
+@pytest.mark.acceptance
+def test_by_torchrun(cache, tmp_path):
+    """Defends: ranks that find each other only where we start them."""
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = [*more, "--set", "train.batch_size=4", "--out", str(tmp_path / "two")]
+    args = without_a_launcher(arguments(2, tmp_path / "run", "--steps", "1", "--no-report"))
     result = subprocess.run(  # elsewhere: `python -m`, which torchrun starts, finds the sources of a checkout first
-        [*torchrun, "-m", "sigma_train", *two],
+        [*torchrun, "-m", "sigma_train", *args[1:]],
         env=cache,
         cwd=tmp_path,
         capture_output=True,
@@ -254,13 +255,8 @@ def test_by_torchrun_in_bf16_with_biases_and_micro_steps(cache, tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    of_one, of_two = (rows(tmp_path / name, "loss") for name in ("one", "two"))
-    assert all(abs(of_one[step] - of_two[step]) <= 1e-3 * of_one[step] for step in of_one)
-    for step, layers in rows(tmp_path / "one", "load").items():
-        for want, got in zip(layers, rows(tmp_path / "two", "load")[step], strict=True):
-            moved = sum(abs(a - b) for a, b in zip(want, got, strict=True))
-            assert sum(got) == sum(want) == 2 * 8 * 64
-            assert moved <= 0.02 * sum(want), "more tokens have another expert than bf16's rounding moves"
+    assert "2 ranks" in result.stdout
+    assert rows(tmp_path / "run", "load").keys() == {1}
 
 
 def test_an_environment_that_is_not_torchruns_is_refused(cache, tmp_path):
@@ -272,8 +268,9 @@ def test_an_environment_that_is_not_torchruns_is_refused(cache, tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-def test_experts_that_cannot_be_shared_out_are_refused(cache, tmp_path):
-    result = sigma(*arguments(2, tmp_path / "run", "--set", "model.num_experts=7"), env=cache)
-    message = "model.num_experts must be a multiple of the 2 ranks of this run, found 7"
-    refused = "the ranks refused their input, as said above"
-    assert_one_sentence(result, 2, f"{message}\nerror: {refused}")
+def test_what_ranks_refuse_is_refused(cache, tmp_path):
+    """Defends: ranks that are started again with what they refused.  What a rank says is in test_train_mesh.py."""
+    result = sigma(*arguments(2, tmp_path / "run"), env=cache, fault=rank_faults.refused_by_all_ranks)
+    assert result.returncode == 2
+    assert "start again" not in result.stderr
+    assert result.stderr.endswith("error: the ranks refused their input, as said above\n")

@@ -27,16 +27,29 @@ SHARES = [  # of about the same time
     [file for file in FILES if not any(name in file.stem for name in ("experts", "gemm", "fp8"))],
     [file for file in FILES if "fp8" in file.stem],
 ]
+A_LAYER = [FILES[0].with_name("test_triton_experts.py"), "-k", "equals_reference and 33 and 17 and float32"]
 
-
-@pytest.mark.acceptance
-@pytest.mark.skipif(
+in_the_interpreter = pytest.mark.skipif(
     tuple(map(int, version("triton").split(".")[:2])) < (3, 9),
     reason="before Triton 3.9 its interpreter has no fp8e4b8, and no descriptors of mixed strides",
 )
+
+
+@in_the_interpreter
+@pytest.mark.acceptance
 @pytest.mark.parametrize("files", SHARES, ids=lambda files: files[0].stem)
 def test_in_the_interpreter(files):
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "pytest_timeout", *files]
+    passes_there(*files)
+
+
+@in_the_interpreter
+def test_a_layer_in_the_interpreter():
+    """Of what the acceptance step runs whole, the one that all kernels of a layer have a part in."""
+    passes_there(*A_LAYER)
+
+
+def passes_there(*args: str | Path) -> None:
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "pytest_timeout", *args]
     env = {**os.environ, "TRITON_INTERPRET": "1", **NO_OTHER_PLUGINS}
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
