@@ -13,9 +13,11 @@ LANGUAGES = [f"language-{k}" for k in range(4)]
 
 @pytest.mark.parametrize("preset", ["tiny-96", "tiny-dense"])
 @pytest.mark.parametrize("text", ["one", "mixed"])
-def test_counting_of_neurons(race, device, preset, text):
+def test_counting_of_neurons(race, device, pytestconfig, preset, text):
     if device.type != "cpu":
         pytest.skip("the trainer runs on a CPU")
+    if pytestconfig.getoption("--tiny"):
+        preset = "smoke"
     config = load_config(preset, None, [])
     m, t = config.model, config.train
     model = LanguageModel(config).eval()

@@ -4,13 +4,16 @@ import math
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from sigma_cli import pairs
+from sigma_experiments import lab
 from sigma_train import generate, launch, loop, report, selfcheck
 from sigma_train import step as one_step
 from sigma_train.config import Config
@@ -100,6 +103,24 @@ def writes_a_ledger(file: Path, resumed: int) -> None:
         if step % 5 == 0:
             with book.pause("checkpoint"):
                 pass
+
+
+def backend_is_forced() -> None:
+    """After the import of what reads it."""
+    os.environ["SIGMA_BACKEND"] = "cpu"
+
+
+def starts_a_training(args: list[str], log: Path) -> None:
+    """As an experiment does, and waits for ever."""
+    print(lab.started(args, log).pid)
+    time.sleep(600)
+
+
+def trains_in_a_lab(out: Path, run: lab.Run) -> None:
+    """And tells the step of the last validation, or why there is none."""
+    (trained,) = lab.Lab(out, 1, True, 1, Console()).train([run]).values()
+    print(trained.validation[-1][0])
+    sys.exit()
 
 
 def disk_is_full() -> None:

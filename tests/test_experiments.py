@@ -5,10 +5,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
+from functools import partial
 
 import forked
 import pytest
@@ -224,14 +223,13 @@ def test_trainings_end_with_a_killed_experiment(cache, tmp_path):
     run = Run("a", 0, {**SMALL, "train.steps": 1_000_000})
     settings, log, metrics = (tmp_path / name for name in ("a.toml", "a.log", f"{run.name}/metrics.jsonl"))
     settings.write_text(run.config(tmp_path).to_toml())
-    code = (
-        "import sys, time; from pathlib import Path; from sigma_experiments import lab\n"
-        "print(lab.started(['train', '--config', sys.argv[1]], Path(sys.argv[2])).pid, flush=True)\n"
-        "time.sleep(600)"
-    )
-    args, deadline = [sys.executable, "-P", "-c", code, str(settings), str(log)], time.monotonic() + 200
-    with subprocess.Popen(args, env={**os.environ, **cache}, stdout=subprocess.PIPE, text=True) as process:
-        training = int(process.stdout.readline())
+    deadline = time.monotonic() + 200
+    starts = partial(rank_faults.starts_a_training, ["train", "--config", str(settings)], log)
+    with forked.Running([], cache, fault=starts) as process:
+        while not process.said():
+            assert process.poll() is None
+            time.sleep(0.01)
+        training = int(process.said())
         try:
             while not (metrics.exists() and metrics.read_text()):
                 assert time.monotonic() < deadline, log.read_text()
@@ -248,17 +246,5 @@ def test_trainings_end_with_a_killed_experiment(cache, tmp_path):
 
 def test_the_command_from_its_start(tmp_path, cache):
     """Defends: a program that only works where the tests start trainings for it."""
-    code = (
-        "import sigma_experiments.lab as lab, sys; from sigma_train.folder import claimed\n"
-        "from rich.console import Console; from pathlib import Path\n"
-        "done = lab.Lab(Path(sys.argv[1]), 1, True, 1, Console()).train([lab.Run('a', 0, eval(sys.argv[2]))])\n"
-        "print(*(each.validation[-1][0] for each in done.values()))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-P", "-c", code, str(tmp_path), repr(SMALL)],
-        env={**os.environ, **cache},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout.split()[-1] == "4"
+    result = sigma(env=cache, fault=partial(rank_faults.trains_in_a_lab, tmp_path, Run("a", 0, SMALL)))
+    assert result.stdout.split()[-1] == "4", result.stderr

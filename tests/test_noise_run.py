@@ -109,19 +109,18 @@ def test_two_ranks_write_a_file_each(cache, tmp_path):
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [([], ["--nproc", "2"]), pytest.param(TORCHRUN, [], marks=pytest.mark.acceptance)],
-    ids=["nproc", "torchrun"],
-)
-def test_ranks_of_processes_that_others_start(tmp_path, cache, before, after):
+@pytest.mark.parametrize("start", ["nproc", "torchrun"])
+def test_ranks_of_processes_that_others_start(tmp_path, cache, start):
     """Defends: arguments lost on the way to the ranks; ranks that find each other only where we start them."""
     out = tmp_path / "run"
-    command = [sys.executable, "-P", "-m", *before, "sigma_cli", "noise", "run", *SHORT]
-    result = subprocess.run(  # elsewhere: `python -m`, which torchrun starts, finds the sources of a checkout first
-        [*command, "--kernel", "a2a", "--mode", "fwq", "--out", str(out), *after],
-        env={**os.environ, **cache}, cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    args = ["noise", "run", *SHORT, "--kernel", "a2a", "--mode", "fwq", "--out", str(out)]
+    if start == "nproc":
+        result = sigma(*args, "--nproc", "2", env=cache)
+    else:
+        command = [sys.executable, "-P", "-m", *TORCHRUN, "sigma_cli", *args]
+        result = subprocess.run(  # elsewhere: `python -m`, which torchrun starts, finds sources of a checkout first
+            command, env={**os.environ, **cache}, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
     assert result.returncode == 0, result.stderr
     assert list(read(out).ranks) == [0, 1]
 
