@@ -39,16 +39,9 @@ def test_the_gate_and_up_projection(architecture):
     assert 0 < verdict.resources.occupancy(GPUS[architecture]) <= 1
 
 
-<<<<<<< HEAD
-@pytest.mark.acceptance
-@pytest.mark.parametrize("architecture", ["sm_80", "gfx942"])
-def test_a_block_that_spills_is_found(architecture):
-    """Defends: a gate that passes everything.  One warp holds two sums of 64 x 128."""
-=======
 @pytest.mark.parametrize("architecture, rows", [("sm_80", 32), ("gfx942", 64)])
 def test_a_block_that_spills_is_found(architecture, rows):
     """Defends: a gate that passes everything.  One warp holds two sums of 32 x 128, one of AMD's two of 64 x 128."""
->>>>>>> h3
     launch = products(architecture)[0]
     bad = replace(
         launch, options={**launch.options, "BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 1}
