@@ -217,7 +217,6 @@ def test_a_page_says_what_its_minutes_are_without(tmp_path):
     assert "trainings of 0.2 core-minutes in them, without 3 of calls before: " in written.read_text()
 
 
-@pytest.mark.acceptance
 def test_trainings_end_with_a_killed_experiment(cache, tmp_path):
     """Defends: trainings that hold cores and folders when nobody waits for them."""
     run = Run("a", 0, {**SMALL, "train.steps": 1_000_000})
