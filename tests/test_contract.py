@@ -325,7 +325,8 @@ def imported_first() -> dict[str, object]:
     """What a process finds that imports sigma_kernels before torch, under variables of nothing."""
     code = "import sigma_kernels as sk, json, support; "
     code += "print(json.dumps({'isa': sk._C.isa(), 'libgomp': support.count_libgomp()}))"
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, paths))  # an empty one is the folder that this runs in
     result = run_python(code, SIGMA_BACKEND="", SIGMA_ISA="", PYTHONPATH=path)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
