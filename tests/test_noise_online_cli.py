@@ -1,12 +1,14 @@
 """`sigma noise watch`: medians of fixed work as they come, and what it says when their level changes."""
 
 import re
+import signal
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from sigma_noise import loops, online, online_cli
 from sigma_noise.trace import Series
-from sigma_train.errors import WrongInput
+from sigma_train.errors import Stopped, WrongInput
 from test_noise_analysis import invoke
 from test_noise_changes import levels
 
@@ -47,6 +49,19 @@ def test_a_level_that_changes_is_told_while_it_is_watched(monkeypatch, factor, s
             r"\(p [01]\.\d{3}\)",
             line,
         )
+
+
+def test_a_watch_that_a_signal_ends_sums_up(monkeypatch, capsys):
+    """Defends: days of medians without a last line, as without --duration nothing but a signal ends it."""
+
+    def until_a_signal(*_: object) -> Iterator[float]:
+        yield from np.random.default_rng(1).normal(1e-3, 1e-6, 30)
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(online_cli, "medians_of", until_a_signal)
+    with pytest.raises(Stopped):
+        online_cli.watch(quantum=1e-3, every=1.0)
+    assert capsys.readouterr().out.splitlines()[-1] == "30 medians of 1 s, 0 changes of level"
 
 
 def test_the_loop_itself_is_watched():

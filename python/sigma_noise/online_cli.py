@@ -56,9 +56,10 @@ def watch(
                     typer.echo(f"{time.strftime('%H:%M:%S')}  {told(kernel, alarm, every)}")
     except ValueError as error:
         raise WrongInput(as_options(error)) from None
-    typer.echo(
-        f"{count(len(medians), 'median')} of {time_of(every)}, {count(len(alarms), 'change')} of level"
-    )
+    finally:  # a signal is how most watches end
+        if medians:
+            of = f"{count(len(medians), 'median')} of {time_of(every)}"
+            typer.echo(f"{of}, {count(len(alarms), 'change')} of level")
     if any(alarm.after > alarm.before for alarm in alarms):
         raise typer.Exit(Exit.REGRESSED)
 
