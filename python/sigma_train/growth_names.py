@@ -7,7 +7,8 @@ from enum import Enum
 
 # Towers that see, hear or speak have layers of their own, which stay as they are.
 LAYER = re.compile(
-    r"((?!(?:.*\.)?(?:vision|visual|audio|sam_model|qwen2_model|perception|ctc_timestamp|talker|code2wav))(?:.*\.)?(?:layers|transformer\.blocks)\.)(\d+)\.(.+)"
+    r"((?!(?:.*\.)?(?:vision|visual|audio|sam_model|qwen2_model|perception|ctc_timestamp|talker|code2wav))"
+    r"(?:.*\.)?(?:layers|transformer\.blocks)\.)(\d+)\.(.+)"
 )
 ALL_EXPERTS = re.compile(
     r"(?:.*\.)?(?:experts\.(gate_up_proj|up_proj|down_proj|fc1|fc2)|moe\.(gate_proj|up_proj|down_proj)"
