@@ -240,7 +240,7 @@ def test_a_run_goes_on_with_the_same_teacher_alone(make_trainer, teacher, tmp_pa
 
 
 @pytest.mark.parametrize(("settings", "error", "words"), [
-    (["data.max_bytes=80000"], WrongInput, "losses of another text than the training split: corpus_digest is"),
+    (["data.max_bytes=300000"], WrongInput, "losses of another text than the training split: corpus_digest is"),
     (["data.val_fraction=0.2"], WrongInput, "val_fraction is 0.1 there and 0.2 here"),
     (["objective.kind=random"], ConfigError, "go together; found kind 'random' and teacher /"),
     (["objective.teacher=none"], ConfigError, "go together; found kind 'teacher_guided' and teacher none"),
