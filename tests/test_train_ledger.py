@@ -14,6 +14,7 @@ import forked
 import pytest
 import rank_faults
 from prometheus_client.parser import text_string_to_metric_families
+from sigma_train import events
 from sigma_train.account import Account
 from sigma_train.config import load_config
 from sigma_train.errors import WrongInput
@@ -43,10 +44,27 @@ HALF = b'{"at":123,"event":"sp'
 
 def test_a_half_written_line_is_passed_over(tmp_path):
     """At the end, and where the process after the killed one went on in a line of its own."""
-    events = [begin(0, 1), *steps(1, range(1, 3))]
-    assert len(list(read_events(write(tmp_path, events, HALF) / FILE))) == 3
-    assert len(list(read_events(write(tmp_path, events, HALF + b"\n", events) / FILE))) == 6
-    assert len(list(read_events(write(tmp_path, events, HALF + b"\n", end(5)) / FILE))) == 4
+    whole = [begin(0, 1), *steps(1, range(1, 3))]
+    assert len(list(read_events(write(tmp_path, whole, HALF) / FILE))) == 3
+    assert len(list(read_events(write(tmp_path, whole, HALF + b"\n", whole) / FILE))) == 6
+    assert len(list(read_events(write(tmp_path, whole, HALF + b"\n", end(5)) / FILE))) == 4
+
+
+def test_a_line_that_is_finished_while_it_is_read_is_left_to_the_next_reader(tmp_path, monkeypatch):
+    """Defends: its second half taken for a line of its own, and the ledger of a run that trains for damaged."""
+    lines = [to_line(event) for event in [begin(0, 1), *steps(1, range(1, 4))]]
+    path = write(tmp_path, *lines[:2], lines[2][:30]) / FILE
+
+    class Late:
+        def validate_json(self, line: bytes) -> Event:
+            if line == lines[2][:30]:
+                path.write_bytes(b"".join(lines))
+            return told.validate_json(line)
+
+    told = events._EVENT
+    monkeypatch.setattr(events, "_EVENT", Late())
+    assert len(list(read_events(path))) == 2
+    assert len(list(read_events(path))) == 4
 
 
 DAMAGED = [

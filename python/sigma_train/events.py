@@ -119,7 +119,10 @@ def read_events(path: Path) -> Iterator[Event]:
 def _lines(path: Path) -> Iterator[bytes]:
     try:
         with open(path, "rb") as file:
-            yield from file
+            for line in file:
+                yield line
+                if not line.endswith(b"\n"):
+                    return  # its rest, which may be written by now, would be read as a line of its own
     except FileNotFoundError:
         raise WrongInput(f"{path.parent} holds no ledger of a run: {path.name} is missing") from None
     except OSError as error:
