@@ -97,6 +97,27 @@ void bind_experts_forward(py::module_& m, const std::string& suffix) {
         no_gil());
 }
 
+// G: how the weights' gradients are stored.
+template <class X, class W, class G>
+void bind_experts_backward(py::module_& m, const std::string& suffix) {
+  m.def(("experts_backward" + suffix).c_str(),
+        [](const Experts<X, W>& e, Address grad_out, int64_t ld_grad, Address grad_gate_up, Address hidden,
+           Address by_slot, Address grad_weights, Address grad_x, Address grad_gate_up_proj,
+           Address grad_down_proj, bool adds) {
+          experts_backward(e, ExpertsBackward<X, W, G>{.grad_out = at<X>(grad_out),
+                                                       .ld_grad = ld_grad,
+                                                       .grad_gate_up = at<X>(grad_gate_up),
+                                                       .hidden = at<X>(hidden),
+                                                       .by_slot = at<float>(by_slot),
+                                                       .grad_weights = at<float>(grad_weights),
+                                                       .grad_x = at<X>(grad_x),
+                                                       .grad_gate_up_proj = at<G>(grad_gate_up_proj),
+                                                       .grad_down_proj = at<G>(grad_down_proj),
+                                                       .adds = adds});
+        },
+        no_gil());
+}
+
 template <class X, class W>
 void bind_gemms(py::module_& m, const std::string& suffix) {
   m.def(("grouped_gemm" + suffix).c_str(),
@@ -136,22 +157,8 @@ void bind_gemms(py::module_& m, const std::string& suffix) {
         no_gil());
 
   bind_experts_forward<X, W>(m, suffix);
-  m.def(("experts_backward" + suffix).c_str(),
-        [](const Experts<X, W>& e, Address grad_out, int64_t ld_grad, Address grad_gate_up, Address hidden,
-           Address by_slot, Address grad_weights, Address grad_x, Address grad_gate_up_proj,
-           Address grad_down_proj, bool adds) {
-          experts_backward(e, ExpertsBackward<X, W>{.grad_out = at<X>(grad_out),
-                                                    .ld_grad = ld_grad,
-                                                    .grad_gate_up = at<X>(grad_gate_up),
-                                                    .hidden = at<X>(hidden),
-                                                    .by_slot = at<float>(by_slot),
-                                                    .grad_weights = at<float>(grad_weights),
-                                                    .grad_x = at<X>(grad_x),
-                                                    .grad_gate_up_proj = at<W>(grad_gate_up_proj),
-                                                    .grad_down_proj = at<W>(grad_down_proj),
-                                                    .adds = adds});
-        },
-        no_gil());
+  bind_experts_backward<X, W, W>(m, suffix);
+  if constexpr (!std::is_same_v<W, float>) bind_experts_backward<X, W, float>(m, suffix + "_f32");
 }
 
 template <class Y>

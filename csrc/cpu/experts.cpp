@@ -130,8 +130,8 @@ void gate_up_and_swiglu(const Experts<X, W>& m, X* hidden) {
 
 // hidden = W_down^T grad_out, and from it, a row at a time: grad_gate_up, grad_weights, and in hidden's place
 // the weighted activation, which the gradient of W_down is made of.
-template <class X, class W>
-void down_and_swiglu_backward(const Experts<X, W>& m, const ExpertsBackward<X, W>& b) {
+template <class X, class W, class G>
+void down_and_swiglu_backward(const Experts<X, W>& m, const ExpertsBackward<X, W, G>& b) {
   const Kernels& isa = kernels();
   const GroupedGemm<X, W, float> g{.E = m.E,
                                    .N = m.I,
@@ -218,8 +218,8 @@ int64_t experts_inference(Experts<X, W> m, const Index* indices, const RoutingWe
   return -1;
 }
 
-template <class X, class W>
-void experts_backward(const Experts<X, W>& m, const ExpertsBackward<X, W>& b) {
+template <class X, class W, class G>
+void experts_backward(const Experts<X, W>& m, const ExpertsBackward<X, W, G>& b) {
   down_and_swiglu_backward(m, b);
   for (int64_t s = 0; m.row_of_slot && s < m.T * m.k; ++s)
     if (m.row_of_slot[s] < 0) b.grad_weights[s] = 0.0f;
@@ -239,7 +239,7 @@ void experts_backward(const Experts<X, W>& m, const ExpertsBackward<X, W>& b) {
                                    .threads = m.threads},
               b.by_slot, b.grad_x, [](const auto& g) { grouped_gemm_nn(g); });
   if (b.grad_gate_up_proj)
-    grouped_outer(GroupedOuter<X, W>{.E = m.E,
+    grouped_outer(GroupedOuter<X, G>{.E = m.E,
                                      .A = 2 * m.I,
                                      .B = m.H,
                                      .offsets = m.offsets,
@@ -251,7 +251,7 @@ void experts_backward(const Experts<X, W>& m, const ExpertsBackward<X, W>& b) {
                                      .adds = b.adds,
                                      .threads = m.threads});
   if (b.grad_down_proj)
-    grouped_outer(GroupedOuter<X, W>{.E = m.E,
+    grouped_outer(GroupedOuter<X, G>{.E = m.E,
                                      .A = m.H,
                                      .B = m.I,
                                      .offsets = m.offsets,
@@ -270,15 +270,21 @@ void experts_backward(const Experts<X, W>& m, const ExpertsBackward<X, W>& b) {
                                      std::add_pointer_t<X>);                                 \
   template int64_t experts_inference(Experts<X, W>, const int64_t*, const RoutingWeight<W>*, \
                                      std::add_pointer_t<X>);
-#define SK_INSTANTIATE(X, W) \
-  SK_FORWARD(X, W)           \
-  template void experts_backward(const Experts<X, W>&, const ExpertsBackward<X, W>&);
-SK_INSTANTIATE(float, float)
-SK_INSTANTIATE(float, Bf16)
-SK_INSTANTIATE(float, F16)
-SK_INSTANTIATE(Bf16, Bf16)
+#define SK_BACKWARD(X, W, G) \
+  template void experts_backward(const Experts<X, W>&, const ExpertsBackward<X, W, G>&);
+SK_FORWARD(float, float)
+SK_BACKWARD(float, float, float)
+SK_FORWARD(float, Bf16)
+SK_BACKWARD(float, Bf16, Bf16)
+SK_BACKWARD(float, Bf16, float)
+SK_FORWARD(float, F16)
+SK_BACKWARD(float, F16, F16)
+SK_BACKWARD(float, F16, float)
+SK_FORWARD(Bf16, Bf16)
+SK_BACKWARD(Bf16, Bf16, Bf16)
+SK_BACKWARD(Bf16, Bf16, float)
 SK_FORWARD(float, Int8)
-#undef SK_INSTANTIATE
+#undef SK_BACKWARD
 #undef SK_FORWARD
 
 }  // namespace sigma::cpu

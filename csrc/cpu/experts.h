@@ -10,7 +10,7 @@ namespace sigma::cpu {
 
 // What forward and backward share.  Rows r are in expert order, row_map[r] is the slot t*k + j of row r.
 // R = offsets[E] may be less than T*k: a slot without a row is answered by no expert, and adds nothing.
-// X: how activations are stored, which decides the arithmetic; W: the experts' weights and their gradients.
+// X: how activations are stored, which decides the arithmetic; W: the experts' weights.
 // There are <float, float>, <float, Bf16>, <float, F16> and <Bf16, Bf16> (isa/kernels.h), and <float, Int8>
 // forward.
 template <class X = float, class W = X>
@@ -51,7 +51,8 @@ using RoutingWeight = std::conditional_t<std::is_same_v<W, Int8>, float, W>;
 template <class X, class W, class Index>
 int64_t experts_inference(Experts<X, W> m, const Index* indices, const RoutingWeight<W>* weights, X* out);
 
-template <class X = float, class W = X>
+// G: how the weights' gradients are stored, W or float.
+template <class X = float, class W = X, class G = W>
 struct ExpertsBackward {
   const X* grad_out;  // [T, H], ld_grad apart
   int64_t ld_grad;
@@ -60,11 +61,11 @@ struct ExpertsBackward {
   float* by_slot;        // [R, H] scratch, only for k > 1
   float* grad_weights;   // [T, k]
   X* grad_x;             // [T, H], or null
-  W* grad_gate_up_proj;  // contiguous, or null
-  W* grad_down_proj;     // contiguous, or null
+  G* grad_gate_up_proj;  // contiguous, or null
+  G* grad_down_proj;     // contiguous, or null
   bool adds;             // to the two weight gradients
 };
-template <class X, class W>
-void experts_backward(const Experts<X, W>& m, const ExpertsBackward<X, W>& b);
+template <class X, class W, class G>
+void experts_backward(const Experts<X, W>& m, const ExpertsBackward<X, W, G>& b);
 
 }  // namespace sigma::cpu

@@ -36,7 +36,7 @@ template <class X, class W, class Y>
 void grouped_gemm_nn(const GroupedGemm<X, W, Y>& g);
 
 // out[e] (+)= a[rows of e]^T * b[rows of e], zero for an expert without rows unless it adds.
-// <float, float>, <float, Bf16> and <Bf16, Bf16>.
+// W: Bf16 or F16 beside X = float, float beside any.
 template <class X = float, class W = X>
 struct GroupedOuter {
   int64_t E, A, B;

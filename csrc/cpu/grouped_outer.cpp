@@ -169,5 +169,6 @@ template void grouped_outer(const GroupedOuter<float, float>&);
 template void grouped_outer(const GroupedOuter<float, Bf16>&);
 template void grouped_outer(const GroupedOuter<float, F16>&);
 template void grouped_outer(const GroupedOuter<Bf16, Bf16>&);
+template void grouped_outer(const GroupedOuter<Bf16, float>&);
 
 }  // namespace sigma::cpu

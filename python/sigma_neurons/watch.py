@@ -51,8 +51,10 @@ def _replaced(module: nn.Module, name: str, function: Callable[..., Tensor]) -> 
 
 
 def _observing(experts: Experts, site: Site, saw: Saw) -> Callable[..., Tensor]:
-    def forward_routed(hidden_states: Tensor, routing: Routing) -> Tensor:
-        out, gate_up = experts.forward_observed(hidden_states, routing)
+    def forward_routed(
+        hidden_states: Tensor, routing: Routing, compute_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        out, gate_up = experts.forward_observed(hidden_states, routing, compute_dtype)
         saw(gate_up[:, : site.units], routing)
         return out
 

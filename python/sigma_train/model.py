@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from sigma_kernels.nn import MoE
 from sigma_train.config import Config, ModelConfig
@@ -98,14 +97,8 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE) and torch.is_autocast_enabled("cpu"):
-            return x + _in_bf16(self.mlp, normed)
+            return x + self.mlp(normed, compute_dtype=torch.bfloat16)
         return x + self.mlp(normed)
-
-
-def _in_bf16(moe: MoE, x: Tensor) -> Tensor:
-    """The layer computes in the dtype of its experts, so it gets copies of them, through which gradients flow."""
-    copies = {f"experts.{name}": weight.bfloat16() for name, weight in moe.experts.named_parameters()}
-    return functional_call(moe, copies, (x,))
 
 
 class LanguageModel(nn.Module):

@@ -199,19 +199,21 @@ class ExpertParallelMoE(MoE):
             here._shard(mesh)
         return here.train(moe.training)
 
-    def answered(self, x: Tensor, routing: Routing) -> Tensor:
+    def answered(self, x: Tensor, routing: Routing, compute_dtype: torch.dtype | None = None) -> Tensor:
         gate_up, down = (local(p) for p in (self.experts.gate_up_proj, self.experts.down_proj))
-        tokens = as_weights(x, down)
+        tokens = as_weights(x, down) if compute_dtype is None else x.to(compute_dtype)
         if self.placement is not None:
             routing = by_place(routing, self.placement)
         if self.chunks > 1:
-            out = self._in_chunks(tokens, routing, gate_up, down)
+            out = self._in_chunks(tokens, routing, gate_up, down, compute_dtype)
         else:
             sent = dispatch(tokens, routing, self.group, self.payload)
-            out = combine(experts_of_routing(sent.rows, sent.routing, gate_up, down), sent)
+            out = combine(experts_of_routing(sent.rows, sent.routing, gate_up, down, compute_dtype), sent)
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
-    def _in_chunks(self, x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    def _in_chunks(
+        self, x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, compute_dtype: torch.dtype | None
+    ) -> Tensor:
         """A chunk's rows travel while the chunk before is computed, and its answers while the next one is."""
         routings = chunked(routing, self.group.size(), self.chunks)
         projections = zip(*(_Parts.apply(weight, self.chunks) for weight in (gate_up, down)), strict=True)
@@ -222,7 +224,8 @@ class ExpertParallelMoE(MoE):
             if chunk + 1 < self.chunks:
                 ahead = begin_dispatch(x, routings[chunk + 1], self.group, self.payload)
             sent = coming.wait()
-            answers.append(begin_combine(experts_of_routing(sent.rows, sent.routing, *weights), sent))
+            out = experts_of_routing(sent.rows, sent.routing, *weights, compute_dtype)
+            answers.append(begin_combine(out, sent))
         return sum((answer.wait() for answer in answers[1:]), start=answers[0].wait())
 
 

@@ -33,21 +33,32 @@ class Experts(nn.Module):
             bound = 1 / math.sqrt(weight.shape[2])
             nn.init.uniform_(weight, -bound, bound)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """[T, H] for hidden_states [T, H], top_k_index and top_k_weights [T, k].
 
         Under torch.autocast inputs are computed on in the dtype of the parameters, and the result has that of
-        hidden_states.
+        hidden_states.  compute_dtype: as `sigma_kernels.moe_experts` has it.
         """
-        return moe_experts(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
+        proj = self.gate_up_proj, self.down_proj
+        return moe_experts(hidden_states, top_k_index, top_k_weights, *proj, compute_dtype=compute_dtype)
 
-    def forward_routed(self, hidden_states: Tensor, routing: Routing) -> Tensor:
+    def forward_routed(
+        self, hidden_states: Tensor, routing: Routing, compute_dtype: torch.dtype | None = None
+    ) -> Tensor:
         """The same from a Routing, whose order of rows need not be found again."""
-        return experts_of_routing(hidden_states, routing, self.gate_up_proj, self.down_proj)
+        return experts_of_routing(hidden_states, routing, self.gate_up_proj, self.down_proj, compute_dtype)
 
-    def forward_observed(self, hidden_states: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    def forward_observed(
+        self, hidden_states: Tensor, routing: Routing, compute_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`forward_routed`, and what the kernel applied SwiGLU to: [R, 2I], gates and then ups, in expert order."""
-        return experts_and_gate_up(hidden_states, routing, self.gate_up_proj, self.down_proj)
+        return experts_and_gate_up(hidden_states, routing, self.gate_up_proj, self.down_proj, compute_dtype)
 
     def extra_repr(self) -> str:
         E, H, I = self.down_proj.shape

@@ -72,11 +72,15 @@ class MoE(nn.Module):
         """The numbers of this module's experts, in the order of their rows."""
         return range(self.router.weight.shape[0])
 
-    def forward(self, x: Tensor, top_k: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, top_k: int | None = None, compute_dtype: torch.dtype | None = None
+    ) -> Tensor:
         """[..., H] for x [..., H]; leading dimensions are tokens.
 
         Under torch.autocast x is computed on in the dtype of the parameters, and the result has the dtype of x.
-        Raises: ValueError if the last dimension of x is not H.
+        compute_dtype: bf16 or f16, in which experts whose parameters are f32 compute, with gradients in f32
+        (`sigma_kernels.moe_experts`); the router does not.
+        Raises: ValueError if the last dimension of x is not H; TypeError for a compute_dtype.
         """
         H = self.experts.down_proj.shape[1]
         if x.dim() == 0 or x.shape[-1] != H:
@@ -90,14 +94,14 @@ class MoE(nn.Module):
         if self.capacity_factor is not None:
             rows = routing.indices.numel() * self.capacity_factor / routing.num_experts
             routing, self.last_dropped = limit_rows(routing, max(1, math.ceil(rows)), self.drop)
-        weights = routing.weights.to(self.experts.down_proj.dtype)
+        weights = routing.weights.to(compute_dtype or self.experts.down_proj.dtype)
         if self.output_scale != 1.0:
             weights = weights * self.output_scale
-        return self.answered(flat, routing._replace(weights=weights)).view(x.shape)
+        return self.answered(flat, routing._replace(weights=weights), compute_dtype).view(x.shape)
 
-    def answered(self, x: Tensor, routing: Routing) -> Tensor:
+    def answered(self, x: Tensor, routing: Routing, compute_dtype: torch.dtype | None = None) -> Tensor:
         """What the experts make of tokens x [T, H]."""
-        return self.experts.forward_routed(x, routing)
+        return self.experts.forward_routed(x, routing, compute_dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copy and pickle take: all but the last forward's decision, which hangs on its graph."""

@@ -193,6 +193,12 @@ def grouped_outer(
     gather_a: tuple[Tensor | None, int] = (None, 1),
     gather_b: tuple[Tensor | None, int] = (None, 1),
 ) -> None:
+    """The kernel stores in the dtype of a and b: where out has another, through a copy in that."""
+    if out.dtype != a.dtype:
+        narrow = out.new_empty(out.shape, dtype=a.dtype)
+        grouped_outer(narrow, a, b, offsets, False, gather_a, gather_b)
+        out.add_(narrow) if accumulate else out.copy_(narrow)
+        return
     a, b = rows(a), rows(b)
     launch(
         "grouped_outer" + SUFFIX[a.dtype], a, *out.shape, offsets.data_ptr(), a.data_ptr(), a.stride(0),

@@ -40,6 +40,7 @@ def moe_experts(
     down_proj: Tensor,
     *,
     activation: str = "silu",
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Send each token through its experts and sum what they answer.
 
@@ -55,58 +56,70 @@ def moe_experts(
         gate_up_proj: [E, 2I, H], gate rows first, then up.
         down_proj: [E, H, I].
         activation: "silu".
+        compute_dtype: bf16 or f16 beside gate_up_proj and down_proj in f32.  All four are rounded to it for this call,
+            whichever of the three dtypes the other two have; gradients of the projections come in f32 as they were
+            summed (backend "cuda": rounded on the way).
     Returns: [T, H].  Gradients for all four float inputs, once differentiable; same bits at any thread count.  Under
         torch.autocast inputs are computed on in the dtype of the weights, and the result has that of hidden_states.
     Raises: TypeError for a dtype, ValueError for a shape, an activation or, on a CPU, an index out of range.
     """
     op, dtype = "moe_experts", hidden_states.dtype
-    hidden_states, top_k_weights = as_weights(hidden_states, down_proj), as_weights(top_k_weights, down_proj)
+    copies = _rounded(gate_up_proj, down_proj, compute_dtype)
+    gate_up, down = copies or (gate_up_proj, down_proj)
+    hidden_states, top_k_weights = (_operand(x, down, compute_dtype) for x in (hidden_states, top_k_weights))
     check_float(
-        op,
-        hidden_states=hidden_states,
-        top_k_weights=top_k_weights,
-        gate_up_proj=gate_up_proj,
-        down_proj=down_proj,
+        op, hidden_states=hidden_states, top_k_weights=top_k_weights, gate_up_proj=gate_up, down_proj=down
     )
     E, _, _ = check_experts(op, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
     if activation != "silu":
         raise ValueError(f"{op}: activation must be 'silu', found {activation!r}")
     if is_recorded(hidden_states, top_k_weights, gate_up_proj, down_proj):
         _, offsets, row_map = torch.ops.sigma.group_by_expert(saturated(top_k_index), E)
-        out, _ = _Experts.apply(hidden_states, top_k_weights, offsets, row_map, gate_up_proj, down_proj)
+        out, _ = _Experts.apply(
+            hidden_states, top_k_weights, offsets, row_map, gate_up_proj, down_proj, *copies
+        )
     else:
-        out = inference(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, None, None)
+        out = inference(hidden_states, top_k_index, top_k_weights, gate_up, down, None, None)
     return out if out.dtype == dtype else out.to(dtype)
 
 
 def experts_of_routing(
-    hidden_states: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor
+    hidden_states: Tensor,
+    routing: Routing,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """moe_experts for a Routing, whose order of rows need not be found again."""
-    return _of_routing(hidden_states, routing, gate_up_proj, down_proj, saves=False)[0]
+    return _of_routing(hidden_states, routing, gate_up_proj, down_proj, compute_dtype, saves=False)[0]
 
 
 def experts_and_gate_up(
-    hidden_states: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor
+    hidden_states: Tensor,
+    routing: Routing,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same, and what SwiGLU was applied to: [R, 2I], gates, then ups, rows in expert order; it has no gradient."""
-    return _of_routing(hidden_states, routing, gate_up_proj, down_proj, saves=True)
+    return _of_routing(hidden_states, routing, gate_up_proj, down_proj, compute_dtype, saves=True)
 
 
 def _of_routing(
-    hidden_states: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor, saves: bool
+    hidden_states: Tensor,
+    routing: Routing,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    compute_dtype: torch.dtype | None,
+    saves: bool,
 ) -> tuple[Tensor, Tensor]:
     op, dtype = "moe_experts", hidden_states.dtype
-    hidden_states, weights = as_weights(hidden_states, down_proj), as_weights(routing.weights, down_proj)
-    check_float(
-        op,
-        **{
-            "hidden_states": hidden_states,
-            "routing.weights": weights,
-            "gate_up_proj": gate_up_proj,
-            "down_proj": down_proj,
-        },
-    )
+    copies = _rounded(gate_up_proj, down_proj, compute_dtype)
+    gate_up, down = copies or (gate_up_proj, down_proj)
+    hidden_states = _operand(hidden_states, down, compute_dtype)
+    weights = _operand(routing.weights, down, compute_dtype)
+    floats = {"hidden_states": hidden_states, "routing.weights": weights}
+    check_float(op, **floats, gate_up_proj=gate_up, down_proj=down)
     T, k = check_routing(op, routing, "hidden_states", hidden_states)
     check_shape(op, "routing.weights", weights, (T, k))
     check_shape(op, "down_proj", down_proj, ("E", "H", "I"))
@@ -114,18 +127,40 @@ def _of_routing(
     check_offsets(op, "routing.offsets", routing.offsets, E, "hidden_states", hidden_states)
     check_shape(op, "hidden_states", hidden_states, (T, H))
     check_shape(op, "gate_up_proj", gate_up_proj, (E, 2 * I, H))
-    inputs = hidden_states, weights, routing.offsets, routing.row_map, gate_up_proj, down_proj
+    inputs = hidden_states, weights, routing.offsets, routing.row_map
     if is_recorded(hidden_states, weights, gate_up_proj, down_proj):
-        out, gate_up = _Experts.apply(*inputs)
+        out, before_swiglu = _Experts.apply(*inputs, gate_up_proj, down_proj, *copies)
     else:
-        out, gate_up = torch.ops.sigma.moe_experts(*inputs, saves=saves)
-    return out if out.dtype == dtype else out.to(dtype), gate_up
+        out, before_swiglu = torch.ops.sigma.moe_experts(*inputs, gate_up, down, saves=saves)
+    return out if out.dtype == dtype else out.to(dtype), before_swiglu
+
+
+def _rounded(gate_up_proj: Tensor, down_proj: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    """The two in this dtype, for autograd constants; nothing where they have it or none is given."""
+    if dtype is None:
+        return ()
+    check_float("moe_experts", gate_up_proj=gate_up_proj, down_proj=down_proj)
+    if dtype == down_proj.dtype:
+        return ()
+    if dtype not in (torch.bfloat16, torch.float16) or down_proj.dtype != torch.float32:
+        raise TypeError(
+            "moe_experts: compute_dtype must be torch.bfloat16 or torch.float16 beside weights in torch.float32, "
+            f"or their dtype, found {dtype} beside {down_proj.dtype}"
+        )
+    return gate_up_proj.detach().to(dtype), down_proj.detach().to(dtype)
+
+
+def _operand(x: Tensor, weight: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
+    """x in the dtype of the weight where one was asked for or autocast is on."""
+    return as_weights(x, weight) if compute_dtype is None or x.dtype not in STORED else x.to(weight.dtype)
 
 
 class _Experts(torch.autograd.Function):
+    """Of two weights, or of four: two that get gradients, and what they are rounded to, which is multiplied."""
+
     @staticmethod
     def forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.sigma.moe_experts(*inputs)
+        return torch.ops.sigma.moe_experts(*inputs[:4], *inputs[-2:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -136,26 +171,27 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        x_needed, _, _, _, gate_up_needed, down_needed, *of_copies = ctx.needs_input_grad
+        none = [None] * len(of_copies)
         if grad_out is None:
-            return (None,) * 6
-        x_needed, _, _, _, gate_up_needed, down_needed = ctx.needs_input_grad
-        saved = ctx.saved_tensors  # once: activation checkpointing gives them out one time
+            return (None,) * 6 + (*none,)
+        *inputs, before_swiglu = ctx.saved_tensors  # once: activation checkpointing gives them out one time
+        parameters, saved = inputs[4:6], (*inputs[:4], *inputs[-2:], before_swiglu)
         if ctx.accumulates and not torch.is_grad_enabled():
             wanted = [
-                p if n else None for p, n in zip(saved[4:6], (gate_up_needed, down_needed), strict=True)
+                p if n else None for p, n in zip(parameters, (gate_up_needed, down_needed), strict=True)
             ]
             into = [None if p is None else _place(p) for p in wanted]
             if all(p is None or place is not None for p, place in zip(wanted, into, strict=True)):
                 grad_x, grad_weights = torch.ops.sigma.moe_experts_backward_(
                     *into, grad_out, *saved, x_needed
                 )
-                return grad_x if x_needed else None, grad_weights, None, None, None, None
+                return grad_x if x_needed else None, grad_weights, None, None, None, None, *none
         with torch.no_grad():
             grad_x, grad_weights, grad_gate_up, grad_down = torch.ops.sigma.moe_experts_backward(
-                grad_out, *saved, [x_needed, gate_up_needed, down_needed]
+                grad_out, *saved, [x_needed, gate_up_needed, down_needed], parameters[0].dtype
             )
-        x, weights, _, _, gate_up_proj, down_proj, _ = saved
-        sources = (grad_out, x, weights, gate_up_proj, down_proj)
+        sources = (grad_out, *inputs[:2], *parameters)
         return (
             once("moe_experts", grad_x, *sources) if x_needed else None,
             once("moe_experts", grad_weights, *sources),
@@ -163,6 +199,7 @@ class _Experts(torch.autograd.Function):
             None,
             once("moe_experts", grad_gate_up, *sources) if gate_up_needed else None,
             once("moe_experts", grad_down, *sources) if down_needed else None,
+            *none,
         )
 
 
@@ -231,7 +268,7 @@ def _inference_reference(
 def _backward_reference(
     grad_out: Tensor, *saved: Any, into: tuple[Tensor | None, Tensor | None] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *inputs, _gate_up, needed = saved
+    *inputs, _gate_up, needed, _grad_dtype = saved  # that of its inputs, which are as wide as any
     with torch.enable_grad():
         x, weights, gate_up_proj, down_proj = leaves = [
             inputs[i].detach().requires_grad_() for i in (0, 1, 4, 5)
@@ -294,16 +331,16 @@ inference = define(
     lambda x, *rest: x.new_empty(x.shape),
 )
 define(
-    f"moe_experts_backward(Tensor grad_out, {_INPUTS}, Tensor gate_up, bool[] needed)"
+    f"moe_experts_backward(Tensor grad_out, {_INPUTS}, Tensor gate_up, bool[] needed, ScalarType grad_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     lambda grad_out, x, weights, offsets, row_map, *rest: select("moe_experts_backward", x)(
         grad_out, x, weights, *_order(weights, offsets, row_map), *rest
     ),
-    lambda grad_out, x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up, needed: (
+    lambda grad_out, x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up, needed, grad_dtype: (
         x.new_empty(x.shape if needed[0] else 0),
         weights.new_empty(weights.shape),
-        x.new_empty(gate_up_proj.shape if needed[1] else 0),
-        x.new_empty(down_proj.shape if needed[2] else 0),
+        x.new_empty(gate_up_proj.shape if needed[1] else 0, dtype=grad_dtype),
+        x.new_empty(down_proj.shape if needed[2] else 0, dtype=grad_dtype),
     ),
 )
 
@@ -315,7 +352,7 @@ def _backward_into(
     x, weights, offsets, row_map = inputs
     grad_x, grad_weights, _, _ = select("moe_experts_backward", x)(
         grad_out, x, weights, *_order(weights, offsets, row_map), gate_up_proj, down_proj, gate_up,
-        [x_needed, False, False], into=(of_gate_up, of_down),
+        [x_needed, False, False], gate_up_proj.dtype, into=(of_gate_up, of_down),
     )  # fmt: skip
     return grad_x, grad_weights
 

@@ -105,6 +105,7 @@ def backward(
     down_proj: Tensor,
     gate_up: Tensor,
     needed: list[bool],
+    grad_dtype: torch.dtype,
     into: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = x.dtype
@@ -114,20 +115,24 @@ def backward(
     grad_weights = torch.empty_like(weights)  # the kernel writes those of slots without a row too
     grad_x = empty(x, T, H) if needed[0] else x.new_empty(0)
     of_gate_up, of_down = into or (
-        empty(p, *p.shape) if n else None for p, n in zip((gate_up_proj, down_proj), needed[1:], strict=True)
+        empty(p, *p.shape, dtype=grad_dtype) if n else None
+        for p, n in zip((gate_up_proj, down_proj), needed[1:], strict=True)
     )
+    stored = next((place.dtype for place in (of_gate_up, of_down) if place is not None), grad_dtype)
+    is_wider = stored == torch.float32 != down_proj.dtype
     grad_gate_up, hidden = empty(x, R, 2 * I), empty(x, R, I)
     by_slot = empty(x, R, H, dtype=torch.float32) if weights.shape[1] > 1 else grad_x
     found = _rows_if_absent(row_map, weights.numel())
     native = _native(x, weights, offsets, row_map, gate_up_proj, down_proj, gate_up, rows=found)
-    gemm_kernel("experts_backward", x, down_proj)(
+    kernel = gemm_kernel("experts_backward", x, down_proj, "_f32" if is_wider else "")
+    kernel(
         native, grad_out.data_ptr(), grad_out.stride(0), grad_gate_up.data_ptr(), hidden.data_ptr(),
         by_slot.data_ptr(), grad_weights.data_ptr(), grad_x.data_ptr() if needed[0] else 0,
         0 if of_gate_up is None else of_gate_up.data_ptr(), 0 if of_down is None else of_down.data_ptr(),
         into is not None,
     )  # fmt: skip
     grad_x = rounded(grad_x, dtype) if needed[0] else grad_x.to(dtype)
-    nothing = x.new_empty(0, dtype=dtype)
+    nothing = x.new_empty(0, dtype=grad_dtype)
     return (
         grad_x,
         rounded(grad_weights, dtype),

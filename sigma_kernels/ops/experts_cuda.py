@@ -53,6 +53,7 @@ def backward(
     down_proj: Tensor,
     gate_up: Tensor,
     needed: list[bool],
+    grad_dtype: torch.dtype,
     into: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k, by_slot = weights.shape[1], (row_map, weights.shape[1])
@@ -79,7 +80,7 @@ def backward(
         )
         grad_x = rows if k == 1 else cuda.combine(rows, None, None, k)
     of_gate_up, of_down = into or (
-        p.new_empty(p.shape) if n else None
+        p.new_empty(p.shape, dtype=grad_dtype) if n else None
         for p, n in zip((gate_up_proj, down_proj), needed[1:], strict=True)
     )
     adds = into is not None
@@ -90,8 +91,8 @@ def backward(
     return (
         grad_x,
         grad_weights.to(weights.dtype),
-        nothing if adds or of_gate_up is None else of_gate_up,
-        nothing if adds or of_down is None else of_down,
+        nothing.to(grad_dtype) if adds or of_gate_up is None else of_gate_up,
+        nothing.to(grad_dtype) if adds or of_down is None else of_down,
     )
 
 

@@ -156,11 +156,13 @@ def operand(x: Tensor, weight: Tensor | None = None) -> Tensor:
     return x if is_taken else widened(x)
 
 
-def gemm_kernel(name: str, operand: Tensor, weight: Tensor) -> Any:
-    """The function or class of _C for these dtypes of the left operand and of the weights."""
-    if weight.dtype == torch.bfloat16 and operand.dtype == torch.float32:
-        return getattr(_C, f"{name}_widened")
-    return native(name, weight.dtype)
+def gemm_kernel(name: str, operand: Tensor, weight: Tensor, result: str = "") -> Any:
+    """The function or class of _C for these dtypes of the left operand and of the weights.
+
+    result: "_f32" where it is stored in f32 beside narrower weights.
+    """
+    is_widened = weight.dtype == torch.bfloat16 and operand.dtype == torch.float32
+    return getattr(_C, name + ("_widened" if is_widened else SUFFIX[weight.dtype]) + result)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -105,13 +105,14 @@ def backward(
     down_proj: Tensor,
     kept: Tensor,
     needed: list[bool],
+    grad_dtype: torch.dtype,
     into: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, gate_up_proj and down_proj; the last two are added to `into` where that is given."""
     grad_out, x, weights = rows(grad_out), rows(x), weights.contiguous()
     R, top_k, I, nothing = row_map.shape[0], weights.shape[1], down_proj.shape[2], x.new_empty(0)
     of_gate_up, of_down = into or (
-        torch.empty_like(p, memory_format=torch.contiguous_format) if n else None
+        torch.empty_like(p, memory_format=torch.contiguous_format, dtype=grad_dtype) if n else None
         for p, n in zip((gate_up_proj, down_proj), needed[1:], strict=True)
     )
     grad_gate_up = x.new_empty(R, 2 * I)
@@ -133,6 +134,6 @@ def backward(
     return (
         grad_x,
         grad_weights,
-        nothing if into or of_gate_up is None else of_gate_up,
-        nothing if into or of_down is None else of_down,
+        nothing.to(grad_dtype) if into or of_gate_up is None else of_gate_up,
+        nothing.to(grad_dtype) if into or of_down is None else of_down,
     )

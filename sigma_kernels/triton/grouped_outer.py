@@ -60,7 +60,7 @@ def grouped_outer_kernel(
 
 
 def grouped_outer(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, accumulate: bool) -> None:
-    """Fill or add to out [E, A, B], contiguous, from a [R, A] and b [R, B]."""
+    """Fill or add to out [E, A, B], contiguous, from a [R, A] and b [R, B]; out is of their dtype or f32."""
     outer_of_tokens(out, a, b, offsets, accumulate, top_k=1)
 
 
@@ -81,7 +81,11 @@ def outer_of_tokens(
         return
     R = (b if b_map is None else a).shape[0]
     tile = outer_tile(M, N, R, E, a.dtype, a.device)
-    has_descriptor = has_tma(a.dtype, a.device) and N * out.itemsize % 16 == out.data_ptr() % 16 == 0
+    # An f32 tile of narrow operands would not fit beside them in the shared memory that tiles are sized for.
+    is_as_operands = out.dtype == a.dtype
+    has_descriptor = (
+        is_as_operands and has_tma(a.dtype, a.device) and N * out.itemsize % 16 == out.data_ptr() % 16 == 0
+    )
     place: Tensor | TensorDescriptor = out
     if has_descriptor:  # by its own strides: of a dimension of one, contiguous or not, they may be any
         place = TensorDescriptor(out, [E, M, N], [M * N, N, 1], [1, tile.rows, tile.columns])
