@@ -68,7 +68,7 @@ def opcheck_cases():
         "moe_experts": tuple(plain),
         "moe_experts not saved": (*plain, False),
         "moe_experts_inference": (x.detach(), index, weights.detach(), *plain[4:], None, None),
-        "moe_experts_backward": (torch.randn(5, 6), *plain, saved, [True, True, False]),
+        "moe_experts_backward": (torch.randn(5, 6), *plain, saved, [True, True, False], torch.float32),
     }
 
 

@@ -237,6 +237,19 @@ def test_gradients_added_in_place(reseed):
         assert_close(p.grad, 2 * before.double(), tolerance(bf16, 1))
 
 
+def test_gradients_of_experts_in_f32(reseed):
+    """Defends: narrow numbers written into memory of f32."""
+    layer = sk.nn.Experts(8, 8, 3)
+    x, index, weights = torch.randn(6, 8), torch.randint(0, 3, (6, 1)), torch.ones(6, 1)
+    copies = [p.detach().to(bf16).requires_grad_() for p in layer.parameters()]
+    sk.moe_experts(x.to(bf16), index, weights.to(bf16), *copies).sum().backward()
+    with sk.accumulate_grad():
+        for times in (1, 2):
+            layer(x, index, weights, bf16).sum().backward()
+            for p, copy in zip(layer.parameters(), copies, strict=True):
+                assert torch.equal(p.grad, times * copy.grad.float())
+
+
 def test_what_it_does_not_take(reseed):
     """Defends: float32 products and too many experts refused with a reason."""
     index, weights = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)

@@ -105,6 +105,25 @@ def test_without_a_backward(backend, k, dtype):
         assert_close(got, reference.moe_experts(*wide, *whole), bound)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_gradients_in_f32_of_narrow_products(backend, k):
+    """Defends: gradients rounded before they are stored, or added to f32 by numbers of another width."""
+    T, H, I, E = 50, 40, 33, 6
+    inputs = experts_inputs(T, H, I, E, k)
+    inputs[1] = torch.randint(0, E - 1, (T, k))
+    parameters = [p.clone().requires_grad_() for p in inputs[3:]]
+    with sk.accumulate_grad():
+        for _ in range(2):
+            out = sk.moe_experts(*inputs[:3], *parameters, compute_dtype=torch.bfloat16)
+            out.sum().backward()
+    wide = [t.bfloat16().double() if t.dtype.is_floating_point else t for t in inputs]
+    want = value_and_grads(reference.moe_experts, wide, torch.ones(T, H))
+    assert_close(out, want[0], tolerance(torch.bfloat16, 4))
+    for p, w in zip(parameters, want[3:], strict=True):
+        assert_close(p.grad, 2 * w, tolerance(torch.bfloat16, 4))
+        assert not torch.equal(p.grad, p.grad.bfloat16().float()), "it was rounded"
+
+
 def test_same_bits_every_time(backend):
     inputs = experts_inputs(150, 64, 48, 5, 2)
     first, second = (value_and_grads(sk.moe_experts, inputs) for _ in range(2))

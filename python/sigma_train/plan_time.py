@@ -159,7 +159,7 @@ def _traffic(config: Config, shapes: Shapes, layout: Layout) -> int:
     """Bytes of a micro-step that are no operand of a product on its way through one.
 
     Four times what is kept: written, read again, and its gradient the same.  Where experts compute in bf16, from f32
-    weights to their copies 6 bytes each, and from their gradients to those in f32 10.
+    weights to their copies 6 bytes each, and 2 as gradients are stored in f32.
     """
-    cast = 16 * experts_here(shapes, layout) if width(config) != F32 else 0
+    cast = 8 * experts_here(shapes, layout) if width(config) != F32 else 0
     return 4 * activations(config, shapes, layout) + cast

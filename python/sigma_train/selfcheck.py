@@ -3,6 +3,7 @@
 import zlib
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from itertools import chain
 
 import torch
@@ -83,16 +84,18 @@ def wrong_expert(model: LanguageModel, config: Config, turn: int, seed: int) -> 
         return None
     layer = turn % len(layers)
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    projections = [local(p.detach()).to(dtype) for p in layers[layer].experts.parameters()]
+    experts = partial(sk.moe_experts, compute_dtype=dtype)
+    projections = [local(p.detach()) for p in layers[layer].experts.parameters()]
     e = turn // len(layers) % projections[0].shape[0]
     H = projections[1].shape[1]
     x, grad = torch.randn(2, ROWS, H, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    index, weights = torch.full((ROWS, 1), e), torch.ones(ROWS, 1, dtype=dtype)
+    index, weights = torch.full((ROWS, 1), e), torch.ones(ROWS, 1)
     with torch.no_grad():  # as a step calls it: among all experts
-        among_all = sk.moe_experts(x, index, weights, *projections)
+        among_all = experts(x, index, weights, *projections)
     alone = [x, *(p[e : e + 1] for p in projections)]
-    got = [among_all, *answers(sk.moe_experts, alone, weights, grad)]
-    want = answers(reference.moe_experts, [t.double() for t in alone], weights.double(), grad.double())
+    got = [among_all, *answers(experts, alone, weights, grad)]
+    wide = [t.to(dtype).double() for t in alone]
+    want = answers(reference.moe_experts, wide, weights.double(), grad.double())
     bound = tolerance(dtype, max(projections[1].shape[1:]))
     names = ("output", "output", "gradient of x", "gradient of gate_up", "gradient of down")
     for name, g, w in zip(names, got, [want[0], *want], strict=True):

@@ -189,6 +189,21 @@ void test_experts(const Case& c, const std::vector<int32_t>& indices, const std:
   check("grad_weights", grad_w, dw, noise);
   check("grad_gate_up_proj", grad_w1, dw1, noise);
   check("grad_down_proj", grad_w2, dw2, noise);
+  if constexpr (!std::is_same_v<W, float>) {
+    Floats wide_w1(w1.size(), NAN), wide_w2(w2.size(), NAN);
+    experts_backward(m, ExpertsBackward<X, W, float>{.grad_out = stored_grad.data(),
+                                                     .ld_grad = H,
+                                                     .grad_gate_up = grad_gate_up.data(),
+                                                     .hidden = hidden.data(),
+                                                     .by_slot = by_slot.data(),
+                                                     .grad_weights = grad_w.data(),
+                                                     .grad_x = nullptr,
+                                                     .grad_gate_up_proj = wide_w1.data(),
+                                                     .grad_down_proj = wide_w2.data(),
+                                                     .adds = false});
+    check("grad_gate_up_proj in f32", wide_w1, dw1, noise);
+    check("grad_down_proj in f32", wide_w2, dw2, noise);
+  }
 }
 
 }  // namespace
