@@ -11,16 +11,20 @@ With l[s, r] the local time of step s on rank r (Hoefler et al. 2010, doi 10.110
     excess[r] = sum_s (l[s, r] - median_r l[s, r])             by which ranks are told apart
     blame[r] = sum_s [r is the slowest] * (max - second max)   what r alone has cost
 
+One of R like ranks computes longest by chance, and longer than the median rank where noise is skewed.  So it is told
+beside the mean of the others, with an interval that holds for whichever rank is picked (`intervals.picked_of`).
+
 An uneven load is in these, too: a rank whose experts have more tokens is slower, and that is no noise.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sigma_noise.intervals import Interval, intervals, picked_of
 from sigma_noise.trace import Series, Trace
 
 Floats = NDArray[np.float64]
@@ -51,6 +55,7 @@ class StepNoise:
     collectives: int
     phases_s: Mapping[str, Floats]
     pauses_s: Mapping[str, Floats]  # outside of steps
+    beyond_others_s: Interval | None  # by which the worst computed longer than the others' mean; None: alone
 
     @property
     def cost_share(self) -> float:
@@ -61,6 +66,11 @@ class StepNoise:
     def worst(self) -> int:
         """The rank that computed longest beyond the median: rare long detours count for what they took."""
         return self.ranks[int(np.argmax(self.excess_s))]
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether the worst computed longer than like ranks do by chance."""
+        return self.beyond_others_s is not None and self.beyond_others_s.low > 0
 
 
 def step_noise(trace: Trace, warm_up: int = WARM_UP) -> StepNoise:
@@ -93,15 +103,32 @@ def step_noise(trace: Trace, warm_up: int = WARM_UP) -> StepNoise:
     pauses = {
         name: np.array([trace.get(rank, "quantum", name).seconds.sum() for rank in ranks]) for name in PAUSES
     }
+    worst = ranks[int(np.argmax(sums["excess_s"]))]
     return StepNoise(
         ranks=ranks,
         steps=sum(attempt.n for attempt in attempts),
         collectives=sum(attempt.collectives for attempt in attempts),
         phases_s=phases,
         pauses_s={name: seconds for name, seconds in pauses.items() if seconds.any()},
+        beyond_others_s=_beyond_others(worst, attempts, len(ranks)),
         **totals,
         **sums,
     )
+
+
+def _beyond_others(rank: int, attempts: "list[Attempt]", count: int) -> Interval | None:
+    """Over all steps of a rank that was picked of `count`."""
+    parts = []
+    for attempt in attempts:
+        if rank in attempt.ranks and len(attempt.ranks) > 1:
+            own = attempt.local[:, attempt.ranks.index(rank)]
+            others = (attempt.local.sum(1) - own) / (len(attempt.ranks) - 1)
+            parts.append(own - others)
+    if not parts:
+        return None
+    seconds = np.concatenate(parts)
+    mean, n = picked_of(intervals(seconds, ["mean"])["mean"], count), len(seconds)
+    return replace(mean, estimate=mean.estimate * n, low=mean.low * n, high=mean.high * n)
 
 
 _BY_RANK = ("local_s", "wait_s", "transfer_s", "blocked_s", "gc_s", "blame_s", "excess_s")

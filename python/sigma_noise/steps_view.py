@@ -14,15 +14,19 @@ def sentence(noise: StepNoise) -> str:
             f"of {noise.steps:,} steps"
         )
     worst = noise.ranks.index(noise.worst)
+    cost = f"noise: uneven ranks cost {noise.cost_s:.2f} s, {noise.cost_share:.1%} of {noise.steps:,} steps; "
+    if not noise.is_uneven:
+        return f"{cost}no rank was slower than like ranks are by chance"
     return (
-        f"noise: uneven ranks cost {noise.cost_s:.2f} s, {noise.cost_share:.1%} of {noise.steps:,} steps; "
-        f"rank {noise.worst} computed {noise.excess_s[worst]:.2f} s longer than the median rank and was the slowest "
-        f"in {noise.slowest[worst] / noise.steps:.0%} of them"
+        f"{cost}rank {noise.worst} computed {noise.excess_s[worst]:.2f} s longer than the median rank "
+        f"and was the slowest in {noise.slowest[worst] / noise.steps:.0%} of them"
     )
 
 
 def lines(noise: StepNoise, why: Late | None) -> list[str]:
-    return [sentence(noise), *([] if why is None else [why.sentence])]
+    """The sentence, and the causes where they or the rank are more than chance."""
+    tells = why is not None and (noise.is_uneven or any(gain.low > 0 for gain in why.regained.values()))
+    return [sentence(noise), *([why.sentence] if why is not None and tells else [])]
 
 
 def page(noise: StepNoise, why: Late | None = None) -> str:
