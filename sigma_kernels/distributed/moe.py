@@ -224,7 +224,7 @@ class ExpertParallelMoE(MoE):
             if chunk + 1 < self.chunks:
                 ahead = begin_dispatch(x, routings[chunk + 1], self.group, self.payload)
             sent = coming.wait()
-            out = experts_of_routing(sent.rows, sent.routing, *weights, compute_dtype)
+            out = experts_of_routing(sent.rows, sent.routing, *weights, compute_dtype=compute_dtype)
             answers.append(begin_combine(out, sent))
         return sum((answer.wait() for answer in answers[1:]), start=answers[0].wait())
 
