@@ -219,12 +219,12 @@ class ExpertParallelMoE(MoE):
         projections = zip(*(_Parts.apply(weight, self.chunks) for weight in (gate_up, down)), strict=True)
         ahead = begin_dispatch(x, routings[0], self.group, self.payload)
         answers = []
-        for chunk, weights in enumerate(projections):
+        for chunk, (gate_up_part, down_part) in enumerate(projections):
             coming = ahead
             if chunk + 1 < self.chunks:
                 ahead = begin_dispatch(x, routings[chunk + 1], self.group, self.payload)
             sent = coming.wait()
-            out = experts_of_routing(sent.rows, sent.routing, *weights, compute_dtype=compute_dtype)
+            out = experts_of_routing(sent.rows, sent.routing, gate_up_part, down_part, compute_dtype)
             answers.append(begin_combine(out, sent))
         return sum((answer.wait() for answer in answers[1:]), start=answers[0].wait())
 
