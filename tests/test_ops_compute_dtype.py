@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from support import assert_close, tolerance, value_and_grads
-from test_ops_bf16 import OPERANDS_ROUNDED
+from test_ops_bf16 import OPERANDS_ROUNDED, ROUNDED_ONCE
 from test_ops_experts import SHAPES, experts_inputs
 
 import sigma_kernels as sk
@@ -145,3 +146,24 @@ def test_compiled():
     want = value_and_grads(in_dtype(torch.bfloat16), inputs, inputs[0])
     for g, w in zip(value_and_grads(compiled, inputs, inputs[0]), want, strict=True):
         assert torch.equal(g, w)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_experts_of_a_rank(tmp_path, chunks):
+    """Defends: tokens that travel in f32, or experts of a chunk that compute in it."""
+    whole = sk.nn.MoE(37, 21, 6, 2)
+    x = torch.randn(20, 37)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ranks = sk.distributed.ExpertParallelMoE.from_whole(whole, chunks=chunks)
+        out, want = (moe(x, compute_dtype=torch.bfloat16) for moe in (ranks, whole))
+        assert_close(out, want.double(), 2 * ROUNDED_ONCE)  # chunks are rounded, and their sum
+        assert not torch.equal(out, ranks(x)), "f32 was computed in"
+        for each in out, want:
+            each.square().sum().backward()
+        for name in "gate_up_proj", "down_proj":
+            grad, expected = (getattr(moe.experts, name).grad for moe in (ranks, whole))
+            assert_close(grad, expected.double(), 4 * ROUNDED_ONCE)
+            assert not torch.equal(grad, grad.bfloat16().float()), "it was rounded"
+    finally:
+        dist.destroy_process_group()
