@@ -91,14 +91,14 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed_in_step_16() -> None:
+def killed_in_step_8() -> None:
     """Between its gradients and what is learned from them."""
     nothing()
     learn, calls = Step.learn, [0]
 
     def now(step: Step, *args: Any, **named: Any) -> Any:
         calls[0] += 1
-        if calls[0] == 16:
+        if calls[0] == 8:
             killed()
         return learn(step, *args, **named)
 

@@ -139,7 +139,7 @@ def test_a_bias_without_a_loss_collapses():
     assert loss.most < 1
 
 
-@pytest.mark.parametrize("rate, steps", [(2e-3, 300), (1e-2, 80)])
+@pytest.mark.parametrize("rate, steps", [(4e-3, 150), (1e-2, 80)])
 def test_biases_part_by_twice_the_rate_at_most(rate, steps):
     """So they decide alone, being 1 apart, after 1 / (2 rate) steps at the earliest.
 

@@ -31,16 +31,21 @@ AT = ("train.save_every=2", "train.eval_every=100")
 
 
 def run(
-    ranks: int, out: Path, cache: dict[str, str], *more: str, fault: Callable[[], None] = faults.nothing
+    ranks: int,
+    out: Path,
+    cache: dict[str, str],
+    *more: str,
+    steps: int = 6,
+    fault: Callable[[], None] = faults.nothing,
 ) -> list[CompletedProcess[str]]:
-    """Six steps of eight sequences, saved every second, begun or gone on with; what each rank ended with."""
+    """So many steps of eight sequences, saved every second, begun or gone on with; what each rank ended with."""
     settings = [
         *AT, "router.balance=bias", "train.eval_batches=1", f"train.batch_size={8 // ranks}", "optim.eps=1e-2",
         "train.rank_timeout_s=60", "train.threads=1", "guard.stats_every=1",
         "data.max_bytes=200000", *more,
     ]  # fmt: skip
     overrides = [part for setting in settings for part in ("--set", setting)]
-    args = ["train", "--preset", "smoke", "--steps", "6", *overrides, "--out", str(out), "--resume"]
+    args = ["train", "--preset", "smoke", "--steps", str(steps), *overrides, "--out", str(out), "--resume"]
     return forked.on_ranks(ranks, args, cache, fault)
 
 
