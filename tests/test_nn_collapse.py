@@ -12,7 +12,7 @@ from torch import Tensor
 from sigma_kernels import nn
 from sigma_kernels.routing import RouterSums, Routing
 
-E, H, VOCABULARY, STEP = 96, 64, 2000, 4096
+E, H, VOCABULARY, STEP = 96, 64, 2000, 2048
 TEMPERATURE = 0.1  # of the Top-1 loss
 LARGEST_SHARE = 0.05  # of a token, as of the commonest word
 Balance = Callable[[Routing, Tensor, RouterSums], Tensor]
