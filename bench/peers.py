@@ -104,13 +104,14 @@ class _SortedLoop(torch.autograd.Function):
 
 def hugging_face(name: str) -> Layer:
     """transformers' experts of that name: 'eager', 'grouped_mm' or 'batched_mm', on the very same weights."""
-    from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
     modules: dict[torch.Size, torch.nn.Module] = {}
 
     def module_for(shape: torch.Size) -> torch.nn.Module:
         if shape not in modules:
+            # Here, as who imports this file does not run all of it, and they take seconds.
+            from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+            from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
             E, H, I = shape
             config = Qwen3MoeConfig(hidden_size=H, moe_intermediate_size=I, num_experts=E)
             config._experts_implementation = name

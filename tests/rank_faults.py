@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
@@ -47,6 +48,19 @@ def nothing() -> None:
     report.write_report = lambda *_: "no report"
 
 
+def budget_of_two_steps() -> None:
+    """Of time, whatever it is: spent when the second step is done."""
+    nothing()
+    step = loop.Trainer._train_step
+
+    def now(trainer: loop.Trainer) -> Any:
+        if trainer.step == 1:
+            loop.time = SimpleNamespace(monotonic=lambda: math.inf)
+        return step(trainer)
+
+    loop.Trainer._train_step = now
+
+
 def record_is_broken() -> None:
     """Before the report is made of it."""
     no_sample()
@@ -77,14 +91,14 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed_in_step_16() -> None:
+def killed_in_step_8() -> None:
     """Between its gradients and what is learned from them."""
     nothing()
     learn, calls = Step.learn, [0]
 
     def now(step: Step, *args: Any, **named: Any) -> Any:
         calls[0] += 1
-        if calls[0] == 16:
+        if calls[0] == 8:
             killed()
         return learn(step, *args, **named)
 
@@ -163,6 +177,7 @@ def other_weight(name: str, rank: str) -> None:
 
 
 another_expert_of_rank_3 = partial(other_weight, "layers.0.mlp.experts.down_proj", "3")
+another_embedding_of_rank_1 = partial(other_weight, "embed_tokens.weight", RANK_1)
 another_embedding_of_rank_2 = partial(other_weight, "embed_tokens.weight", "2")
 
 

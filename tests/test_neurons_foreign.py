@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from language_texts import write_texts
+from matplotlib import pyplot as plt
 from sigma_cli.commands import app
+from sigma_neurons import page
 from sigma_neurons.counting import ActivationCounter
 from sigma_neurons.foreign import Foreign
 from sigma_neurons.scores import lape
@@ -100,7 +102,10 @@ def test_losses_are_of_the_text_alone(folder, tmp_path):
     Defends: a first token that is predicted, a byte that is counted for each token that has a part of it.
     """
     for name, line in (("aa", "東京 für e\u0301 🙂"), ("bb", "for all")):
-        (tmp_path / f"{name}.txt").write_text("".join(f"{i} {line}\n" for i in range(20_000)))
+        for part in range(4):  # a document each
+            (tmp_path / str(part)).mkdir(exist_ok=True)
+            lines = (f"{i} {line}\n" for i in range(2000 * part, 2000 * (part + 1)))
+            (tmp_path / str(part) / f"{name}.txt").write_text("".join(lines))
     got = opened(folder, tmp_path, "data.val_fraction=0.5", "train.batch_size=64").losses(10**6)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     files = find_files([str(tmp_path)])
@@ -149,7 +154,13 @@ def own(text: Path) -> list[str]:
     return ["--data", str(text), *(part for setting in SETTINGS for part in ("--set", setting))]
 
 
-def test_identify_ablate_and_report(folder, text, tmp_path):
+@pytest.fixture
+def without_pictures(monkeypatch) -> None:
+    """Which test_neurons_cli.py looks at: to draw them takes longer than all else."""
+    monkeypatch.setattr(page, "png", lambda figure: plt.close(figure) or b"")
+
+
+def test_identify_ablate_and_report(folder, text, tmp_path, without_pictures):
     out = ["--out", tmp_path]
     sigma("identify", folder, *out, *own(text), "--batches", 2, "--top-rate", 0.2, "--tau", 0.3)
     told = json.loads((tmp_path / "neurons.json").read_text())
@@ -158,8 +169,7 @@ def test_identify_ablate_and_report(folder, text, tmp_path):
     sigma("ablate", folder, *out, *own(text), "--batches", 1, "--controls", 1)
     assert any(json.loads((tmp_path / "ablation.json").read_text())["sets"]["specific"]["neurons"].values())
     sigma("report", folder, *out)
-    page = (tmp_path / "report.html").read_text()
-    assert f"{folder}: 128 neurons" in page
+    assert f"{folder}: 128 neurons" in (tmp_path / "report.html").read_text()
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         {
             "config.json",
@@ -193,7 +203,7 @@ def test_wrong_input_is_told(folder, text, tmp_path, args, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_lape_from_counting_to_the_page(folder, text, tmp_path):
+def test_lape_from_counting_to_the_page(folder, text, tmp_path, without_pictures):
     """Defends: neurons of the finer score taken out for those of LAPE, or told with a lambda."""
     out = ["--out", tmp_path]
     said = sigma("identify", folder, *out, *own(text), "--batches", 2, "--top-rate", 0.1, "--score", "lape")

@@ -60,7 +60,17 @@ def numbers_of_equal_runs(phi, run_effect):
     return numbers(samples(generator(100), 2000, 500, phi, run_effect))
 
 
-@pytest.mark.parametrize("phi, run_effect", [(0.0, 0.0), (0.5, 0.0), (0.9, 0.0), (0.0, 0.01), (0.9, 0.01)])
+@pytest.mark.parametrize(
+    "phi, run_effect",
+    [
+        (0.0, 0.0),
+        (0.9, 0.01),
+        *(
+            pytest.param(*null, marks=pytest.mark.acceptance)
+            for null in ((0.5, 0.0), (0.9, 0.0), (0.0, 0.01))
+        ),
+    ],
+)
 @pytest.mark.parametrize(
     "metrics", [["median_s"], ["p99_s"], list(MARGINS)], ids=["median", "p99", "all five"]
 )

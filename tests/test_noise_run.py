@@ -109,7 +109,7 @@ def test_two_ranks_write_a_file_each(cache, tmp_path):
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 
 
-@pytest.mark.parametrize("start", ["nproc", "torchrun"])
+@pytest.mark.parametrize("start", ["nproc", pytest.param("torchrun", marks=pytest.mark.acceptance)])
 def test_ranks_of_processes_that_others_start(tmp_path, cache, start):
     """Defends: arguments lost on the way to the ranks; ranks that find each other only where we start them."""
     out = tmp_path / "run"

@@ -40,6 +40,18 @@ def full() -> Any:
     return made(everything(2))
 
 
+def shortened(of: Any) -> Any:
+    """Two numbers of each list of them: a schema is asked a thousand times."""
+    match of:
+        case dict():
+            return {name: shortened(value) for name, value in of.items()}
+        case [dict(), *_]:
+            return [shortened(value) for value in of]
+        case list():
+            return of[:2]
+    return of
+
+
 def objects(of: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """All objects whose names are ours, each with its place."""
     match of:
@@ -88,6 +100,8 @@ def test_the_analysis_has_all_that_the_schema_tells(full):
 
 def test_nothing_may_be_missing_or_under_another_name(full):
     """Defends: an object of the schema that takes any."""
+    whole, full = full, shortened(full)
+    assert places(full).keys() == places(whole).keys()
     for place, found in places(full).items():
         for name in list(found):
             value = found.pop(name)
@@ -104,6 +118,8 @@ def test_nothing_may_be_missing_or_under_another_name(full):
 
 def test_nothing_may_be_of_another_type(full):
     """Defends: a schema that has a name and no type."""
+    full = shortened(full)
+    CHECK.validate(full)
     for place, found in places(full).items():
         for name, value in found.items():
             found[name] = "NaN" if isinstance(value, bool) else False

@@ -78,7 +78,7 @@ def assert_phases_fill_the_steps(found: Trace, rank: int) -> None:
 def recorded(cache, tmp_path_factory) -> Path:
     """Twenty steps on one rank, with a report."""
     out = tmp_path_factory.mktemp("noise") / "run"
-    result = sigma(*arguments(out, "--steps", "20", "--noise"), env=cache)
+    result = sigma(*arguments(out, "--steps", "20", "--noise"), env=cache, fault=rank_faults.no_sample)
     assert result.returncode == 0, result.stderr
     assert "noise: one rank waits for nobody" in result.stdout
     return out

@@ -258,7 +258,10 @@ def test_barriers_nearer_than_quanta_are_refused(tmp_path):
     assert error == "--layers and --barriers both count the barriers of a step; leave one out"
 
 
-@pytest.mark.parametrize(("period_s", "window_s"), [(0.5, 9.0), (15.0, 300.0), (0.1, 300.0), (60.0, 7200.0)])
+@pytest.mark.parametrize(
+    ("period_s", "window_s"),
+    [(0.5, 9.0), pytest.param(15.0, 300.0, marks=pytest.mark.acceptance), (0.1, 300.0), (60.0, 7200.0)],
+)
 def test_periods_are_found_in_long_measurements(period_s, window_s):
     """Defends: a search that begins at 1 Hz, that asks for more points than it may, or ends below 60 Hz."""
     rng = np.random.default_rng(0)

@@ -31,16 +31,21 @@ AT = ("train.save_every=2", "train.eval_every=100")
 
 
 def run(
-    ranks: int, out: Path, cache: dict[str, str], *more: str, fault: Callable[[], None] = faults.nothing
+    ranks: int,
+    out: Path,
+    cache: dict[str, str],
+    *more: str,
+    steps: int = 6,
+    fault: Callable[[], None] = faults.nothing,
 ) -> list[CompletedProcess[str]]:
-    """Eight steps of eight sequences, saved every second, begun or gone on with; what each rank ended with."""
+    """So many steps of eight sequences, saved every second, begun or gone on with; what each rank ended with."""
     settings = [
         *AT, "router.balance=bias", "train.eval_batches=1", f"train.batch_size={8 // ranks}", "optim.eps=1e-2",
         "train.rank_timeout_s=60", "train.threads=1", "guard.stats_every=1",
         "data.max_bytes=200000", *more,
     ]  # fmt: skip
     overrides = [part for setting in settings for part in ("--set", setting)]
-    args = ["train", "--preset", "smoke", "--steps", "8", *overrides, "--out", str(out), "--resume"]
+    args = ["train", "--preset", "smoke", "--steps", str(steps), *overrides, "--out", str(out), "--resume"]
     return forked.on_ranks(ranks, args, cache, fault)
 
 
@@ -76,11 +81,16 @@ def test_two_then_four_ranks_then_one_are_the_same_run(cache, tmp_path, whole):
     in a file that one of them looks at; experts that others have placed, taken for those of other numbers.
     """
     out = tmp_path / "run"
-    a_step = ["train.time_budget_s=1e-9", "train.save_every=1"]
-    for ranks, places in ((2, 1), (4, 0)):
-        results = run(ranks, out, cache, *a_step, f"train.place_every={places}")
-        assert codes(results) == [0] * ranks, results
+    two_steps = ["train.time_budget_s=1000", "train.save_every=1", "train.place_every=1"]
+    results = run(2, out, cache, *two_steps, fault=faults.budget_of_two_steps)
+    assert codes(results) == [0, 0], results
     assert rows(out, "experts_moved")[1] > 0
+    flip(out / "checkpoints" / "step-00000002" / "__1_0.distcp")
+    results = run(4, out, cache, "train.time_budget_s=1e-9", "train.save_every=1")
+    assert codes(results) == [0] * 4, results
+    told = f"checkpoint {out}/checkpoints/step-00000002 is damaged: the sha256 of __1_0.distcp differs"
+    assert [result.stderr.count(told) for result in results] == [1, 0, 0, 0]
+    assert resumed_at(results) == 1
     parts = sorted(path.name for path in (out / "checkpoints" / "step-00000002").iterdir())
     assert parts == [
         ".metadata",
@@ -90,12 +100,6 @@ def test_two_then_four_ranks_then_one_are_the_same_run(cache, tmp_path, whole):
         "__3_0.distcp",
         "state.json",
     ]
-    flip(out / "checkpoints" / "step-00000002" / "__2_0.distcp")
-    results = run(2, out, cache, *a_step)
-    assert codes(results) == [0, 0], results
-    told = f"checkpoint {out}/checkpoints/step-00000002 is damaged: the sha256 of __2_0.distcp differs"
-    assert [result.stderr.count(told) for result in results] == [1, 0]
-    assert resumed_at(results) == 1
     results = run(1, out, cache)
     assert codes(results) == [0], results
     assert resumed_at(results) == 2
@@ -127,9 +131,9 @@ def test_sigkill_within_a_save_loses_that_save_alone(cache, tmp_path, whole, fau
     again = run(1, out, cache)
     assert codes(again) == [0], again
     assert resumed_at(again) == 2
-    assert names(out) == ["step-00000006", "step-00000008"]
+    assert names(out) == ["step-00000004", "step-00000006"]
     assert rows(out, "loss") == rows(whole, "loss")
-    last = [run / "checkpoints" / "step-00000008" / "__0_0.distcp" for run in (out, whole)]
+    last = [run / "checkpoints" / "step-00000006" / "__0_0.distcp" for run in (out, whole)]
     assert last[0].read_bytes() == last[1].read_bytes()
 
 

@@ -16,7 +16,7 @@ def runs_alone(monkeypatch):
     monkeypatch.setattr(loop, "product_flops_per_s", lambda dtype: 1e12)
 
 
-TINY = ["train.steps=12", "train.eval_every=4", "data.max_bytes=200000", "train.keep=1"]
+TINY = ["train.steps=6", "train.eval_every=2", "data.max_bytes=200000", "train.keep=1"]
 
 
 def test_two_presets_two_seeds_and_again(tmp_path, tmp_path_factory):
@@ -29,7 +29,7 @@ def test_two_presets_two_seeds_and_again(tmp_path, tmp_path_factory):
     assert runs[1].active == runs[1].parameters
     for run in runs:
         assert len(set(run.final)) == 2, "seeds differ"
-        assert [tokens for tokens, _ in validation(run.rows[0])] == [4 * 512, 8 * 512, 12 * 512]
+        assert [tokens for tokens, _ in validation(run.rows[0])] == [2 * 512, 4 * 512, 6 * 512]
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert f"{sum(runs[0].final) / 2:.4f}" in (tmp_path / "out" / "compare.md").read_text()
     metrics = tmp_path / "out" / "smoke-seed1" / "metrics.jsonl"

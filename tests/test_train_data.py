@@ -1,7 +1,8 @@
 """Data of the trainer: every window once an epoch, shards disjoint, any text back again, damage named."""
 
-import multiprocessing
+import os
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -101,8 +102,8 @@ def test_a_damaged_cache_is_named_and_made_again(tmp_path, damage):
 
 def test_two_processes_prepare_at_once(tmp_path):
     config = corpus(tmp_path)
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=prepare, args=(config,)) for _ in range(2)]
+    assert forked.serves({**os.environ, "OMP_NUM_THREADS": "2"})
+    processes = [forked.CONTEXT.Process(target=prepare, args=(config,)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -254,13 +254,13 @@ def test_what_is_no_sound_checkpoint_is_named(cache, tmp_path):
 
 
 def test_memory_is_that_of_a_few_tensors(tmp_path):
-    """Defends: a state, or what was written of it, that is kept whole: 12 layers of 4.3 MB grow to 205 MB."""
-    for name, layers, width in (("small", 2, 64), ("large", 12, 256)):
+    """Defends: a state, or what was written of it, that is kept whole: 8 layers of 4.3 MB grow to 137 MB."""
+    for name, layers, width in (("small", 2, 64), ("large", 8, 256)):
         make_run(tmp_path / name, f"model.num_layers={layers}", f"model.hidden_size={width}", "model.top_k=2",
                  "model.intermediate_size=160")  # fmt: skip
     forked.spawn(growth_memory.measure, ("run", tmp_path), 1)
     peak = json.loads((tmp_path / "peak.json").read_text())["peak_bytes"]
     grown = sum(path.stat().st_size for path in (tmp_path / "large-grown").rglob("*.distcp"))
     largest = 16 * 2 * 160 * 256 * 4
-    assert grown > 180e6
+    assert grown > 120e6
     assert peak < 4 * largest < grown / 5

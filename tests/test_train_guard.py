@@ -267,18 +267,18 @@ def test_the_ranks_that_disagree_are_not_named_where_none_is_in_the_majority(mak
 def test_a_step_replayed_is_judged_as_it_was_the_first_time(make_trainer, monkeypatch):
     """Defends: sound steps called spikes after a rollback, by what lower steps after them left in the history."""
     settings = (
-        "train.steps=60",
-        "train.save_every=25",
+        "train.steps=34",
+        "train.save_every=22",
         "train.eval_every=100",
         "guard.on_nonfinite=rollback",
     )
     trainer = make_trainer("run", *settings, "guard.on_spike=rollback")
-    poison(monkeypatch, trainer, 48, math.nan)
+    poison(monkeypatch, trainer, 30, math.nan)
     trainer.run()
     other = make_trainer("other", *settings)
-    other.guard.passed_over = {48}
+    other.guard.passed_over = {30}
     other.run()
-    assert trainer.guard.passed_over == {48}
+    assert trainer.guard.passed_over == {30}
     assert trainer.guard.state()["seen"] == other.guard.state()["seen"]
 
 

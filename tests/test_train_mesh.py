@@ -21,14 +21,14 @@ def test_all_meshes_are_the_same_run(cache, tmp_path, whole):  # noqa: F811
     out = tmp_path / "run"
     placed = ["train.place_every=1", "train.save_every=1", CHECKED]
     a_step = ["train.time_budget_s=1e-9", *placed]
-    meshes = [("2", "2"), ("1", "none"), ("none", "1")]
-    for step, (experts, shards) in enumerate(meshes):
+    meshes = [(4, "2", "2"), (2, "1", "none"), (2, "none", "1")]
+    for step, (ranks, experts, shards) in enumerate(meshes):
         settings = [f"train.expert_ranks={experts}", f"train.shard_ranks={shards}"]
-        results = run(4, out, cache, *settings, *(a_step if step < 2 else placed))
-        assert codes(results) == [0] * 4, results
+        results = run(ranks, out, cache, *settings, *(a_step if step < 2 else placed))
+        assert codes(results) == [0] * ranks, results
         assert step == 0 or resumed_at(results) == step
     moved = rows(out, "experts_moved")
-    assert moved.keys() == {1, 3, 4, 5, 6, 7}, "in the second step one rank has all"
+    assert moved.keys() == {1, 3, 4, 5}, "in the second step one rank has all"
     assert moved[1] > 0
     for name, bound in (("loss", 1e-5), ("grad_norm", 1e-3), ("val_bits_per_byte", 1e-5)):
         got, want = rows(out, name), rows(whole, name)
@@ -70,9 +70,9 @@ def test_a_copy_that_came_apart_is_named(cache, tmp_path, settings, fault, told)
 def test_a_copy_that_came_apart_is_named_after_a_forward_alone(cache, tmp_path, what):
     """Defends: weights that stay gathered after it, where a check does not see what the ranks hold."""
     settings = ["train.shard_ranks=1", "guard.check_every=1000", "train.save_every=3", f"train.{what}=3"]
-    results = run(4, tmp_path / "run", cache, *settings, fault=faults.another_embedding_of_rank_2)
-    assert codes(results) == [1] * 4
-    told = "rank 2 holds another embed_tokens.weight, part 0 of 1 than the other ranks"
+    results = run(2, tmp_path / "run", cache, *settings, fault=faults.another_embedding_of_rank_1)
+    assert codes(results) == [1] * 2
+    told = "the ranks hold different embed_tokens.weight, part 0 of 1"
     assert results[0].stderr == f"error: step 3: {told}\n"
 
 
@@ -106,12 +106,12 @@ def test_a_mesh_that_cannot_be_is_refused(cache, tmp_path, ranks, setting, messa
 
 def test_experts_that_such_groups_cannot_share_are_refused(cache, tmp_path):
     settings = ["train.expert_ranks=2", "model.num_experts=7"]
-    results = run(4, tmp_path / "run", cache, *settings)
+    results = run(2, tmp_path / "run", cache, *settings)
     message = "model.num_experts must be a multiple of train.expert_ranks = 2, found 7"
-    assert (codes(results), results[0].stderr) == ([2] * 4, f"error: {message}\n")
-    results = run(4, tmp_path / "run", cache, "model.num_experts=6", "train.expert_ranks=none")
-    message = "model.num_experts must be a multiple of the 4 ranks of this run, found 6"
-    assert (codes(results), results[0].stderr) == ([2] * 4, f"error: {message}\n")
+    assert (codes(results), results[0].stderr) == ([2] * 2, f"error: {message}\n")
+    results = run(2, tmp_path / "run", cache, "model.num_experts=7", "train.expert_ranks=none")
+    message = "model.num_experts must be a multiple of the 2 ranks of this run, found 7"
+    assert (codes(results), results[0].stderr) == ([2] * 2, f"error: {message}\n")
 
 
 def test_a_rank_refuses_before_it_meets_the_others(cache, tmp_path):

@@ -22,12 +22,12 @@ def test_experts_that_move_are_those_that_stay_bit_for_bit(cache, tmp_path):
         "optim.grad_clip=1e9",
         "guard.on_nonfinite=rollback",
     ]  # not cut: the norm is summed in another order
-    results = run(2, still, cache, *common, fault=faults.goes_back_past_a_placement)
+    results = run(2, still, cache, *common, steps=7, fault=faults.goes_back_past_a_placement)
     assert codes(results) == [0, 0], results
     placed = [*common, "train.place_every=1"]
-    results = run(2, moves, cache, *placed, "train.time_budget_s=1e-9")
+    results = run(2, moves, cache, *placed, "train.time_budget_s=1e-9", steps=7)
     assert codes(results) == [0, 0], results
-    results = run(2, moves, cache, *placed, fault=faults.goes_back_past_a_placement)
+    results = run(2, moves, cache, *placed, steps=7, fault=faults.goes_back_past_a_placement)
     assert codes(results) == [0, 0], results
     assert resumed_at(results) == 1
     assert "back from step 5 to 2" in results[0].stdout

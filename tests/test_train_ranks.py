@@ -1,4 +1,4 @@
-"""`sigma train --nproc N`: the same run on one, two and four ranks, and one that loses a rank."""
+"""`sigma train --nproc N`: the same run on one rank and on two, and one that loses a rank."""
 
 import contextlib
 import os
@@ -79,19 +79,19 @@ def assert_same_layers(got: Path, want: Path) -> None:
     assert looks >= len(of_want) / 2
 
 
-def test_four_ranks_then_one_are_the_same_run(cache, tmp_path):
+def test_two_ranks_then_one_are_the_same_run(cache, tmp_path):
     """Defends: gradients of experts summed where they are averaged, tokens left out, a norm or counts of one rank.
 
     A checkpoint is of the whole model, and each rank takes its part.
     """
-    out, more = tmp_path / "run", ("--steps", "8")
+    out, more = tmp_path / "run", ("--steps", "6")
     whole = of_one(tmp_path / "whole", cache, *more)
-    args = without_a_launcher(arguments(4, out, *more, "--set", "train.time_budget_s=0.5"))
-    results = forked.on_ranks(4, args, cache, rank_faults.nothing)
-    assert [result.returncode for result in results] == [0] * 4, results
-    assert "4 ranks" in results[0].stdout
+    args = without_a_launcher(arguments(2, out, *more, "--set", "train.time_budget_s=1000"))
+    results = forked.on_ranks(2, args, cache, rank_faults.budget_of_two_steps)
+    assert [result.returncode for result in results] == [0, 0], results
+    assert "2 ranks" in results[0].stdout
     assert results[0].stdout.count("report: ") == 1
-    assert not any(result.stdout for result in results[1:]), "every rank speaks"
+    assert not results[1].stdout, "every rank speaks"
     assert "time budget" in results[0].stdout, "the run was over before its budget"
     args = without_a_launcher(arguments(1, out, *more, "--resume"))
     result = sigma(*args, env=cache, fault=rank_faults.nothing)
@@ -122,7 +122,7 @@ def test_k_changes_on_all_ranks_alike(cache, tmp_path, kind):
     settings = [part for text in SPARSITY[kind] for part in ("--set", text)]
     one, two = (tmp_path / str(ranks) for ranks in (1, 2))
     for ranks, out in ((1, one), (2, two)):
-        args = without_a_launcher(arguments(ranks, out, "--steps", "6", *settings))
+        args = without_a_launcher(arguments(ranks, out, "--steps", "4", *settings))
         results = forked.on_ranks(ranks, args, cache, rank_faults.nothing)
         assert [result.returncode for result in results] == [0] * ranks, results
     assert_same_run(two, one)
@@ -194,7 +194,7 @@ def assert_ledger_tells(out: Path, stdout: str) -> None:
 def long_run(cache, tmp_path) -> Iterator[tuple[forked.Running, Path]]:
     """Two ranks at work on a run that does not end by itself."""
     out = tmp_path / "run"
-    with forked.Running(arguments(2, out, "--steps", "100000"), cache) as process:
+    with forked.Running(arguments(2, out, "--steps", "100000", "--no-report"), cache) as process:
         metrics = out / "metrics.jsonl"
         while not metrics.exists() or len(rows(out, "loss")) < 2:
             assert process.poll() is None

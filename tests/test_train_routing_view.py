@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from sigma_train import report
 from sigma_train.report import png, write_report
 from sigma_train.routing_view import MAPS, deviations, loads, looks, maps
 from test_train_sparsity import SMALL  # noqa: F401 - of make_trainer
@@ -103,7 +104,8 @@ def test_one_look_and_a_collapse_are_drawn():
         assert png(figure).startswith(b"\x89PNG")
 
 
-def test_the_report_has_both_figures_where_there_is_a_router(make_trainer):
+def test_the_report_has_both_figures_where_there_is_a_router(make_trainer, monkeypatch):
+    monkeypatch.setattr(report, "png", lambda figure: b"a picture")  # which are drawn above
     for name, experts, has_any in (("sparse", 8, True), ("dense", 1, False)):
         trainer = make_trainer(name, *SETTINGS, f"model.num_experts={experts}")
         trainer.run()

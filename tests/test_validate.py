@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import time
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from sigma_cli import baseline, isolated, pairs, validate
 from sigma_cli.baseline import Baseline, Known, Machine
 from sigma_train.errors import Failure, WrongInput
-from support import SIGMA, assert_one_sentence, sigma
+from support import assert_one_sentence, sigma
 from test_validate_kernels import wrong_ones
 
 import sigma_kernels as sk
@@ -131,7 +130,7 @@ def test_every_instruction_set_is_fit(cache, tmp_path, isa):
 
 def test_ranks_of_this_machine(cache, tmp_path):
     out = tmp_path / "out.json"
-    result = sigma("doctor", "--validate", "--check", "ranks", "--nproc", "2", "--json", str(out), env=cache)
+    result = sigma(*VALIDATE, "--check", "ranks", "--nproc", "2", "--json", str(out), env=cache)
     report = json.loads(out.read_text())
     assert result.returncode in (0, 10), "two ranks on two busy cores"
     assert [len(m) for m in report["pairs"]["latency"]] == [2] * pairs.BATCHES
@@ -224,17 +223,17 @@ def test_what_killed_it_is_told(monkeypatch):
 
 
 def test_a_signal_ends_it_at_once_and_leaves_nothing(cache, tmp_path):
-    command = [*SIGMA, "doctor", "--validate", "--check", "kernels", "--seconds", "1000"]
-    with subprocess.Popen(
-        [*command, "--json", str(tmp_path / "out.json")], env=cache, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL),
-    ) as process:  # fmt: skip
+    args = ["doctor", "--validate", "--check", "kernels", "--seconds", "1000"]
+    with forked.Running(
+        [*args, "--json", str(tmp_path / "out.json")], cache, fault=rank_faults.heed_signals
+    ) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while not (pids := children.read_text().split()):
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=200)
-    assert (process.returncode, stderr) == (143, "error: stopped by SIGTERM before the work was done\n")
+        result = process.result(200)
+    told = "error: stopped by SIGTERM before the work was done\n"
+    assert (result.returncode, result.stderr) == (143, told)
     assert not any(Path("/proc", pid).exists() for pid in pids)
     assert not list(tmp_path.iterdir())
 

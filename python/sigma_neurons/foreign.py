@@ -42,6 +42,7 @@ class Foreign:
         _, train, val = splits_of(files, config.data)
         self._text = [_digest(documents) for documents in (train, val)]
         self._documents: dict[Split, list[Document]] = {"train": train, "val": val}
+        self._cut: dict[tuple[Split, str, int], tuple[Tensor, Tensor]] = {}
         self.languages = tuple(sorted({path.stem for path in files}))
         if len(self.languages) < 2:
             raise WrongInput(f"neurons wants text in at least 2 languages, found {self.languages[0]} alone")
@@ -106,6 +107,14 @@ class Foreign:
 
         At most `limit` batches.  Raises: WrongInput if there is not one window.
         """
+        asked = split, language, limit
+        if (
+            asked not in self._cut
+        ):  # kept, as each ablation asks again, and to encode takes longer than to evaluate
+            self._cut[asked] = self._cut_windows(*asked)
+        return self._cut[asked]
+
+    def _cut_windows(self, split: Split, language: str, limit: int) -> tuple[Tensor, Tensor]:
         t = self._t
         wanted = limit * t.batch_size * t.seq_len + 1
         tokens, sizes, found = [], [], 0
