@@ -95,12 +95,12 @@ def layer(shape: Shape, dtype: torch.dtype, architecture: str, processors: int) 
         row_map = torch.empty(R, dtype=torch.int32, device="meta")
         saved = x, weights, offsets, row_map, gate_up, down
         _, kept = experts.forward(*saved)
-        experts.backward(grad, *saved, kept, [True, True, True])
+        experts.backward(grad, *saved, kept, [True, True, True], dtype)
     return launches
 
 
 def others(shape: Shape, dtype: torch.dtype, architecture: str, processors: int) -> list[Launch]:
-    """Every other kernel, and other forms of the products: alone, adding, keeping nothing, in int8 and fp8."""
+    """Every other kernel, and other forms of products: alone, adding, keeping nothing, in int8, fp8, adding to f32."""
     (T, E, k, H, I), R = (shape.T, shape.E, shape.k, shape.H, shape.I), shape.T * shape.k
     with recorded(architecture, processors) as launches:
         logits, bias = torch.empty(T, E, device="meta"), torch.empty(E, device="meta")
@@ -123,7 +123,11 @@ def others(shape: Shape, dtype: torch.dtype, architecture: str, processors: int)
         saved = x, weights, offsets, row_map, w1, w2
         _, kept = experts.forward(*saved)
         experts.forward(*saved, saves=False)
-        experts.backward(x, *saved, kept, [True, True, True], (w1, w2))
+        experts.backward(x, *saved, kept, [True, True, True], dtype, (w1, w2))
+        if dtype != torch.float32:
+            wide = tuple(torch.empty_like(w, dtype=torch.float32) for w in (w1, w2))
+            for into in (None, wide):
+                experts.backward(x, *saved, kept, [False, True, True], torch.float32, into)
         int8 = {"dtype": torch.int8, "device": "meta"}
         gate_up, down = torch.empty(E, 2 * I, H, **int8), torch.empty(E, H, I, **int8)
         scales = torch.empty(E, 2 * I, device="meta"), torch.empty(E, H, device="meta")

@@ -89,7 +89,7 @@ def line(verdict: Verdict, dtype: str) -> tuple[tuple[str, ...], bool]:
 def form(launch: Launch) -> str:
     """The kernel's name, and which of its forms this is."""
     bound = launch.bound
-    scaled = bound.get("SCALED")
+    scaled, is_outer = bound.get("SCALED"), launch.name == "grouped_outer"
     marks = {
         "map": bound.get("row_map_ptr") is not None and launch.name == "grouped_gemm",
         "weights": bound.get("weights_ptr") is not None and launch.name != "swiglu_backward",
@@ -99,6 +99,7 @@ def form(launch: Launch) -> str:
         "by token": bound.get("token_map_ptr") is not None,
         "a by token": bound.get("a_map_ptr") is not None,
         "b by token": bound.get("b_map_ptr") is not None,
+        "in f32": is_outer and not bound["TMA"] and bound["out"].dtype != bound["a_ptr"].dtype,
         "adds": bound.get("ACCUMULATE", False),
         "columns contiguous": launch.name == "grouped_gemm" and bound["stride_n"] == 1,
     }

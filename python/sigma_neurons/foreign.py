@@ -107,10 +107,8 @@ class Foreign:
 
         At most `limit` batches.  Raises: WrongInput if there is not one window.
         """
-        asked = split, language, limit
-        if (
-            asked not in self._cut
-        ):  # kept, as each ablation asks again, and to encode takes longer than to evaluate
+        asked = split, language, limit  # by each ablation again, and to encode takes longer than to evaluate
+        if asked not in self._cut:
             self._cut[asked] = self._cut_windows(*asked)
         return self._cut[asked]
 

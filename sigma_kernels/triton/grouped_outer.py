@@ -80,9 +80,9 @@ def outer_of_tokens(
     if not out.numel():
         return
     R = (b if b_map is None else a).shape[0]
-    tile = outer_tile(M, N, R, E, a.dtype, a.device)
-    # An f32 tile of narrow operands would not fit beside them in the shared memory that tiles are sized for.
     is_as_operands = out.dtype == a.dtype
+    tile = outer_tile(M, N, R, E, a.dtype, a.device, adds_wider=accumulate and not is_as_operands)
+    # An f32 tile of narrow operands would not fit beside them in the shared memory that tiles are sized for.
     has_descriptor = (
         is_as_operands and has_tma(a.dtype, a.device) and N * out.itemsize % 16 == out.data_ptr() % 16 == 0
     )

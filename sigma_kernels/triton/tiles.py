@@ -108,9 +108,15 @@ def _row_tile(N: int, K: int, height: int, dtype: torch.dtype, name: str, is_pai
     return Tile(height, fitted(columns, N), fitted(depth, K, shallowest), warps, stages)
 
 
-def outer_tile(A: int, B: int, R: int, E: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """The weight gradient's tile: `depth` is in rows of an expert, as many as its mean has."""
+def outer_tile(
+    A: int, B: int, R: int, E: int, dtype: torch.dtype, device: torch.device, adds_wider: bool = False
+) -> Tile:
+    """The weight gradient's tile: `depth` is in rows of an expert, as many as its mean has.
+
+    adds_wider: to numbers of more bytes than the operands', which then lie in registers beside the sums.
+    """
     rows, columns, warps, stages = OUTER[architecture(device), dtype.itemsize]
+    columns = columns // 2 if adds_wider else columns
     depth = 32 if R <= 32 * E or dtype.itemsize == 4 else 64
     return Tile(fitted(rows, A), fitted(columns, B), depth, warps, stages)
 
