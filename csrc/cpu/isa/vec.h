@@ -24,8 +24,13 @@ typedef float UnalignedVec __attribute__((vector_size(4 * SK_LANES), aligned(4),
 typedef float AlignedVec __attribute__((vector_size(4 * SK_LANES), may_alias));
 typedef uint16_t AlignedHalfVec __attribute__((vector_size(2 * SK_LANES), may_alias));
 
+#if defined(SK_CALLS)  // under sanitizers: a copy of their checks in each kernel takes minutes to compile
+#define SK_INLINE inline
+#define SK_STEP
+#else
 #define SK_INLINE inline __attribute__((always_inline))
 #define SK_STEP __attribute__((always_inline))
+#endif
 
 SK_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 SK_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
