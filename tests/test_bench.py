@@ -278,8 +278,9 @@ def test_a_training_step_with_other_experts_is_found(dtype, tmp_path, monkeypatc
     right = nn.experts.experts_of_routing
     with monkeypatch.context() as patch:
         patch.setattr(
-            nn.experts, "experts_of_routing", lambda x, r, *w: right(x, r, *(t.roll(1, 0) for t in w))
-        )
+            nn.experts, "experts_of_routing",
+            lambda x, r, gate_up, down, *dtype: right(x, r, gate_up.roll(1, 0), down.roll(1, 0), *dtype),
+        )  # fmt: skip
         with pytest.raises(AssertionError, match=r"sigma: the first (gradient|loss)"):
             enter.examine(OURS)
 
