@@ -8,6 +8,7 @@ import late_rank
 import numpy as np
 import pytest
 from sigma_noise import parts, steps, steps_view
+from sigma_noise.step_causes import late
 from sigma_noise.step_ranks import step_ranks
 from sigma_noise.steps import StepNoise
 from sigma_noise.trace import Series, Trace
@@ -335,11 +336,16 @@ def test_a_late_rank_of_four_is_named_by_local_time_and_by_arrival(tmp_path):
 
 
 def skewed(seed: list[int], n: int, size: int, slower: float = 0.0, lasts: int = 1) -> StepNoise:
+    """`run_of_skewed`."""
+    return step_noise(run_of_skewed(seed, n, size, slower, lasts))
+
+
+def run_of_skewed(seed: list[int], n: int, size: int, slower: float = 0.0, lasts: int = 1) -> Trace:
     """Ranks alike, of exponential noise that lasts some steps; one of them slower by a share of the mean."""
     drawn = np.random.default_rng(seed).exponential(1000, (n + lasts - 1, size))
     work = sum(drawn[i : i + n] for i in range(lasts)) / lasts + 2000
     work[:, 1] += slower * work.mean()
-    return step_noise(Simulated(work[:, None].astype(np.int64), np.full((n, 1), 100)).trace())
+    return Simulated(work[:, None].astype(np.int64), np.full((n, 1), 100)).trace()
 
 
 @pytest.mark.parametrize("n, size, lasts", [(80, 2, 1), (80, 16, 1), (400, 4, 5)])
@@ -357,6 +363,15 @@ def test_a_slower_rank_is_told_apart(size):
     found = [skewed([size, i], 400, size, slower=0.15) for i in range(5)]
     assert all(noise.is_uneven and noise.worst == 1 for noise in found)
     assert "rank 1 computed" in steps_view.sentence(found[0])
+
+
+@pytest.mark.parametrize("slower, told", [(0.0, 1), (0.15, 2)])
+def test_causes_of_a_rank_that_only_chance_picked_are_left_out(slower, told):
+    """Defends: a rank named for nothing, in the second line or on the page."""
+    trace = run_of_skewed([4, 3], 400, 4, slower)
+    noise, why = step_noise(trace), late(trace, warm_up=0)
+    assert len(steps_view.lines(noise, why)) == told
+    assert (f"what rank {why.rank} lost" in steps_view.page(noise, why)) == (told == 2)
 
 
 def test_what_one_rank_takes_longer_is_of_all_steps_of_it():

@@ -9,6 +9,7 @@ from test_ops_experts import SHAPES, experts_inputs
 
 import sigma_kernels as sk
 from sigma_kernels import reference
+from sigma_kernels.ops import experts
 
 DTYPES = [torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "f16"])
@@ -129,6 +130,25 @@ def test_narrow_weights_are_not_widened_nor_rounded_to_others():
     inputs[-1] = inputs[-1].float()
     with pytest.raises(TypeError, match="down_proj must have the dtype of gate_up_proj"):
         in_dtype(torch.bfloat16)(*inputs)
+
+
+def test_nothing_is_rounded_before_all_is_checked(monkeypatch):
+    """Defends: 302 MB written of experts whose call is then refused."""
+    monkeypatch.setattr(experts, "_copies", lambda *_: pytest.fail("it was rounded"))
+    x, index, weights, gate_up, down = experts_inputs(4, 8, 6, 3, 1)
+    call, moe = in_dtype(torch.bfloat16), sk.nn.MoE(8, 6, 3)
+    routing = sk.route(torch.randn(4, 3))
+    for error, wrong in (
+        (TypeError, lambda: call(x.double(), index, weights, gate_up, down)),
+        (TypeError, lambda: call(x, index, weights.int(), gate_up, down)),
+        (ValueError, lambda: call(x[:, 1:], index, weights, gate_up, down)),
+        (ValueError, lambda: call(x, index, weights, gate_up[:, 1:], down)),
+        (ValueError, lambda: call(x.to("meta"), index, weights, gate_up, down)),
+        (ValueError, lambda: moe.experts.forward_routed(x[1:], routing, torch.bfloat16)),
+        (TypeError, lambda: moe(x, compute_dtype="bf16")),
+    ):
+        with pytest.raises(error, match=r"^(moe_experts|MoE): .* found "):
+            wrong()
 
 
 def test_a_second_derivative_is_refused():

@@ -42,7 +42,7 @@ class Foreign:
         _, train, val = splits_of(files, config.data)
         self._text = [_digest(documents) for documents in (train, val)]
         self._documents: dict[Split, list[Document]] = {"train": train, "val": val}
-        self._cut: dict[tuple[Split, str, int], tuple[Tensor, Tensor]] = {}
+        self._validation: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self.languages = tuple(sorted({path.stem for path in files}))
         if len(self.languages) < 2:
             raise WrongInput(f"neurons wants text in at least 2 languages, found {self.languages[0]} alone")
@@ -78,7 +78,9 @@ class Foreign:
         found = {}
         for name in self.languages:
             nats, num_bytes = 0.0, 0
-            rows, sizes = self._windows("val", name, limit)
+            if (name, limit) not in self._validation:  # each ablation asks again, and to encode takes longest
+                self._validation[name, limit] = self._windows("val", name, limit)
+            rows, sizes = self._validation[name, limit]
             for tokens, of_tokens in zip(
                 rows.split(self._t.batch_size), sizes.split(self._t.batch_size), strict=True
             ):
@@ -107,12 +109,6 @@ class Foreign:
 
         At most `limit` batches.  Raises: WrongInput if there is not one window.
         """
-        asked = split, language, limit  # by each ablation again, and to encode takes longer than to evaluate
-        if asked not in self._cut:
-            self._cut[asked] = self._cut_windows(*asked)
-        return self._cut[asked]
-
-    def _cut_windows(self, split: Split, language: str, limit: int) -> tuple[Tensor, Tensor]:
         t = self._t
         wanted = limit * t.batch_size * t.seq_len + 1
         tokens, sizes, found = [], [], 0

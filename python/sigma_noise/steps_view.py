@@ -24,9 +24,8 @@ def sentence(noise: StepNoise) -> str:
 
 
 def lines(noise: StepNoise, why: Late | None) -> list[str]:
-    """The sentence, and the causes where they or the rank are more than chance."""
-    tells = why is not None and (noise.is_uneven or any(gain.low > 0 for gain in why.regained.values()))
-    return [sentence(noise), *([why.sentence] if why is not None and tells else [])]
+    why = _more_than_chance(noise, why)
+    return [sentence(noise), *([] if why is None else [why.sentence])]
 
 
 def page(noise: StepNoise, why: Late | None = None) -> str:
@@ -47,8 +46,15 @@ def page(noise: StepNoise, why: Late | None = None) -> str:
         for i, rank in enumerate(noise.ranks)
     )
     ranks = f"<table><tr><th>rank{head}<th>slowest, steps<th>last, collectives{rows}</table>"
+    why = _more_than_chance(noise, why)
     told = f"<p>{html.escape(sentence(noise))}. {html.escape(_balance(noise))}</p>"
     return told + ranks + ("" if why is None else _causes(why)) + _phases(noise)
+
+
+def _more_than_chance(noise: StepNoise, why: Late | None) -> Late | None:
+    """What made a rank late, if it or one of its causes is more than chance."""
+    tells = why is not None and (noise.is_uneven or any(gain.low > 0 for gain in why.regained.values()))
+    return why if tells else None
 
 
 def _causes(why: Late) -> str:

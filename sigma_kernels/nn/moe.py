@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sigma_kernels.nn.experts import Experts
 from sigma_kernels.nn.router import TopKRouter
 from sigma_kernels.ops.capacity import Drop, check_drop, limit_rows
+from sigma_kernels.ops.experts import computed_in
 from sigma_kernels.ops.route import Score
 from sigma_kernels.routing import RouterSums, Routing
 
@@ -85,6 +86,7 @@ class MoE(nn.Module):
         H = self.experts.down_proj.shape[1]
         if x.dim() == 0 or x.shape[-1] != H:
             raise ValueError(f"MoE: x must be [..., {H}], found {list(x.shape)}")
+        dtype = computed_in("MoE", self.experts.gate_up_proj, self.experts.down_proj, compute_dtype)
         flat = x.reshape(-1, H)
         if torch.is_grad_enabled():
             routing, logits, sums = self.router.forward_with_sums(flat, top_k)
@@ -94,7 +96,7 @@ class MoE(nn.Module):
         if self.capacity_factor is not None:
             rows = routing.indices.numel() * self.capacity_factor / routing.num_experts
             routing, self.last_dropped = limit_rows(routing, max(1, math.ceil(rows)), self.drop)
-        weights = routing.weights.to(compute_dtype or self.experts.down_proj.dtype)
+        weights = routing.weights.to(dtype)
         if self.output_scale != 1.0:
             weights = weights * self.output_scale
         return self.answered(flat, routing._replace(weights=weights), compute_dtype).view(x.shape)

@@ -15,6 +15,7 @@ from sigma_kernels.ops.library import (
     REFERENCE,
     STORED,
     as_weights,
+    check_device,
     check_experts,
     check_float,
     check_offsets,
@@ -64,22 +65,20 @@ def moe_experts(
     Raises: TypeError for a dtype, ValueError for a shape, an activation or, on a CPU, an index out of range.
     """
     op, dtype = "moe_experts", hidden_states.dtype
-    copies = _rounded(gate_up_proj, down_proj, compute_dtype)
-    gate_up, down = copies or (gate_up_proj, down_proj)
-    hidden_states, top_k_weights = (_operand(x, down, compute_dtype) for x in (hidden_states, top_k_weights))
-    check_float(
-        op, hidden_states=hidden_states, top_k_weights=top_k_weights, gate_up_proj=gate_up, down_proj=down
-    )
+    floats = {"hidden_states": hidden_states, "top_k_weights": top_k_weights}
+    hidden_states, top_k_weights = _operands(floats, gate_up_proj, down_proj, compute_dtype)
     E, _, _ = check_experts(op, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
     if activation != "silu":
         raise ValueError(f"{op}: activation must be 'silu', found {activation!r}")
+    copies = _copies(gate_up_proj, down_proj, hidden_states.dtype)
     if is_recorded(hidden_states, top_k_weights, gate_up_proj, down_proj):
         _, offsets, row_map = torch.ops.sigma.group_by_expert(saturated(top_k_index), E)
         out, _ = _Experts.apply(
             hidden_states, top_k_weights, offsets, row_map, gate_up_proj, down_proj, *copies
         )
     else:
-        out = inference(hidden_states, top_k_index, top_k_weights, gate_up, down, None, None)
+        proj = copies or (gate_up_proj, down_proj)
+        out = inference(hidden_states, top_k_index, top_k_weights, *proj, None, None)
     return out if out.dtype == dtype else out.to(dtype)
 
 
@@ -114,12 +113,8 @@ def _of_routing(
     saves: bool,
 ) -> tuple[Tensor, Tensor]:
     op, dtype = "moe_experts", hidden_states.dtype
-    copies = _rounded(gate_up_proj, down_proj, compute_dtype)
-    gate_up, down = copies or (gate_up_proj, down_proj)
-    hidden_states = _operand(hidden_states, down, compute_dtype)
-    weights = _operand(routing.weights, down, compute_dtype)
-    floats = {"hidden_states": hidden_states, "routing.weights": weights}
-    check_float(op, **floats, gate_up_proj=gate_up, down_proj=down)
+    floats = {"hidden_states": hidden_states, "routing.weights": routing.weights}
+    hidden_states, weights = _operands(floats, gate_up_proj, down_proj, compute_dtype)
     T, k = check_routing(op, routing, "hidden_states", hidden_states)
     check_shape(op, "routing.weights", weights, (T, k))
     check_shape(op, "down_proj", down_proj, ("E", "H", "I"))
@@ -128,31 +123,55 @@ def _of_routing(
     check_shape(op, "hidden_states", hidden_states, (T, H))
     check_shape(op, "gate_up_proj", gate_up_proj, (E, 2 * I, H))
     inputs = hidden_states, weights, routing.offsets, routing.row_map
+    copies = _copies(gate_up_proj, down_proj, hidden_states.dtype)
     if is_recorded(hidden_states, weights, gate_up_proj, down_proj):
-        out, before_swiglu = _Experts.apply(*inputs, gate_up_proj, down_proj, *copies)
+        out, gate_up = _Experts.apply(*inputs, gate_up_proj, down_proj, *copies)
     else:
-        out, before_swiglu = torch.ops.sigma.moe_experts(*inputs, gate_up, down, saves=saves)
-    return out if out.dtype == dtype else out.to(dtype), before_swiglu
+        proj = copies or (gate_up_proj, down_proj)
+        out, gate_up = torch.ops.sigma.moe_experts(*inputs, *proj, saves=saves)
+    return out if out.dtype == dtype else out.to(dtype), gate_up
 
 
-def _rounded(gate_up_proj: Tensor, down_proj: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    """The two in this dtype, for autograd constants; nothing where they have it or none is given."""
-    if dtype is None:
-        return ()
-    check_float("moe_experts", gate_up_proj=gate_up_proj, down_proj=down_proj)
+def computed_in(
+    op: str, gate_up_proj: Tensor, down_proj: Tensor, compute_dtype: torch.dtype | None
+) -> torch.dtype:
+    """compute_dtype, or the projections' own where none is given.  Raises: TypeError if they cannot compute in it."""
+    if compute_dtype is None:
+        return down_proj.dtype
+    check_float(op, gate_up_proj=gate_up_proj, down_proj=down_proj)
+    is_narrower = down_proj.dtype == torch.float32 and compute_dtype in STORED
+    if not is_narrower and compute_dtype != down_proj.dtype:
+        raise TypeError(
+            f"{op}: compute_dtype must be torch.bfloat16 or torch.float16 beside weights in torch.float32, or their "
+            f"dtype, found {compute_dtype!r} beside {down_proj.dtype}"
+        )
+    return compute_dtype
+
+
+def _operands(
+    floats: dict[str, Tensor], gate_up_proj: Tensor, down_proj: Tensor, compute_dtype: torch.dtype | None
+) -> tuple[Tensor, ...]:
+    """These in the dtype that is computed in, where one was asked for or autocast is on; of all, dtypes and devices are
+    checked."""
+    op, dtype = "moe_experts", computed_in("moe_experts", gate_up_proj, down_proj, compute_dtype)
+    if compute_dtype is None:
+        floats = {name: as_weights(x, down_proj) for name, x in floats.items()}
+    else:
+        floats = {name: x.to(dtype) if x.dtype in STORED else x for name, x in floats.items()}
+    if dtype == down_proj.dtype:
+        check_float(op, **floats, gate_up_proj=gate_up_proj, down_proj=down_proj)
+    for name, x in floats.items():
+        if x.dtype != dtype:
+            raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, found {x.dtype}")
+        check_device(op, name, x, "down_proj", down_proj)
+    return tuple(floats.values())
+
+
+def _copies(gate_up_proj: Tensor, down_proj: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The two in this dtype, for autograd constants; nothing where they have it."""
     if dtype == down_proj.dtype:
         return ()
-    if dtype not in (torch.bfloat16, torch.float16) or down_proj.dtype != torch.float32:
-        raise TypeError(
-            "moe_experts: compute_dtype must be torch.bfloat16 or torch.float16 beside weights in torch.float32, "
-            f"or their dtype, found {dtype} beside {down_proj.dtype}"
-        )
     return gate_up_proj.detach().to(dtype), down_proj.detach().to(dtype)
-
-
-def _operand(x: Tensor, weight: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
-    """x in the dtype of the weight where one was asked for or autocast is on."""
-    return as_weights(x, weight) if compute_dtype is None or x.dtype not in STORED else x.to(weight.dtype)
 
 
 class _Experts(torch.autograd.Function):
