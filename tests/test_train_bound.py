@@ -18,15 +18,22 @@ def test_the_peak_is_the_fastest_of_the_products(monkeypatch):
         return next(took)
 
     monkeypatch.setattr(bound, "_seconds", seconds)
-    assert bound.product_flops_per_s(torch.float32) == pytest.approx(2 * 128**3 / 0.01)
-    assert set(sizes) == {128}, "a product that takes 5 ms is large enough"
+    assert bound.product_flops_per_s(torch.float32) == pytest.approx(2 * 1024**3 / 0.01)
+    assert set(sizes) == {1024}, "a product that takes 5 ms is large enough"
     assert len(sizes) == 3 + 15, "0.3 s of products of 0.02 s"
+
+
+def test_a_processor_that_is_fast_gets_larger_products(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(bound, "_seconds", lambda a, b, out: sizes.append(out.shape[0]) or 0.004)
+    assert bound.product_flops_per_s(torch.float32) == pytest.approx(2 * 2048**3 / 0.004)
+    assert sizes == [1024] * 3 + [2048] * (3 + 75)
 
 
 def test_a_product_that_takes_longer_than_there_is_time_is_the_peak(monkeypatch):
     """Defends: a run that ends in a traceback where something else has the machine."""
     monkeypatch.setattr(bound, "_seconds", lambda a, b, out: 0.4)
-    assert bound.product_flops_per_s(torch.float32) == pytest.approx(2 * 128**3 / 0.4)
+    assert bound.product_flops_per_s(torch.float32) == pytest.approx(2 * 1024**3 / 0.4)
 
 
 def test_the_dense_twin_is_the_fastest_of_its_steps(monkeypatch):

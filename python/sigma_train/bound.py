@@ -42,10 +42,11 @@ def dense_tokens_per_s(config: Config, steps: int = 3) -> float:
 def product_flops_per_s(dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of a dense product of the dtype on this rank: the peak that a step is measured against.
 
-    Square matrices, twice as large each time until the fastest of three products takes 5 ms or they have 2,048 rows;
-    then the fastest of those that fit into so many seconds.
+    Square matrices of 1,024 rows, or 2,048 where the fastest of three products takes less than 5 ms; then the fastest
+    of those that fit into so many seconds.  In smaller ones threads that wait for each other beside other work take a
+    hundred times what the product does, the fastest of many too.
     """
-    n, took = 64, 0.0
+    n, took = 512, 0.0
     while took < 0.005 and n < 2048:
         n *= 2
         a, b = torch.ones(2, n, n, dtype=dtype)
